@@ -1,0 +1,26 @@
+"""fastgpt2: GPT-2 in PyTorch with Triton kernels for attention, LayerNorm, GELU and the loss, each behind a switch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgpt2.gpt2.config import GPTConfig
+    from fastgpt2.gpt2.model import GPT
+    from fastgpt2.gpt2.ops import Kernels
+
+__all__ = ["GPT", "GPTConfig", "Kernels"]
+__version__ = "0.1.0"
+_HOMES = {"GPT": "gpt2.model", "GPTConfig": "gpt2.config", "Kernels": "gpt2.ops"}
+
+
+def __getattr__(name: str):
+    """Imports PyTorch when a name is asked for: the command line is there at once, also for Ctrl-C."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

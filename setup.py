@@ -1,0 +1,69 @@
+"""The checkout is the package: its root is `fastgpt2`, its folders are `fastgpt2.kernels`, `.gpt2` and `.bench`.
+
+Folders are mapped instead of moved because PyPI's `kernels` (HuggingFace) is imported by transformers: a top-level
+`kernels` of ours would overwrite it.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPackage(build_py):
+    """Leaves setup.py out of the wheel: the package folder is the checkout root, where it lies beside `__init__.py`."""
+
+    def find_package_modules(self, package, package_dir):
+        return [m for m in super().find_package_modules(package, package_dir) if m[1] != "setup"]
+
+
+DATA = ["datasets>=3"]
+WATCH = ["tensorboard>=2.14", "wandb>=0.17"]
+TEST = [
+    *DATA,
+    "hypothesis>=6.100",
+    "numpy>=1.26",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
+    "accelerate>=1",  # an example
+    "build>=1.2",
+    "kernels>=0.4",  # HuggingFace's, beside which ours must live
+    "setuptools>=77",
+    "tensorboard>=2.14",
+    "wheel",
+]
+
+setup(
+    name="fastgpt2",
+    version="0.1.0",
+    description="GPT-2 in PyTorch with Triton kernels for attention, LayerNorm and GELU, each behind a switch",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"fastgpt2": ""},
+    packages=["fastgpt2", "fastgpt2.kernels", "fastgpt2.gpt2", "fastgpt2.bench"],
+    package_data={"fastgpt2": ["py.typed"]},
+    cmdclass={"build_py": BuildPackage},
+    install_requires=[
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
+        "transformers>=4.45",
+        "tiktoken>=0.7",
+        "safetensors>=0.4.3",
+        "rich>=13",
+        "tyro>=0.9",
+        "pyyaml>=6",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+    ],
+    extras_require={
+        "test": TEST,
+        "data": DATA,
+        "watch": WATCH,
+        "dev": [*TEST, *DATA, *WATCH, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
+    },
+    entry_points={"console_scripts": ["fastgpt2=fastgpt2.gpt2.cli:main"]},
+)
