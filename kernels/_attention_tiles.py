@@ -1,0 +1,199 @@
+"""What forward and backward of attention share: who sees whom, which tiles that takes, dropout's mask, loads, products.
+
+Query t of a row sees keys first(t) ... t, where first(t) = max(0, t - window + 1, start of t's document) never falls
+as t grows. Seen from the other side, key j is seen by queries j ... last(j), which never falls either. So the tiles
+that a tile of queries (or keys) needs are one run, and the tiles in it that need no mask are one run inside it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
+    """The run of key tiles that queries [start, stop) need, cut at a <= b <= c <= d <= e into what is masked where.
+
+    [a, b): by first(t).  [b, c): nowhere.  [c, d): by the diagonal of queries [start, middle).  [d, e): by that of
+    [middle, stop), and the former see nothing.  nearest_first, farthest_first: the lowest and the highest first(t).
+    """
+    a = nearest_first // BLOCK_N
+    e = max((stop + BLOCK_N - 1) // BLOCK_N, a)
+    c = min(max((start + 1) // BLOCK_N, a), e)
+    d = min(max(middle // BLOCK_N, c), e)
+    b = max(min((farthest_first + BLOCK_N - 1) // BLOCK_N, c), a)
+    return a, b, c, d, e
+
+
+def query_tiles(start, stop, nearest_last, farthest_last, BLOCK_M):
+    """The run of query tiles that keys [start, stop) need, cut at a <= b <= c <= d: [a, b) and [c, d) need a mask.
+
+    [a, b) crosses the diagonal, [c, d) window, document or T. nearest_last, farthest_last: the lowest and the highest
+    last(j) of these keys.
+    """
+    a = start // BLOCK_M
+    d = max((farthest_last + BLOCK_M) // BLOCK_M, a)
+    b = min(max((stop + BLOCK_M - 2) // BLOCK_M, a), d)
+    c = max((nearest_last + 1) // BLOCK_M, b)
+    return a, b, min(c, d), d
+
+
+_key_tiles = triton.jit(key_tiles)
+_query_tiles = triton.jit(query_tiles)
+
+
+@triton.jit
+def _document(cu_ptr, n_documents, token):
+    """(start, stop) of each token's document in the flattened batch, by bisection; (token + 1, token) for none."""
+    place = token * 0
+    step = 1
+    while step <= n_documents:
+        step *= 2
+    while step > 1:
+        step = step // 2
+        candidate = place + step
+        offset = tl.load(cu_ptr + candidate, mask=candidate <= n_documents, other=0).to(tl.int64)
+        place = tl.where((candidate <= n_documents) & (offset <= token), candidate, place)
+    start = tl.load(cu_ptr + place).to(tl.int64)
+    stop = tl.load(cu_ptr + place + 1, mask=place < n_documents, other=0).to(tl.int64)
+    inside = (start <= token) & (place < n_documents)
+    return tl.where(inside, start, token + 1), tl.where(inside, stop, token)
+
+
+@triton.jit
+def _first_keys(offs_m, row, T, cu_ptr, n_documents, window):
+    """first(t) for each of the queries offs_m of batch row `row`; t + 1 for a query that sees nothing."""
+    first = offs_m * 0
+    if window is not None:
+        first = tl.maximum(offs_m - window + 1, 0)
+    if cu_ptr is not None:
+        start, _ = _document(cu_ptr, n_documents, row * T + offs_m)
+        first = tl.maximum(first, (start - row * T).to(tl.int32))
+    return first
+
+
+@triton.jit
+def _span(offs_m, first_keys, stop, T, BOUNDED: tl.constexpr):
+    """Which of queries offs_m (up to `stop`) see anything; the lowest and the highest first(t) and the end of these."""
+    sees = offs_m < T
+    nearest, farthest, stop = 0, 0, tl.minimum(stop, T)
+    if BOUNDED:
+        sees = sees & (first_keys <= offs_m)
+        nearest = tl.min(tl.where(sees, first_keys, T), 0)
+        farthest = tl.max(tl.where(sees, first_keys, 0), 0)
+        stop = tl.max(tl.where(sees, offs_m + 1, 0), 0)
+    return sees, nearest, farthest, stop
+
+
+@triton.jit
+def _last_queries(offs_n, row, T, cu_ptr, n_documents, window):
+    """last(j) for each of the keys offs_n of batch row `row`; less than j for a key that nobody sees."""
+    last = offs_n * 0 + (T - 1)
+    if window is not None:
+        last = tl.minimum(offs_n + (window - 1), last)
+    if cu_ptr is not None:
+        _, stop = _document(cu_ptr, n_documents, row * T + offs_n)
+        last = tl.minimum(last, (stop - row * T).to(tl.int32) - 1)
+    return last
+
+
+@triton.jit
+def _keep(
+    seed_ptr, row, head, offs_m, key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr
+):
+    """True where dropout keeps the weight of queries offs_m for keys key ... key + BLOCK_N: (M, N), TURNED: (N, M).
+
+    One Philox call serves four keys. Its counter is (key // 4, query, row, head), whatever the tiles are.
+    """
+    quads = key // 4 + tl.arange(0, BLOCK_N // 4)
+    if TURNED:
+        quad = tl.broadcast_to(quads[:, None], (BLOCK_N // 4, BLOCK_M))
+        query = tl.broadcast_to(offs_m[None, :], (BLOCK_N // 4, BLOCK_M))
+    else:
+        quad = tl.broadcast_to(quads[None, :], (BLOCK_M, BLOCK_N // 4))
+        query = tl.broadcast_to(offs_m[:, None], (BLOCK_M, BLOCK_N // 4))
+    r0, r1, r2, r3 = tl.philox(tl.load(seed_ptr), quad, query, quad * 0 + row.to(tl.int32), quad * 0 + head)
+    even = tl.join(r0.to(tl.int32, bitcast=True), r2.to(tl.int32, bitcast=True))
+    odd = tl.join(r1.to(tl.int32, bitcast=True), r3.to(tl.int32, bitcast=True))
+    keep = tl.join(even, odd) >= threshold  # the two new dimensions count keys 0 to 3
+    if TURNED:
+        keep = tl.reshape(tl.permute(keep, (0, 2, 3, 1)), (BLOCK_N, BLOCK_M))
+    else:
+        keep = tl.reshape(keep, (BLOCK_M, BLOCK_N))
+    return keep
+
+
+def dropout_scalars(dropout_p: float) -> tuple[int, float]:
+    """(what a random int32 must reach for its weight to be kept, what kept weights are multiplied by)."""
+    return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - dropout_p)
+
+
+@triton.jit
+def _rows(ptr, first, stride, BLOCK: tl.constexpr):
+    """Pointers (BLOCK, 1) to rows first ... of a matrix. Inside a block 32 bits do: see `rows_contiguous`."""
+    return ptr + first.to(tl.int64) * stride + (tl.arange(0, BLOCK) * stride)[:, None]
+
+
+@triton.jit
+def _load_rows(ptrs, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """A (rows, BLOCK_D) tile; with a mask on rows where MASKED, on columns only where the head size is padded."""
+    if MASKED and D != BLOCK_D:
+        tile = tl.load(ptrs, mask=mask_row[:, None] & (offs_d[None, :] < D), other=0.0)
+    elif MASKED:
+        tile = tl.load(ptrs, mask=mask_row[:, None], other=0.0)
+    elif D != BLOCK_D:
+        tile = tl.load(ptrs, mask=offs_d[None, :] < D, other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def _store_rows(ptrs, value, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    value = value.to(ptrs.dtype.element_ty)
+    if D == BLOCK_D:
+        tl.store(ptrs, value, mask=mask_row[:, None])
+    else:
+        tl.store(ptrs, value, mask=mask_row[:, None] & (offs_d[None, :] < D))
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x (B, T, C) itself if the kernels can read it: unit stride in a row, offsets inside a tile that fit 32 bits."""
+    return x if x.stride(2) == 1 and x.stride(1) < 2**31 // 128 else x.contiguous()
+
+
+def variant(dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: bool = False) -> str:
+    """Which rows of the table: bits of an element and the padded head size, "16x64" ... "64x128"; what takes registers
+    beside: " bounded" (documents or a window), " dropout" (with or without them)."""
+    more = " dropout" if dropout else " bounded" if bounded else ""
+    return f"{torch.finfo(dtype).bits}x{128 if head_size > 64 else 64}{more}"
+
+
+def block_d(head_size: int) -> int:
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def refuse(op_name: str, toggle: str, argument: str, value: object, allowed: str) -> NoReturn:
+    raise ValueError(f"{op_name}: {argument} is {value}, allowed is {allowed} (toggle: {toggle}='torch')")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def check_heads(op_name: str, toggle: str, qkv: Tensor, n_head: int, scale: float | None) -> int:
+    """The head size. Raises ValueError unless qkv is (B, T, 3*C) with heads of 16 to 128, and scale positive."""
+    if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
+        shape = f"of shape {tuple(qkv.shape)} with n_head {n_head}"
+        refuse(op_name, toggle, "qkv", shape, "(B, T, 3 * n_head * head size)")
+    head_size = qkv.shape[2] // (3 * n_head)
+    if not 16 <= head_size <= 128:
+        refuse(op_name, toggle, "the head size", head_size, "16 to 128")
+    if scale is not None and not 0 < scale < math.inf:
+        refuse(op_name, toggle, "scale", scale, "a positive number")
+    return head_size

@@ -1,0 +1,179 @@
+"""Cross-entropy of rows of logits, and its gradient written over them: the kernel under `linear_cross_entropy`.
+
+    lse = log sum_c exp(x_c),   loss = lse - (1 - s) x_t - s/V sum_c x_c + z lse^2
+    dx_c = scale ((1 + 2 z lse) exp(x_c - lse) - (1 - s) [c = t] - s/V)        t target, s label_smoothing, z z_loss
+
+Shapes: logits x (R, V) with a row stride padded to whole vectors of 16 bytes; targets, losses (R,); scale (R,) or (1,).
+HBM traffic, e bytes an element: the row is read once from memory and once more out of L2, backwards, and written once:
+2 V e bytes a row, V e without the gradient.
+Numerics: statistics in fp32 (fp64 in fp64) in base 2, an online maximum per lane, merged once at the end of the row.
+
+GPT-2's vocabulary, 50257, is odd: a mask that ends there forbids every access wider than one element. Masks here end at
+the padded stride, and the columns beyond V are dropped after the load.
+
+Source: Milakov and Gimelshein 2018 (arXiv 1805.02867), online softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # finite: a lane that has seen only padding must not compute inf - inf
+
+
+@triton.jit
+def _online_softmax(x, m_i, l_i):
+    """One block x (LANES, VECTOR) into each lane's maximum m_i and sum l_i of exp(x - m_i)."""
+    m_new = tl.maximum(m_i, tl.max(x, 1))
+    return m_new, l_i * tl.exp2((m_i - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new[:, None]) * LOG2E), 1)
+
+
+@triton.jit
+def _gradient(x, m, log2_l, softmax_scale, uniform, target_scale, target, offs_v, has_target):
+    """softmax_scale * softmax(x) - uniform, less target_scale at the target, which few blocks hold."""
+    dx = tl.exp2((x - m) * LOG2E - log2_l) * softmax_scale - uniform
+    if has_target:
+        dx -= tl.where(offs_v == target, target_scale, 0.0)
+    return dx
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, targets_ptr, scale_ptr, losses_ptr, stride_logitsn, stride_scalen, V,
+    IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One row a program. A lane owns VECTOR neighbours, 16 bytes, of each block, and keeps their maximum and sum."""
+    ACC = losses_ptr.dtype.element_ty
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    n = tl.program_id(0)
+    row_ptr = logits_ptr + n.to(tl.int64) * stride_logitsn
+    offs = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    full = V // BLOCK_V  # blocks without a mask; the last one may be empty
+    offs_last = full * BLOCK_V + offs
+    mask_last = offs_last < stride_logitsn
+    target = tl.load(targets_ptr + n)
+    if (target < 0) | (target == IGNORE_INDEX):
+        tl.store(losses_ptr + n, 0.0)
+        if WRITE_GRAD:
+            zeros = tl.zeros((LANES, VECTOR), logits_ptr.dtype.element_ty)
+            for block in range(0, full):
+                tl.store(row_ptr + (block * BLOCK_V + offs), zeros)
+            tl.store(row_ptr + offs_last, zeros, mask=mask_last)
+    else:
+        in_range = target < V
+        target_logit = tl.load(row_ptr + target, mask=in_range, other=float("nan")).to(ACC)
+        m_i = tl.full((LANES,), LOWEST, ACC)
+        l_i = tl.zeros((LANES,), ACC)
+        sum_i = tl.zeros((LANES,), ACC)
+        for block in range(0, full):
+            x = tl.load(row_ptr + (block * BLOCK_V + offs)).to(ACC)
+            m_i, l_i = _online_softmax(x, m_i, l_i)
+            if LABEL_SMOOTHING != 0:
+                sum_i += tl.sum(x, 1)
+        x = tl.load(row_ptr + offs_last, mask=mask_last, other=0.0).to(ACC)
+        x_last = tl.where(offs_last < V, x, float("-inf"))
+        m_i, l_i = _online_softmax(x_last, m_i, l_i)
+        if LABEL_SMOOTHING != 0:
+            sum_i += tl.sum(tl.where(offs_last < V, x, 0.0), 1)
+        m = tl.max(m_i, 0)
+        log2_l = tl.log2(tl.sum(l_i * tl.exp2((m_i - m) * LOG2E), 0))
+        # The maximum is taken off first, everywhere: lse would round at the size of the logits.
+        loss = (m - target_logit) + log2_l * LN2
+        lse = m + log2_l * LN2
+        if LABEL_SMOOTHING != 0:
+            loss += LABEL_SMOOTHING * (target_logit - tl.sum(sum_i, 0) / V)
+        if Z_LOSS != 0:
+            loss += Z_LOSS * lse * lse
+        tl.store(losses_ptr + n, loss)
+        if WRITE_GRAD:
+            dtype = logits_ptr.dtype.element_ty
+            scale = tl.load(scale_ptr + n * stride_scalen)
+            scale = tl.where(in_range, scale, float("nan"))
+            softmax_scale = scale * (1.0 + 2.0 * Z_LOSS * lse)
+            target_scale = scale * (1.0 - LABEL_SMOOTHING)
+            uniform = scale * LABEL_SMOOTHING / V
+            column = tl.where(in_range, target, -1).to(tl.int32)
+            # Backwards: what was read last is what the caches still hold. x_last is still in registers.
+            has_target = column >= full * BLOCK_V
+            dx = _gradient(x_last, m, log2_l, softmax_scale, uniform, target_scale, column, offs_last, has_target)
+            tl.store(row_ptr + offs_last, dx.to(dtype), mask=mask_last)
+            for i in range(0, full):
+                start = (full - 1 - i) * BLOCK_V
+                offs_v = start + offs
+                x = tl.load(row_ptr + offs_v).to(ACC)
+                has_target = (column >= start) & (column < start + BLOCK_V)
+                dx = _gradient(x, m, log2_l, softmax_scale, uniform, target_scale, column, offs_v, has_target)
+                tl.store(row_ptr + offs_v, dx.to(dtype))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _inverse_count_kernel(targets_ptr, inverse_ptr, N, IGNORE_INDEX: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program: N integers are few, and one program adds in one order."""
+    count = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        targets = tl.load(targets_ptr + offs_n, mask=offs_n < N, other=-1)
+        count += ((targets >= 0) & (targets != IGNORE_INDEX)).to(tl.int32)
+    tl.store(inverse_ptr, 1.0 / tl.maximum(tl.sum(count, 0), 1).to(inverse_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _total_kernel(losses_ptr, factor_ptr, total_ptr, N, BLOCK_N: tl.constexpr):
+    total = tl.zeros((BLOCK_N,), losses_ptr.dtype.element_ty)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        total += tl.load(losses_ptr + offs_n, mask=offs_n < N, other=0.0)
+    tl.store(total_ptr, tl.sum(total, 0) * tl.load(factor_ptr))
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of losses, scales and sums for logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def padded_vocab(V: int) -> int:
+    """Row stride of the logits in elements: V rounded up to 64."""
+    return triton.cdiv(V, 64) * 64
+
+
+def cross_entropy_(
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    losses: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    write_grad: bool,
+) -> None:
+    """Fills losses (R,) and, where `write_grad`, replaces logits (R, V) by gradients times scale, (R,) or (1,)."""
+    R, V = logits.shape
+    bits = 8 * logits.element_size()
+    _cross_entropy_kernel[(R,)](
+        logits, targets, scale, losses, logits.stride(0), 1 if scale.shape[0] == R else 0, V,
+        ignore_index, label_smoothing, z_loss, write_grad,
+        VECTOR=128 // bits, **_launch.config("cross_entropy", logits.device, str(bits)),
+    )  # fmt: skip
+
+
+def inverse_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """1 / max(1, number of targets that are neither negative nor ignore_index), as a tensor (1,)."""
+    inverse = torch.empty(1, dtype=dtype, device=targets.device)
+    options = _launch.config("loss_total", targets.device)
+    _inverse_count_kernel[(1,)](targets, inverse, targets.shape[0], ignore_index, **options)
+    return inverse
+
+
+def total(losses: Tensor, factor: Tensor) -> Tensor:
+    """factor * sum of losses (R,), as a scalar, in a fixed order."""
+    result = torch.empty((), dtype=losses.dtype, device=losses.device)
+    _total_kernel[(1,)](losses, factor, result, losses.shape[0], **_launch.config("loss_total", losses.device))
+    return result

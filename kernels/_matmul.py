@@ -1,0 +1,48 @@
+"""Products of 16-bit matrices that stay in fp32: out = a @ b, or out += a @ b.
+
+Tensor cores sum in fp32. PyTorch hands those sums out on GPUs from 2.8 on (out_dtype), and later adds them to an fp32
+matrix. Where it has no such product, the interpreter's CPU for one, an operator `fastgpt2::upcast_matmul` stands in:
+slow, but one operator that reads a and b and writes out, so that who counts traffic counts what a GPU would move.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _launch
+
+PIECE = 4096  # rows of `out` at a time where something must be held beside them
+
+
+def matmul_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (M, N) = or, where `add`, += a (M, K) @ b (K, N); out has a's dtype, or is fp32 where that has 16 bits."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif not add:
+        _widening_matmul(a, b, out)
+    elif _launch.mixed_matmul(out.device) == "addmm":
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        for m in range(0, out.shape[0], PIECE):
+            piece = torch.empty_like(out[m : m + PIECE])
+            _widening_matmul(a[m : m + PIECE], b, piece)
+            out[m : m + PIECE] += piece
+
+
+def _widening_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if _launch.mixed_matmul(out.device):
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    else:
+        torch.ops.fastgpt2.upcast_matmul(a, b, out=out)
+
+
+def _upcast_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    b = b.to(out.dtype)
+    for m in range(0, out.shape[0], PIECE):
+        torch.mm(a[m : m + PIECE].to(out.dtype), b, out=out[m : m + PIECE])
+
+
+_LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
+_LIBRARY.define("upcast_matmul(Tensor a, Tensor b, *, Tensor(a!) out) -> ()")
+_LIBRARY.impl("upcast_matmul", _upcast_matmul, "CompositeExplicitAutograd")

@@ -1,0 +1,362 @@
+"""Causal multi-head attention on packed qkv: flash attention that reads c_attn's output as it lies.
+
+    s[t, j] = scale * q[t] . k[j] where j <= t (and t - window < j, and j is in t's document), else -inf
+    out = dropout(softmax(s)) v,   lse[t] = log2(sum over j of exp(s[t, j]))
+
+qkv (B, T, 3*C) = (B, T, [q | k | v], H, D), by strides -> out (B, T, C), and lse (B, H, T) in float32 for backward.
+
+HBM traffic: q, k, v are read once, out and lse written once; tiles read k and v again, from L2. One launch.
+Numerics: products and the softmax's state in float32 (float64 for float64 inputs), p rounded once before p v, out once
+at the end. A query that sees nothing gives 0 and a finite lse.
+Tiles: one program takes two tiles of BLOCK_M queries of one head, so that each tile of k and v is read for both and the
+first one stops at the diagonal. They walk the run of key tiles that they see: masked at its far end (window or
+document), without a mask in the middle, masked on the diagonal (_attention_tiles.py). Heaviest tiles first.
+
+Sources: FlashAttention-2 (arXiv 2307.08691); Philox (Salmon et al., SC 2011).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._attention_tiles import (
+    _first_keys,
+    _keep,
+    _key_tiles,
+    _load_rows,
+    _rows,
+    _span,
+    _store_rows,
+    block_d,
+    check_heads,
+    describe,
+    dropout_scalars,
+    refuse,
+    rows_contiguous,
+    variant,
+)
+from ._op import check_dtypes, op
+from .attention_backward import causal_attention_bwd_op
+
+OP = "causal_attention"
+TOGGLE = "attention"
+
+
+def causal_attention_reference(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """qkv (B, T, 3*C) -> (B, T, C). keep (B, H, T, T): dropout's factors, 0 or 1 / (1 - p)."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.reshape(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = visible(B, T, cu_seqlens, window, qkv.device)
+    p = torch.softmax(s.masked_fill(~seen, -math.inf), -1)
+    p = p.masked_fill(~seen, 0.0)  # softmax makes NaN of a row that sees nothing
+    if keep is not None:
+        p = p * keep
+    return (p @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def visible(
+    B: int, T: int, cu_seqlens: Tensor | None = None, window: int | None = None, device: torch.device | None = None
+) -> Tensor:
+    """True where query t sees key j: (1, 1, T, T), or (B, 1, T, T) with documents."""
+    t = torch.arange(T, device=device)
+    seen = (t[:, None] >= t[None, :])[None, None]
+    if window is not None:
+        seen = seen & (t[:, None] - t[None, :] < window)
+    if cu_seqlens is not None:
+        tokens = torch.arange(B * T, device=device, dtype=cu_seqlens.dtype)
+        document = torch.searchsorted(cu_seqlens, tokens, right=True).view(B, 1, T)  # 0: before the first one
+        inside = (document > 0) & (document < cu_seqlens.numel())
+        seen = seen & (document[..., :, None] == document[..., None, :]) & inside[..., :, None]
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------- kernel
+
+
+@triton.jit
+def _attend(
+    q,
+    k,
+    v,
+    m_i,
+    l_i,
+    acc,
+    offs_m,
+    key,
+    first_keys,
+    scale_log2,
+    seed_ptr,
+    row,
+    head,
+    dropout_threshold,
+    MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The online softmax's step: queries q (M, D) meet the tile of keys and values k, v (N, D) that starts at `key`."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        offs_n = key + tl.arange(0, BLOCK_N)
+        seen = offs_n[None, :] <= offs_m[:, None]
+        if BOUNDED:
+            seen = seen & (offs_n[None, :] >= first_keys[:, None])
+        s = tl.where(seen, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    alpha = tl.exp2(m_i - m_new)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if seed_ptr is not None:
+        p = tl.where(_keep(seed_ptr, row, head, offs_m, key, dropout_threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, l_i, acc
+
+
+@triton.jit
+def _finish(
+    out_ptr,
+    lse_ptr,
+    m_i,
+    l_i,
+    acc,
+    offs_m,
+    start,
+    sees,
+    T,
+    C,
+    factor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Divides by the softmax's sum and stores queries start ... of one head: out 0 and lse 0 where nothing is seen."""
+    sees = sees & (l_i > 0.0)
+    lse = tl.where(sees, m_i + tl.log2(tl.where(sees, l_i, 1.0)), 0.0)
+    out = acc * tl.where(sees, factor / tl.where(sees, l_i, 1.0), 0.0)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)
+    _store_rows(_rows(out_ptr, start, C, BLOCK_M) + offs_d[None, :], out, offs_m < T, offs_d, D, BLOCK_D)
+    tl.store(lse_ptr + offs_m, lse, mask=offs_m < T)
+
+
+@triton.jit(do_not_specialize=["T", "n_documents", "window", "dropout_threshold"])
+def _attention_fwd_kernel(
+    qkv_ptr,
+    cu_ptr,
+    seed_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qt,
+    T,
+    H,
+    n_documents,
+    window,
+    dropout_threshold,
+    dropout_scale: tl.float64,
+    scale: tl.float64,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tl.static_assert(
+        BLOCK_M % BLOCK_N == 0, "BLOCK_N must divide BLOCK_M: the two tiles of queries part on a tile's edge"
+    )
+    BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
+    ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
+    n_tiles = tl.cdiv(T, 2 * BLOCK_M)
+    start = (n_tiles - 1 - tl.program_id(0) % n_tiles) * (2 * BLOCK_M)  # the last queries see the most keys
+    row = (tl.program_id(0) // n_tiles).to(tl.int64)
+    head = tl.program_id(1)
+    C = H * D
+    qkv_ptr += row * stride_qb + head * D
+    out_ptr += row * T * C + head * D
+    lse_ptr += (row * H + head) * T
+
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_0 = start + tl.arange(0, BLOCK_M)
+    offs_1 = offs_0 + BLOCK_M
+    q_0 = _load_rows(_rows(qkv_ptr, start, stride_qt, BLOCK_M) + offs_d[None, :], offs_0 < T, offs_d, D, BLOCK_D, True)
+    q_1 = _load_rows(
+        _rows(qkv_ptr, start + BLOCK_M, stride_qt, BLOCK_M) + offs_d[None, :], offs_1 < T, offs_d, D, BLOCK_D, True
+    )
+    first_0 = _first_keys(offs_0, row, T, cu_ptr, n_documents, window)
+    first_1 = _first_keys(offs_1, row, T, cu_ptr, n_documents, window)
+    sees_0, nearest, farthest, stop = _span(offs_0, first_0, start + BLOCK_M, T, BOUNDED)
+    sees_1, nearest_1, farthest_1, stop_1 = _span(offs_1, first_1, start + 2 * BLOCK_M, T, BOUNDED)
+    stop = tl.maximum(stop, stop_1)
+    a, b, c, d, e = _key_tiles(
+        start, start + BLOCK_M, stop, tl.minimum(nearest, nearest_1), tl.maximum(farthest, farthest_1), BLOCK_N
+    )
+
+    scale_log2 = tl.full((), scale, ACC) * 1.4426950408889634
+    # The lowest finite number and not -inf: a row that sees nothing yet would get -inf - -inf = NaN.
+    m_0 = tl.full((BLOCK_M,), -3.4028234663852886e38, ACC)
+    l_0 = tl.zeros((BLOCK_M,), ACC)
+    acc_0 = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    m_1, l_1, acc_1 = m_0, l_0, acc_0
+    k_ptr = qkv_ptr + C + (a * BLOCK_N).to(tl.int64) * stride_qt
+    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + offs_d[None, :]
+    for part in tl.static_range(4):
+        if BOUNDED or part > 0:
+            first_tile = a if part == 0 else (b if part == 1 else (c if part == 2 else d))
+            last_tile = b if part == 0 else (c if part == 1 else (d if part == 2 else e))
+            for tile in range(first_tile, last_tile):
+                key = tile * BLOCK_N
+                mask_n = key + tl.arange(0, BLOCK_N) < T
+                k = _load_rows(k_ptr + offsets, mask_n, offs_d, D, BLOCK_D, part > 1)
+                v = _load_rows(k_ptr + C + offsets, mask_n, offs_d, D, BLOCK_D, part > 1)
+                if part < 3:
+                    m_0, l_0, acc_0 = _attend(
+                        q_0, k, v, m_0, l_0, acc_0, offs_0, key, first_0, scale_log2, seed_ptr, row, head,
+                        dropout_threshold, part != 1, BOUNDED, PRECISION, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                m_1, l_1, acc_1 = _attend(
+                    q_1, k, v, m_1, l_1, acc_1, offs_1, key, first_1, scale_log2, seed_ptr, row, head,
+                    dropout_threshold, part == 3 or (BOUNDED and part != 1), BOUNDED, PRECISION, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                k_ptr += BLOCK_N * stride_qt
+
+    factor = tl.full((), dropout_scale, ACC)
+    _finish(out_ptr, lse_ptr, m_0, l_0, acc_0, offs_0, start, sees_0, T, C, factor, D, BLOCK_D, BLOCK_M)
+    _finish(out_ptr, lse_ptr, m_1, l_1, acc_1, offs_1, start + BLOCK_M, sees_1, T, C, factor, D, BLOCK_D, BLOCK_M)
+
+
+# --------------------------------------------------------------------------------------------- fakes and launchers
+
+
+def causal_attention_fwd(
+    qkv: Tensor,
+    n_head: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    """qkv (B, T, 3*C) -> out (B, T, C), lse (B, H, T)."""
+    out, lse = _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32)
+    B, T, C = out.shape
+    if out.numel() == 0:
+        return out, lse
+    D = C // n_head
+    qkv = rows_contiguous(qkv)
+    bounded = cu_seqlens is not None or window is not None
+    config = _launch.config("attention_fwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
+    _attention_fwd_kernel[(triton.cdiv(T, 2 * config["BLOCK_M"]) * B, n_head)](
+        qkv,
+        cu_seqlens,
+        seed,
+        out,
+        lse,
+        *qkv.stride()[:2],
+        T,
+        n_head,
+        0 if cu_seqlens is None else cu_seqlens.numel() - 1,
+        window,
+        *dropout_scalars(dropout_p),
+        scale,
+        D=D,
+        BLOCK_D=block_d(D),
+        PRECISION="tf32" if tf32 else "ieee",
+        **config,
+    )
+    return out, lse
+
+
+def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
+    B, T, C3 = qkv.shape
+    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=statistics)
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32 = inputs
+    ctx.save_for_backward(qkv, *output, seed, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 8
+    qkv, out, lse, seed, cu_seqlens = ctx.saved_tensors
+    dqkv = causal_attention_bwd_op(dout, qkv, out, lse, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32)
+    return dqkv, *(None,) * 7
+
+
+_causal_attention = op(causal_attention_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------- public
+
+
+def causal_attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    tf32: bool = False,
+) -> Tensor:
+    """qkv (B, T, 3*C) = [q | k | v] -> (B, T, C), C = n_head * head size; any T, head sizes 16 to 128.
+
+    scale: what q.k is multiplied by, 1 / sqrt(head size) by default.
+    dropout_p: probability to drop a weight of the softmax. seed: int64 tensor of one element on qkv's device that the
+        mask is a function of; drawn from torch's generator of the device where None.
+    cu_seqlens: int32 (n_documents + 1,), rising: where each document starts in the B*T flattened tokens, and where the
+        last one ends. Tokens see their own document in their own row; tokens outside all documents get 0.
+    window: a token sees itself and the window - 1 tokens before it.
+    tf32: float32 products on tensor cores, 10 bits of mantissa.
+    """
+    check_dtypes(OP, TOGGLE, qkv=qkv)
+    _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=qkv.device)
+    if scale is None:
+        scale = (qkv.shape[2] // (3 * n_head)) ** -0.5
+    return _causal_attention(qkv, n_head, float(scale), float(dropout_p), seed, cu_seqlens, window, tf32)[0]
+
+
+def _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window):
+    check_heads(OP, TOGGLE, qkv, n_head, scale)
+    if not 0 <= dropout_p < 1:
+        refuse(OP, TOGGLE, "dropout_p", dropout_p, "0 <= dropout_p < 1")
+    if window is not None and window < 1:
+        refuse(OP, TOGGLE, "window", window, "None or at least 1")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != qkv.device):
+        refuse(OP, TOGGLE, "seed", describe(seed), f"one int64 on {qkv.device}")
+    if cu_seqlens is not None and not (
+        cu_seqlens.dtype == torch.int32
+        and cu_seqlens.dim() == 1
+        and cu_seqlens.numel() > 1
+        and cu_seqlens.is_contiguous()
+        and cu_seqlens.device == qkv.device
+    ):
+        refuse(OP, TOGGLE, "cu_seqlens", describe(cu_seqlens), f"contiguous int32 (n_documents + 1,) on {qkv.device}")

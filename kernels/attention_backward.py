@@ -1,0 +1,365 @@
+"""Gradient of causal attention on packed qkv, for attention.py: dqkv from dout, qkv, out and lse.
+
+    delta[t] = out[t] . dout[t]      p = exp2(s * log2(e) - lse)      keep: dropout's factors, 0 or 1 / (1 - dropout_p)
+    dv = (p * keep)^T dout      ds = p * (keep * dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
+
+dout, out (B, T, C), qkv (B, T, 3*C) by strides, lse (B, H, T) -> dqkv (B, T, 3*C), packed, each element written once.
+
+HBM traffic: out and dout once for delta; then qkv and dout once, dqkv once. Two launches: delta, and one grid whose
+programs each own either a tile of keys (dk, dv) or a tile of queries (dq). Nothing is summed across programs, so there
+are no atomics and the result is bitwise the same every time; the price is s and dp computed twice.
+Numerics: as forward. p is set to 0 *after* exp2 where it is masked, so that no inf or NaN of a masked score survives.
+
+Sources: FlashAttention-2 (arXiv 2307.08691), p from lse; FlexAttention (arXiv 2412.05496), one grid for both halves.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._attention_tiles import (
+    _first_keys,
+    _keep,
+    _key_tiles,
+    _last_queries,
+    _load_rows,
+    _query_tiles,
+    _rows,
+    _span,
+    _store_rows,
+    block_d,
+    dropout_scalars,
+    rows_contiguous,
+    variant,
+)
+from ._op import op
+
+
+@triton.jit(do_not_specialize=["T"])
+def _attention_delta_kernel(
+    out_ptr,
+    dout_ptr,
+    delta_ptr,
+    stride_ob,
+    stride_ot,
+    T,
+    H,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    start = tl.program_id(0) % n_tiles * BLOCK_M
+    row = (tl.program_id(0) // n_tiles).to(tl.int64)
+    head = tl.program_id(1)
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < T
+    out_ptrs = _rows(out_ptr + row * T * (H * D) + head * D, start, H * D, BLOCK_M) + offs_d[None, :]
+    dout_ptrs = _rows(dout_ptr + row * stride_ob + head * D, start, stride_ot, BLOCK_M) + offs_d[None, :]
+    out = _load_rows(out_ptrs, mask_m, offs_d, D, BLOCK_D, True).to(ACC)
+    dout = _load_rows(dout_ptrs, mask_m, offs_d, D, BLOCK_D, True).to(ACC)
+    tl.store(delta_ptr + (row * H + head) * T + offs_m, tl.sum(out * dout, 1), mask=mask_m)
+
+
+@triton.jit
+def _dot_minus(a, b, c, PRECISION: tl.constexpr):
+    """a b^T - c: the sum starts at -c, which saves the subtraction."""
+    start = tl.broadcast_to(-c, (a.shape[0], b.shape[0]))
+    return tl.dot(a, tl.trans(b), start, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_vector(ptrs, mask, MASKED: tl.constexpr):
+    if MASKED:
+        vector = tl.load(ptrs, mask=mask, other=0.0)
+    else:
+        vector = tl.load(ptrs)
+    return vector
+
+
+@triton.jit
+def _dkv_tile(
+    qkv_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_ptr,
+    seed_ptr,
+    dqkv_ptr,
+    stride_qt,
+    stride_ot,
+    first_key,
+    row,
+    head,
+    T,
+    C,
+    n_documents,
+    window,
+    dropout_threshold,
+    dropout_scale,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk, dv of one tile of keys; products are (keys, queries). The pointers point at one head of one row."""
+    BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
+    ACC: tl.constexpr = scale.dtype
+    offs_n = first_key + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < T
+    k_ptrs = _rows(qkv_ptr + C, first_key, stride_qt, BLOCK_N) + offs_d[None, :]
+    k = _load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, True)
+    v = _load_rows(k_ptrs + C, mask_n, offs_d, D, BLOCK_D, True)
+
+    last_queries = _last_queries(offs_n, row, T, cu_ptr, n_documents, window)
+    start, nearest, farthest = first_key, T - 1, T - 1
+    if BOUNDED:
+        seen_at_all = mask_n & (last_queries >= offs_n)
+        nearest = tl.min(tl.where(seen_at_all, last_queries, T - 1), 0)
+        farthest = tl.max(tl.where(seen_at_all, last_queries, -1), 0)
+        start = tl.min(tl.where(seen_at_all, offs_n, T), 0)
+    a, b, c, d = _query_tiles(start, first_key + BLOCK_N, nearest, farthest, BLOCK_M)
+
+    scale_log2 = scale * 1.4426950408889634
+    dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    q_ptr = qkv_ptr + (a * BLOCK_M).to(tl.int64) * stride_qt
+    dout_ptr += (a * BLOCK_M).to(tl.int64) * stride_ot
+    q_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_qt + offs_d[None, :]
+    dout_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_ot + offs_d[None, :]
+    for part in tl.static_range(3):
+        for tile in range(a if part == 0 else (b if part == 1 else c), b if part == 0 else (c if part == 1 else d)):
+            # Queries past T load as 0 with dout and delta 0: they add 0 to both sums.
+            offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            q = _load_rows(q_ptr + q_offsets, offs_m < T, offs_d, D, BLOCK_D, part != 1)
+            lse = _load_vector(lse_ptr + offs_m, offs_m < T, part != 1)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+            if part == 0 or (BOUNDED and part == 2):
+                seen = offs_n[:, None] <= offs_m[None, :]
+                if BOUNDED:
+                    seen = seen & (offs_m[None, :] <= last_queries[:, None])
+                p = tl.where(seen, p, 0.0)
+            dout = _load_rows(dout_ptr + dout_offsets, offs_m < T, offs_d, D, BLOCK_D, part != 1)
+            delta = _load_vector(delta_ptr + offs_m, offs_m < T, part != 1)
+            if seed_ptr is None:
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                ds = p * _dot_minus(v, dout, delta[None, :], PRECISION)
+            else:
+                keep = _keep(seed_ptr, row, head, offs_m, first_key, dropout_threshold, BLOCK_M, BLOCK_N, True)
+                kept = tl.where(keep, p * dropout_scale, 0.0)
+                dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                ds = kept * dp - p * delta[None, :]
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            q_ptr += BLOCK_M * stride_qt
+            dout_ptr += BLOCK_M * stride_ot
+
+    dk *= scale
+    if cu_ptr is not None:
+        dk = tl.where(seen_at_all[:, None], dk, 0.0)
+        dv = tl.where(seen_at_all[:, None], dv, 0.0)
+    dk_ptrs = _rows(dqkv_ptr + C, first_key, 3 * C, BLOCK_N) + offs_d[None, :]
+    _store_rows(dk_ptrs, dk, mask_n, offs_d, D, BLOCK_D)
+    _store_rows(dk_ptrs + C, dv, mask_n, offs_d, D, BLOCK_D)
+
+
+@triton.jit
+def _dq_tile(
+    qkv_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_ptr,
+    seed_ptr,
+    dqkv_ptr,
+    stride_qt,
+    stride_ot,
+    first_query,
+    row,
+    head,
+    T,
+    C,
+    n_documents,
+    window,
+    dropout_threshold,
+    dropout_scale,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq of one tile of queries; products are (queries, keys). The pointers point at one head of one row."""
+    BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
+    offs_m = first_query + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < T
+    q_ptrs = _rows(qkv_ptr, first_query, stride_qt, BLOCK_M) + offs_d[None, :]
+    dout_ptrs = _rows(dout_ptr, first_query, stride_ot, BLOCK_M) + offs_d[None, :]
+    q = _load_rows(q_ptrs, mask_m, offs_d, D, BLOCK_D, True)
+    dout = _load_rows(dout_ptrs, mask_m, offs_d, D, BLOCK_D, True)
+    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
+    delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+
+    first_keys = _first_keys(offs_m, row, T, cu_ptr, n_documents, window)
+    sees, nearest, farthest, stop = _span(offs_m, first_keys, first_query + BLOCK_M, T, BOUNDED)
+    a, b, c, _, d = _key_tiles(first_query, first_query + BLOCK_M, stop, nearest, farthest, BLOCK_N)
+
+    scale_log2 = scale * 1.4426950408889634
+    dq = tl.zeros((BLOCK_M, BLOCK_D), scale.dtype)
+    k_ptr = qkv_ptr + C + (a * BLOCK_N).to(tl.int64) * stride_qt
+    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + offs_d[None, :]
+    for part in tl.static_range(3):
+        if BOUNDED or part > 0:
+            for tile in range(a if part == 0 else (b if part == 1 else c), b if part == 0 else (c if part == 1 else d)):
+                offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                k = _load_rows(k_ptr + offsets, offs_n < T, offs_d, D, BLOCK_D, part == 2)
+                p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+                if part != 1:
+                    seen = offs_n[None, :] <= offs_m[:, None]
+                    if BOUNDED:
+                        seen = seen & (offs_n[None, :] >= first_keys[:, None])
+                    p = tl.where(seen, p, 0.0)
+                v = _load_rows(k_ptr + C + offsets, offs_n < T, offs_d, D, BLOCK_D, part == 2)
+                if seed_ptr is None:
+                    ds = p * _dot_minus(dout, v, delta[:, None], PRECISION)
+                else:
+                    key = tile * BLOCK_N
+                    keep = _keep(seed_ptr, row, head, offs_m, key, dropout_threshold, BLOCK_M, BLOCK_N, False)
+                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                    ds = p * (tl.where(keep, dp * dropout_scale, 0.0) - delta[:, None])
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+                k_ptr += BLOCK_N * stride_qt
+
+    dq *= scale
+    if cu_ptr is not None:
+        dq = tl.where(sees[:, None], dq, 0.0)
+    _store_rows(_rows(dqkv_ptr, first_query, 3 * C, BLOCK_M) + offs_d[None, :], dq, mask_m, offs_d, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["T", "n_documents", "window", "dropout_threshold"])
+def _attention_bwd_kernel(
+    qkv_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_ptr,
+    seed_ptr,
+    dqkv_ptr,
+    stride_qb,
+    stride_qt,
+    stride_ob,
+    stride_ot,
+    T,
+    H,
+    n_documents,
+    window,
+    dropout_threshold,
+    dropout_scale: tl.float64,
+    scale: tl.float64,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DKV_BLOCK_M: tl.constexpr,
+    DKV_BLOCK_N: tl.constexpr,
+    DQ_BLOCK_M: tl.constexpr,
+    DQ_BLOCK_N: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
+    n_dkv = tl.cdiv(T, DKV_BLOCK_N)
+    n_dq = tl.cdiv(T, DQ_BLOCK_M)
+    tile = tl.program_id(0) % (n_dkv + n_dq)
+    row = (tl.program_id(0) // (n_dkv + n_dq)).to(tl.int64)
+    head = tl.program_id(1)
+    C = H * D
+    qkv_ptr += row * stride_qb + head * D
+    dout_ptr += row * stride_ob + head * D
+    dqkv_ptr += row * T * (3 * C) + head * D
+    lse_ptr += (row * H + head) * T
+    delta_ptr += (row * H + head) * T
+    scale = tl.full((), scale, ACC)
+    dropout_scale = tl.full((), dropout_scale, ACC)
+    if tile < n_dkv:  # the first keys are seen by the most queries
+        _dkv_tile(
+            qkv_ptr, dout_ptr, lse_ptr, delta_ptr, cu_ptr, seed_ptr, dqkv_ptr, stride_qt, stride_ot,
+            tile * DKV_BLOCK_N, row, head, T, C, n_documents, window, dropout_threshold, dropout_scale, scale,
+            D, BLOCK_D, PRECISION, DKV_BLOCK_M, DKV_BLOCK_N,
+        )  # fmt: skip
+    else:  # the last queries see the most keys
+        _dq_tile(
+            qkv_ptr, dout_ptr, lse_ptr, delta_ptr, cu_ptr, seed_ptr, dqkv_ptr, stride_qt, stride_ot,
+            (n_dkv + n_dq - 1 - tile) * DQ_BLOCK_M, row, head, T, C, n_documents, window, dropout_threshold,
+            dropout_scale, scale, D, BLOCK_D, PRECISION, DQ_BLOCK_M, DQ_BLOCK_N,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- fakes and launchers
+
+
+def causal_attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    tf32: bool,
+) -> Tensor:
+    """dout (B, T, C), qkv (B, T, 3*C), out (B, T, C), lse (B, H, T) -> dqkv (B, T, 3*C)."""
+    dqkv = _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32)
+    B, T, C = out.shape
+    if out.numel() == 0:
+        return dqkv
+    D = C // n_head
+    qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
+    sizes = dict(D=D, BLOCK_D=block_d(D))
+    delta = torch.empty_like(lse)
+    config = _launch.config("attention_delta", qkv.device, variant(qkv.dtype, D))
+    _attention_delta_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B, n_head)](
+        out, dout, delta, *dout.stride()[:2], T, n_head, **sizes, **config
+    )
+    bounded = cu_seqlens is not None or window is not None
+    config = _launch.config("attention_bwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
+    tiles = triton.cdiv(T, config["DKV_BLOCK_N"]) + triton.cdiv(T, config["DQ_BLOCK_M"])
+    _attention_bwd_kernel[(tiles * B, n_head)](
+        qkv,
+        dout,
+        lse,
+        delta,
+        cu_seqlens,
+        seed,
+        dqkv,
+        *qkv.stride()[:2],
+        *dout.stride()[:2],
+        T,
+        n_head,
+        0 if cu_seqlens is None else cu_seqlens.numel() - 1,
+        window,
+        *dropout_scalars(dropout_p),
+        scale,
+        **sizes,
+        PRECISION="tf32" if tf32 else "ieee",
+        **config,
+    )
+    return dqkv
+
+
+def _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
+    return qkv.new_empty(qkv.shape)
+
+
+causal_attention_bwd_op = op(causal_attention_bwd, _bwd_fake, toggle="attention")

@@ -1,0 +1,275 @@
+"""One new token's attention over the KV cache, which the same launch appends its k and v to.
+
+    cache[0, b, h, lengths[b]] = k[b, h],   cache[1, b, h, lengths[b]] = v[b, h]
+    s[j] = scale * q . cache[0, b, h, j] for j <= lengths[b],   out = softmax(s) cache[1, b, h]
+
+qkv (B, 1, 3*C) = (B, 1, [q | k | v], H, D), cache (2, B, H, S, D) = [keys | values], lengths (B,) -> out (B, 1, C).
+
+HBM traffic: the part of the cache that is filled and qkv are read once, k, v and out written once. The tokens of a head
+are split over programs, as many as fill the GPU, a number that depends on shapes alone, so that a CUDA graph holds for
+every length; how many tokens each takes follows from the length, on the device. Splits leave an output and its lse in
+float32, D + 1 numbers, that a second launch merges; with one split there is one launch.
+Numerics: products and the softmax's state in float32 (float64 for float64 inputs), one rounding at the store.
+Tiles: every row of a tile keeps a softmax of its own (maximum, sum, sum of values) until the end, so that threads
+exchange nothing in the loop but the products q . k. The new token is not read from the cache: the first split, which
+writes it there, takes it from qkv.
+
+Sources: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); FlashAttention-2 (arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, variant
+from ._op import check_dtypes, op
+
+OP = "decode_attention"
+TOGGLE = "attention"
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: rows that have seen nothing meet without inf - inf
+
+
+def decode_attention_reference(
+    qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, *, scale: float | None = None
+) -> Tensor:
+    """qkv (B, 1, 3*C), cache (2, B, H, S, D), changed in place, lengths (B,) -> (B, 1, C)."""
+    B, _, C3 = qkv.shape
+    q, k, v = qkv.reshape(B, 3, n_head, 1, C3 // (3 * n_head)).unbind(1)  # (B, H, 1, D) each
+    place = torch.arange(cache.shape[3], device=cache.device)
+    seen = (place < lengths[:, None])[:, None, :, None]  # (B, 1, S, 1)
+    keys, values = (torch.cat((c.masked_fill(~seen, 0.0), new), 2) for c, new in zip(cache, (k, v), strict=True))
+    s = (keys @ q.mT).squeeze(3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    visible = torch.cat((seen, seen.new_ones(B, 1, 1, 1)), 2).squeeze(3)  # the last one is the token itself
+    p = torch.softmax(s.masked_fill(~visible, float("-inf")), -1)
+    here = (place == lengths[:, None])[:, None, :, None]
+    cache.copy_(torch.where(here, torch.stack((k, v)), cache))
+    return (p[:, :, None] @ values).reshape(B, 1, C3 // 3)
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _meet(s, v, m_i, l_i, acc):
+    """The online softmax's step, row by row: weights exp2(s) (N,), values v (N, D) or (1, D)."""
+    m_new = tl.maximum(m_i, s)
+    alpha = tl.exp2(m_i - m_new)
+    p = tl.exp2(s - m_new)
+    return m_new, l_i * alpha + p, acc * alpha[:, None] + p[:, None] * v
+
+
+@triton.jit
+def _finish(m_i, l_i, acc):
+    """The rows' softmaxes as one: values (D,), and log2 of the sum of weights."""
+    m = tl.max(m_i, 0)
+    w = tl.exp2(m_i - m)
+    total = tl.sum(l_i * w, 0)
+    total = tl.where(total > 0.0, total, 1.0)  # a split without tokens, which is not stored
+    return tl.sum(acc * w[:, None], 0) / total, m + tl.log2(total)
+
+
+@triton.jit
+def _split_size(length, n_splits, S, BLOCK_N: tl.constexpr):
+    """(tokens that the cache holds, how many of them each split takes)."""
+    cached = tl.minimum(tl.maximum(length, 0), S)
+    return cached, tl.maximum(tl.cdiv(tl.cdiv(cached, BLOCK_N), n_splits), 1) * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["S", "n_splits"])
+def _decode_attention_kernel(
+    qkv_ptr,
+    cache_ptr,
+    lengths_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_cw,
+    stride_cb,
+    stride_ch,
+    stride_cs,
+    S,
+    H,
+    n_splits,
+    scale: tl.float64,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Split `split` of one head: out (B, H, n_splits, D) and lse (B, H, n_splits); one split is not merged: no lse."""
+    ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
+    split = tl.program_id(0) % n_splits
+    row = (tl.program_id(0) // (n_splits * H)).to(tl.int64)
+    head = tl.program_id(0) // n_splits % H
+    length = tl.load(lengths_ptr + row)
+    cached, size = _split_size(length, n_splits, S, BLOCK_N)
+    first = split * size
+    last = tl.minimum(first + size, cached)
+    is_first = split == 0
+    qkv_ptr += row * stride_qb + head * D
+    cache_ptr += row * stride_cb + head.to(tl.int64) * stride_ch
+
+    offs_d = tl.arange(0, BLOCK_D)
+    q = tl.load(qkv_ptr + offs_d, mask=offs_d < D, other=0.0).to(ACC) * (tl.full((), scale, ACC) * 1.4426950408889634)
+    mask_new = offs_d < tl.where(is_first, D, 0)
+    k_new = tl.load(qkv_ptr + H * D + offs_d, mask=mask_new, other=0.0)
+    v_new = tl.load(qkv_ptr + 2 * H * D + offs_d, mask=mask_new, other=0.0)
+    mask_stored = offs_d < tl.where(is_first & (length >= 0) & (length < S), D, 0)
+    new_ptr = cache_ptr + length.to(tl.int64) * stride_cs + offs_d
+    tl.store(new_ptr, k_new, mask=mask_stored)
+    tl.store(new_ptr + stride_cw, v_new, mask=mask_stored)
+
+    m_i = tl.full((BLOCK_N,), LOWEST, ACC)
+    l_i = tl.zeros((BLOCK_N,), ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N) + offs_d[None, :]
+    for start in range(first, last, BLOCK_N):
+        mask_n = start + tl.arange(0, BLOCK_N) < last
+        k = _load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, True)
+        v = _load_rows(k_ptrs + stride_cw, mask_n, offs_d, D, BLOCK_D, True)
+        s = tl.where(mask_n, tl.sum(q[None, :] * k.to(ACC), 1), float("-inf"))
+        m_i, l_i, acc = _meet(s, v.to(ACC), m_i, l_i, acc)
+        k_ptrs += BLOCK_N * stride_cs
+
+    is_new = tl.arange(0, BLOCK_N) < tl.where(is_first, 1, 0)
+    s = tl.where(is_new, tl.sum(q * k_new.to(ACC), 0), float("-inf"))
+    m_i, l_i, acc = _meet(s, v_new.to(ACC)[None, :], m_i, l_i, acc)
+    out, lse = _finish(m_i, l_i, acc)
+    takes_part = is_first | (first < cached)
+    place = tl.program_id(0).to(tl.int64)
+    mask_out = offs_d < tl.where(takes_part, D, 0)
+    tl.store(out_ptr + place * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_out)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + place, lse, mask=takes_part)
+
+
+@triton.jit(do_not_specialize=["S", "n_splits"])
+def _decode_merge_kernel(
+    parts_ptr,
+    lse_ptr,
+    lengths_ptr,
+    out_ptr,
+    S,
+    H,
+    n_splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """out (B, H, D) = the splits' outputs weighted with exp2(lse); a program takes one head."""
+    ACC: tl.constexpr = parts_ptr.dtype.element_ty
+    place = tl.program_id(0).to(tl.int64)
+    cached, size = _split_size(tl.load(lengths_ptr + place // H), n_splits, S, BLOCK_N)
+    take_part = tl.maximum(tl.cdiv(cached, size), 1)
+    lse_ptr += place * n_splits
+    offs_d = tl.arange(0, BLOCK_D)
+    part_ptrs = _rows(parts_ptr, place * n_splits, D, BLOCK_P) + offs_d[None, :]
+    m_i = tl.full((BLOCK_P,), LOWEST, ACC)
+    l_i = tl.zeros((BLOCK_P,), ACC)
+    acc = tl.zeros((BLOCK_P, BLOCK_D), ACC)
+    for start in range(0, take_part, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < take_part
+        lse = tl.load(lse_ptr + offs_p, mask=mask_p, other=float("-inf"))
+        part = _load_rows(part_ptrs, mask_p, offs_d, D, BLOCK_D, True)
+        m_i, l_i, acc = _meet(lse, part, m_i, l_i, acc)
+        part_ptrs += BLOCK_P * D
+    out, _ = _finish(m_i, l_i, acc)
+    tl.store(out_ptr + place * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
+
+
+# ----------------------------------------------------------------------------------------------- fake and launcher
+
+
+def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, scale: float) -> Tensor:
+    """qkv (B, 1, 3*C) -> out (B, 1, C); cache is changed in place."""
+    out = _fwd_fake(qkv, cache, lengths, n_head, scale)
+    if out.numel() == 0:
+        return out
+    B, _, C = out.shape
+    S, D = cache.shape[3:]
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
+    lengths = lengths.contiguous()
+    config = dict(_launch.config("decode_attention", qkv.device, variant(qkv.dtype, D)))
+    programs, block_n = config.pop("PROGRAMS_PER_SM") * _launch.sm_count(qkv.device), config["BLOCK_N"]
+    n_splits = max(1, min(programs // (B * n_head), triton.cdiv(S, block_n)))
+    parts, lse = out, None
+    if n_splits > 1:
+        statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        parts = out.new_empty((B, n_head, n_splits, D), dtype=statistics)
+        lse = out.new_empty((B, n_head, n_splits), dtype=statistics)
+    _decode_attention_kernel[(B * n_head * n_splits,)](
+        qkv,
+        cache,
+        lengths,
+        parts,
+        lse,
+        qkv.stride(0),
+        *cache.stride()[:4],
+        S,
+        n_head,
+        n_splits,
+        scale,
+        D=D,
+        BLOCK_D=block_d(D),
+        **config,
+    )
+    if lse is not None:
+        config = _launch.config("decode_merge", qkv.device, variant(parts.dtype, D))
+        sizes = (S, n_head, n_splits)
+        _decode_merge_kernel[(B * n_head,)](
+            parts, lse, lengths, out, *sizes, D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, **config
+        )
+    return out
+
+
+def _fwd_fake(qkv, cache, lengths, n_head, scale):
+    return qkv.new_empty((qkv.shape[0], 1, qkv.shape[2] // 3))
+
+
+_decode_attention = op(decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",))
+
+
+# ---------------------------------------------------------------------------------------------------------- public
+
+
+def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, *, scale: float | None = None) -> Tensor:
+    """qkv (B, 1, 3*C) = [q | k | v] of one new token a row -> (B, 1, C), C = n_head * head size of 16 to 128.
+
+    cache: (2, B, n_head, S, head size), keys then values, of qkv's dtype, changed in place: k and v are stored at
+        position lengths[b]. Any strides but the last; what lies at lengths[b] and beyond is never read.
+    lengths: int32 (B,) on qkv's device: the tokens in the cache before this one. The caller advances it. A row whose
+        length is not in 0 ... S - 1 stores nothing, and its token sees what the cache holds and itself.
+    scale: what q.k is multiplied by, 1 / sqrt(head size) by default.
+
+    There are no gradients: an input that requires one is refused where gradients are recorded.
+    """
+    check_dtypes(OP, TOGGLE, qkv=qkv)
+    _check(qkv, cache, lengths, n_head, scale)
+    if scale is None:
+        scale = cache.shape[4] ** -0.5
+    return _decode_attention(qkv, cache, lengths, n_head, float(scale))
+
+
+def _check(qkv, cache, lengths, n_head, scale):
+    D = check_heads(OP, TOGGLE, qkv, n_head, scale)
+    B, T, _ = qkv.shape
+    if T != 1:
+        refuse(OP, TOGGLE, "qkv", f"of shape {tuple(qkv.shape)}", "(B, 1, 3 * C): one new token a row")
+    shape = tuple(cache.shape)
+    if cache.dim() != 5 or shape[:3] + shape[4:] != (2, B, n_head, D) or not shape[3] or cache.dtype != qkv.dtype:
+        refuse(OP, TOGGLE, "cache", describe(cache), f"{qkv.dtype} (2, {B}, {n_head}, S, {D}), S at least 1")
+    shared = any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), shape, strict=True))
+    if cache.stride(4) != 1 or shared or cache.stride(3) >= 2**31 // 128:
+        allowed = "a contiguous last dimension, no memory shared between elements, positions less than 2^24 apart"
+        refuse(OP, TOGGLE, "cache", f"of strides {cache.stride()}", allowed)
+    if lengths.dtype != torch.int32 or tuple(lengths.shape) != (B,):
+        refuse(OP, TOGGLE, "lengths", describe(lengths), f"torch.int32 ({B},) on {qkv.device}")
+    if torch.is_grad_enabled():
+        for argument, tensor in (("qkv", qkv), ("cache", cache)):
+            if tensor.requires_grad:
+                refuse(OP, TOGGLE, argument, "a tensor that requires grad", "a call under torch.no_grad()")

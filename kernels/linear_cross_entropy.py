@@ -1,0 +1,331 @@
+"""Language-model head and loss in one: cross-entropy of `x @ weight.T` by chunks of rows; whole logits never exist.
+
+    logits = x @ weight[:vocab_size].T                                  x (N, C), weight (V, C), targets (N,)
+    lse_n  = log sum_c exp(logits_nc)
+    loss_n = lse_n - (1 - s) logits_nt - s/V sum_c logits_nc + z lse_n^2     t = targets_n, s label_smoothing, z z_loss
+    dx = dlogits @ weight,   dweight = dlogits.T @ x
+
+"sum" adds loss_n over the rows that count, "mean" divides by their number (0 when none counts), "none" is loss_n.
+A row whose target is negative or ignore_index does not count: loss 0, gradient 0. A target of vocab_size or more is
+never used as an address: its loss, and each gradient that it takes part in, is NaN.
+
+Chunks of rows, as many as `chunk_bytes` of logits hold (at least one), go through one buffer: a matrix product writes
+the logits, one kernel replaces them by dlogits, two products give dx and dweight. With "mean" and "sum" the forward
+does all of it; the backward multiplies by the upstream gradient in one launch and leaves what was saved as it was, so
+that it can run again. With "none" each row has its own upstream gradient, over which dweight sums: there the forward
+computes the loss only, and the backward makes the logits again. An input or weight without gradient skips its product.
+
+HBM traffic for a chunk of R rows, e bytes an element and s of a sum (4; 8 in fp64): the weight is read twice, 2 V C e;
+logits take 5 R V e (6 where L2 does not serve the second read), dweight V C s, or twice that from the second chunk on;
+the backward reads V C s and writes V C e. Peak extra memory, V' = V rounded up to 64 and R rows a chunk, `extra_bytes`:
+    R V' e  +  N C s [dx]  +  V C s [dweight]  +  (N + 1) s        [.]: where that gradient is wanted
+and, for the second and later chunks in 16 bits, min(V, 4096) C s where PyTorch cannot add a product to an fp32 matrix
+(`_matmul`); under autocast the casts of x and weight. The backward's gradients come when the buffer is free again.
+
+Numerics: dlogits stay at the scale of probabilities (times 4096 in fp16, whose range is small), and both gradients in
+fp32 (fp64), until the backward knows the upstream gradient: nothing underflows before a loss scaler's factor has come,
+and each gradient is rounded once. For "none" dlogits carry the upstream gradient. No atomics, sums in a fixed order.
+
+Sources: gradients in the forward, Liger Kernel (Hsu et al. 2024, arXiv 2410.10989); chunks without whole logits, Cut
+Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009); z-loss, PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, _op
+from ._cross_entropy import cross_entropy_, inverse_count, padded_vocab, statistics_dtype, total
+from ._matmul import PIECE, matmul_
+
+TOGGLE = "cross_entropy"
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy_reference(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The truth: x (..., C), weight (V, C), targets (...) -> scalar, or (...) for "none"."""
+    logits = F.linear(x, weight[:vocab_size])  # (..., V)
+    counts = (targets >= 0) & (targets != ignore_index)
+    lse = torch.logsumexp(logits, -1)
+    target_logit = logits.gather(-1, torch.where(counts, targets, 0).unsqueeze(-1)).squeeze(-1)
+    losses = lse - (1 - label_smoothing) * target_logit - label_smoothing * logits.mean(-1) + z_loss * lse.square()
+    losses = torch.where(counts, losses, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counts.sum().clamp(min=1) if reduction == "mean" else losses.sum()
+
+
+@triton.jit(do_not_specialize=["dx_programs"])
+def _scale_gradients_kernel(
+    dloss_ptr, factor_ptr, dx_ptr, dweight_ptr, dx_out_ptr, dweight_out_ptr,
+    dx_size, dweight_size, dweight_out_size, dx_programs, LOGITS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both gradients times dloss * factor / LOGITS_SCALE; the first programs do dx. dweight_out beyond dweight is 0."""
+    factor = tl.load(factor_ptr) * tl.load(dloss_ptr) * (1.0 / LOGITS_SCALE)
+    pid = tl.program_id(0)
+    if pid < dx_programs:
+        offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        dx = tl.load(dx_ptr + offs, mask=offs < dx_size, other=0.0).to(factor.dtype) * factor
+        tl.store(dx_out_ptr + offs, dx.to(dx_out_ptr.dtype.element_ty), mask=offs < dx_size)
+    else:
+        offs = (pid - dx_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        dweight = tl.load(dweight_ptr + offs, mask=offs < dweight_size, other=0.0).to(factor.dtype) * factor
+        dweight = tl.where(offs < dweight_size, dweight, 0.0)  # 0 also where factor is NaN
+        tl.store(dweight_out_ptr + offs, dweight.to(dweight_out_ptr.dtype.element_ty), mask=offs < dweight_out_size)
+
+
+def chunk_rows(N: int, V: int, itemsize: int, chunk_bytes: int) -> int:
+    """Rows a chunk: as many as fit into chunk_bytes, then evened out over the chunks in multiples of 128."""
+    fit = max(1, min(N, chunk_bytes // (padded_vocab(V) * itemsize)))
+    even = triton.cdiv(N, max(1, triton.cdiv(N, fit)))
+    return max(1, min(fit, triton.cdiv(even, 128) * 128))
+
+
+def _logits_scale(dtype: torch.dtype) -> float:
+    """What dlogits, 1 at most without it, are multiplied by from the forward's kernel to the backward."""
+    return 4096.0 if dtype == torch.float16 else 1.0
+
+
+def extra_bytes(N: int, C: int, V: int, dtype: torch.dtype, chunk_bytes: int, need_dx: bool, need_dweight: bool) -> int:
+    """Peak memory of the forward beyond its arguments and their casts to `dtype`, at most; V is vocab_size."""
+    rows, sums = chunk_rows(N, V, dtype.itemsize, chunk_bytes), statistics_dtype(dtype).itemsize
+    kept = sums * (N * C * need_dx + V * C * need_dweight + N + 1)
+    beside = sums * min(V, PIECE) * C if need_dweight and rows < N and dtype.itemsize == 2 else 0
+    return rows * padded_vocab(V) * dtype.itemsize + kept + beside
+
+
+def _losses_and_gradients(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    chunk_bytes: int,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """losses (N,), dx (N, C) and dweight (V, C) in fp32 (fp64), the gradients times scale, (1,) or (N,).
+
+    A gradient that is not needed is (0,).
+    """
+    (N, C), V, sums = x.shape, weight.shape[0], statistics_dtype(dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
+    rows = chunk_rows(N, V, dtype.itemsize, chunk_bytes)
+    buffer = x.new_empty(rows, padded_vocab(V))
+    losses = x.new_empty(N, dtype=sums)
+    dx = x.new_empty((N, C) if need_dx else 0, dtype=sums)
+    dweight = (x.new_empty if N else x.new_zeros)((V, C) if need_dweight else 0, dtype=sums)
+    for n in range(0, N, rows):
+        chunk = slice(n, min(n + rows, N))
+        logits = buffer[: chunk.stop - n, :V]
+        torch.mm(x[chunk], weight.t(), out=logits)
+        row_scale = scale if scale.shape[0] == 1 else scale[chunk]
+        write_grad = need_dx or need_dweight
+        cross_entropy_(
+            logits, targets[chunk], row_scale, losses[chunk], ignore_index, label_smoothing, z_loss, write_grad
+        )
+        if need_dx:
+            matmul_(dx[chunk], logits, weight, add=False)
+        if need_dweight:
+            matmul_(dweight, logits.t(), x[chunk], add=n > 0)
+    return losses, dx, dweight
+
+
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    vocab_size: int,
+    chunk_bytes: int,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> loss; dx (N, C) and dweight (vocab_size, C) but for the upstream gradient and factor; factor (1,).
+
+    A gradient that is not needed, and both for "none", are (0,).
+    """
+    in_forward = reduction != "none"
+    targets = targets.contiguous()
+    scale = x.new_full((1,), _logits_scale(dtype), dtype=statistics_dtype(dtype))
+    losses, dx, dweight = _losses_and_gradients(
+        x, weight[:vocab_size], targets, scale, ignore_index, label_smoothing, z_loss, chunk_bytes, dtype,
+        need_dx and in_forward, need_dweight and in_forward,
+    )  # fmt: skip
+    factor = inverse_count(targets, ignore_index, losses.dtype) if reduction == "mean" else torch.ones_like(scale)
+    return total(losses, factor) if in_forward else losses, dx, dweight, factor
+
+
+def _fwd_fake(
+    x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, vocab_size, chunk_bytes, dtype,
+    need_dx, need_dweight,
+):  # fmt: skip
+    in_forward, sums = reduction != "none", statistics_dtype(dtype)
+    shapes = (
+        () if in_forward else x.shape[:1],
+        x.shape if need_dx and in_forward else (0,),
+        (vocab_size, x.shape[1]) if need_dweight and in_forward else (0,),
+        (1,),
+    )
+    return tuple(x.new_empty(shape, dtype=sums) for shape in shapes)
+
+
+def linear_cross_entropy_scale(
+    dloss: Tensor,
+    factor: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    weight_rows: int,
+    logits_scale: float,
+    dx_dtype: torch.dtype,
+    dweight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight (V', C) times dloss * factor / logits_scale -> (N, C) and (weight_rows, C), zeros beyond V'."""
+    dx_out, dweight_out = _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype)
+    options = _launch.config("scale_gradients", dx.device)
+    dx_programs = triton.cdiv(dx.numel(), options["BLOCK"])
+    grid = (dx_programs + triton.cdiv(dweight_out.numel(), options["BLOCK"]),)
+    if grid[0] > 0:
+        _scale_gradients_kernel[grid](
+            dloss, factor, dx, dweight, dx_out, dweight_out,
+            dx.numel(), dweight.numel(), dweight_out.numel(), dx_programs, logits_scale, **options,
+        )  # fmt: skip
+    return dx_out, dweight_out
+
+
+def _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype):
+    dweight_shape = (weight_rows, dweight.shape[1]) if dweight.dim() == 2 else 0
+    return dx.new_empty(dx.shape, dtype=dx_dtype), dweight.new_empty(dweight_shape, dtype=dweight_dtype)
+
+
+def linear_cross_entropy_bwd(
+    dlosses: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    vocab_size: int,
+    chunk_bytes: int,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dlosses (N,) -> dx (N, C), dweight (V, C) for reduction "none"; one that is not needed is (0,)."""
+    _, dx, dweight = _losses_and_gradients(
+        x, weight[:vocab_size], targets.contiguous(), dlosses.contiguous(), ignore_index, label_smoothing, z_loss,
+        chunk_bytes, dtype, need_dx, need_dweight,
+    )  # fmt: skip
+    dx, dweight = dx.to(x.dtype), dweight.to(weight.dtype)
+    if need_dweight and vocab_size < weight.shape[0]:
+        dweight = F.pad(dweight, (0, 0, 0, weight.shape[0] - vocab_size))
+    return dx, dweight
+
+
+def _bwd_fake(
+    dlosses, x, weight, targets, ignore_index, label_smoothing, z_loss, vocab_size, chunk_bytes, dtype,
+    need_dx, need_dweight,
+):  # fmt: skip
+    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, targets, ignore_index, reduction, *numbers, need_dx, need_dweight = inputs
+    _, dx, dweight, factor = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(dx, dweight, factor)
+    ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else (factor, dx, dweight)))
+    ctx.arguments = (ignore_index, *numbers, need_dx, need_dweight)
+    ctx.reduction = reduction
+    ctx.scale_arguments = weight.shape[0], _logits_scale(numbers[-1]), x.dtype, weight.dtype
+
+
+def _backward(ctx, dloss, *_):
+    *_, need_dx, need_dweight = ctx.arguments
+    if dloss is None or not (need_dx or need_dweight):
+        return (None,) * 12
+    if ctx.reduction == "none":
+        dx, dweight = _bwd(dloss, *ctx.saved_tensors, *ctx.arguments)
+    else:
+        dx, dweight = _scale(dloss, *ctx.saved_tensors, *ctx.scale_arguments)
+    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 10
+
+
+_scale = _op.op(linear_cross_entropy_scale, _scale_fake, toggle=TOGGLE)
+_bwd = _op.op(linear_cross_entropy_bwd, _bwd_fake, toggle=TOGGLE)
+_fwd = _op.op(linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+    chunk_bytes: int = 512 * 2**20,
+) -> Tensor:
+    """Cross-entropy of `F.linear(x, weight)`: x (..., C), weight (V, C), targets (...) int64 -> scalar or (...), fp32.
+
+    Negative targets are ignored, whatever ignore_index says. vocab_size: weight rows from there on are padding and take
+    no part. chunk_bytes: what the logits of one chunk of rows may take. Under autocast x and weight are cast as in
+    F.linear, and each gradient comes in the dtype of its tensor.
+    """
+    vocab_size = _check(x, weight, targets, reduction, label_smoothing, vocab_size, chunk_bytes)
+    dtype = x.dtype if torch.float64 in (x.dtype, weight.dtype) else _op.autocast_dtype(x, x.dtype)
+    if dtype == x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"linear_cross_entropy: weight is {weight.dtype}, x is {x.dtype}; they must be equal outside autocast "
+            f"(toggle: {TOGGLE}='torch')"
+        )
+    rows = x.reshape(-1, x.shape[-1])  # (N, C)
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    numbers = (float(label_smoothing), float(z_loss), vocab_size, chunk_bytes)
+    loss = _fwd(rows, weight, targets.reshape(-1), ignore_index, reduction, *numbers, dtype, *needs)[0]
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _check(x, weight, targets, reduction, label_smoothing, vocab_size, chunk_bytes) -> int:
+    """Raises for what is not allowed; returns vocab_size."""
+    name, toggle = "linear_cross_entropy", f"(toggle: {TOGGLE}='torch')"
+    _op.check_dtypes(name, TOGGLE, x=x, weight=weight)
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{name}: targets is {targets.dtype}, allowed is torch.int64 {toggle}")
+    _op.check_shape(name, TOGGLE, "targets", targets, x.shape[:-1])
+    _op.check_shape(name, TOGGLE, "weight", weight, (weight.shape[0], x.shape[-1]))
+    V = weight.shape[0]
+    vocab_size = V if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= V:
+        raise ValueError(f"{name}: vocab_size is {vocab_size}, allowed are 1 to weight's {V} rows {toggle}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)} {toggle}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}, allowed are 0 to 1 {toggle}")
+    if chunk_bytes <= 0:
+        raise ValueError(f"{name}: chunk_bytes is {chunk_bytes}, allowed are positive numbers {toggle}")
+    return vocab_size
