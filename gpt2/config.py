@@ -1,0 +1,108 @@
+"""What a GPT-2 is: sizes, presets, and the counts that follow from them.
+
+How it is computed (which kernels) is `fastgpt2.gpt2.ops.Kernels`; the two never mix, and only this one goes into
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and settings of one model. The defaults are GPT-2 124M.
+
+    block_size: longest sequence (T), the number of learned positions.
+    vocab_size: tokens (V) that exist; logits have this many columns.
+    n_layer, n_head, n_embd: blocks, heads per block (H), channels (C = H * D).
+    dropout: probability after the embedding, in attention and after each residual projection.
+    bias: biases in linear layers and LayerNorms, as GPT-2 has them.
+    vocab_multiple: the token table has vocab_size rounded up to a multiple of this; the rows beyond take no part in
+        loss, sampling or exported checkpoints. 128 makes 50304 of 50257, which matrix products like better.
+    scale_attn_weights: scores are divided by sqrt(D).
+    scale_attn_by_inverse_layer_idx: scores of layer i are divided by i + 1 as well.
+    reorder_and_upcast_attn: scores and softmax in float32. Every attention here does that, so both values compute the
+        same; it is kept so that a checkpoint goes back to HuggingFace as it came.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    vocab_multiple: int = 1
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"GPTConfig.{name} is {value!r}, allowed are whole numbers of at least 1")
+        for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"GPTConfig.{name} is {getattr(self, name)!r}, allowed are True and False")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPTConfig.n_embd is {self.n_embd}, it must be divisible by n_head ({self.n_head})")
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"GPTConfig.dropout is {self.dropout!r}, allowed is 0 <= dropout < 1")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+        """One of `PRESETS` with single fields replaced: `GPTConfig.preset("gpt2", dropout=0.1)`.
+
+        Raises ValueError for an unknown name, TypeError for an unknown field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown, there are {', '.join(PRESETS)}")
+        return dataclasses.replace(cls(**PRESETS[name]), **overrides)
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token table."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def attention_scale(self, layer: int) -> float:
+        """The factor on the scores q k^T in layer `layer` (counted from 0)."""
+        scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    def num_params(self, non_embedding: bool = False) -> int:
+        """Parameters, the tied head counted once; without the position table if `non_embedding` (nanoGPT's count)."""
+        C, bias = self.n_embd, int(self.bias)
+        norm = C * (1 + bias)
+        block = 2 * norm + 12 * C * C + bias * (3 * C + C + 4 * C + C)
+        positions = 0 if non_embedding else self.block_size * C
+        return self.padded_vocab_size * C + positions + self.n_layer * block + norm
+
+    def flops_per_token(self, T: int | None = None) -> int:
+        """FLOPs of one training step (forward and backward) a token, by PaLM's appendix B as nanoGPT counts:
+        6 N + 12 L H D T with N the parameters without the position table; no discount for causality."""
+        T = self.block_size if T is None else T
+        return 6 * self.num_params(non_embedding=True) + 12 * self.n_layer * self.n_embd * T
+
+    def kv_cache_bytes(self, B: int, T: int, element_bytes: int = 2) -> int:
+        """Bytes of keys and values that B sequences of T tokens leave in all layers."""
+        return 2 * self.n_layer * B * T * self.n_embd * element_bytes
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    "baby": dict(block_size=256, vocab_size=85, n_layer=6, n_head=6, n_embd=384),
+}

@@ -1,0 +1,314 @@
+"""How HuggingFace names and lays out a GPT-2, for files and for live models: one mapping, checked both ways.
+
+    transformer.wte.weight (V, C)                 ours has rows up to padded_vocab_size
+    transformer.h.0.attn.c_attn.weight (C, 3C)    a Conv1D, weights (in, out); ours is a Linear, (out, in): transposed
+    transformer.h.0.attn.bias                     the causal mask in old files: a buffer, not a weight, left out
+    lm_head.weight                                wte under a second name; absent from many files
+
+The prefix `transformer.` is absent from the hub's own files and from `GPT2Model`. Every name, shape and dtype is
+checked before anything is read, so that a model is loaded whole or not at all.
+Source: transformers, models/gpt2/modeling_gpt2.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.ops import Kernels
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, GPT2Model
+
+TOKEN_TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
+CONV1D = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # with the dot before `attn`: c_attn.bias is a weight
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Our names of the sizes -> theirs, with the names that their configuration takes as well.
+SIZES = {
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "vocab_size": ("vocab_size",),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+}
+SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+OURS_ALONE = ("bias", "vocab_multiple", "dropout")  # no such setting there: kept under "fastgpt2" in config.json
+OVERRIDES = ("dropout", "vocab_multiple")
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")  # one function
+
+
+# ------------------------------------------------------------------------------------------------- configurations
+
+
+def config_from_huggingface(
+    settings: Mapping[str, Any], source: str, override_args: Mapping[str, Any] | None = None
+) -> GPTConfig:
+    """Their configuration, as a dictionary, to ours. What is missing has their default, which is GPT-2 124M's.
+
+    Dropout is 0 unless `override_args` or a model of ours that was saved says otherwise: theirs is 0.1 by default.
+    source: where `settings` comes from, for errors.
+    Raises ValueError naming the first setting that is not implemented here.
+    """
+    override_args = dict(override_args or {})
+    for name in override_args:
+        if name not in OVERRIDES:
+            raise ValueError(
+                f"override_args has {name!r}, allowed are {', '.join(OVERRIDES)}: the weights decide the rest"
+            )
+
+    def refuse(name: str, value: Any, allowed: str) -> None:
+        raise ValueError(f"{source}: {name} is {value!r}, implemented is {allowed}")
+
+    if settings.get("model_type") != "gpt2":
+        refuse("model_type", settings.get("model_type"), "'gpt2'")
+    fields: dict[str, Any] = {}
+    for ours, theirs in SIZES.items():
+        found = [settings[name] for name in theirs if name in settings]
+        if found:
+            fields[ours] = found[0]
+    fields |= {name: settings[name] for name in SWITCHES if name in settings}
+    extra = settings.get("fastgpt2", {})
+    if not isinstance(extra, Mapping) or not set(extra) <= set(OURS_ALONE):
+        refuse("fastgpt2", extra, f"a dictionary of {', '.join(OURS_ALONE)}")
+    try:
+        config = GPTConfig(**{**fields, **extra})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    try:
+        config = dataclasses.replace(config, **override_args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"override_args: {error}") from None
+
+    implemented: dict[str, tuple] = {
+        "activation_function": TANH_GELUS,
+        "n_inner": (None, 4 * config.n_embd),
+        "layer_norm_epsilon": (LAYER_NORM_EPS,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+        "quantization_config": (None,),
+        "pruned_heads": (None, {}),
+    }
+    for name, values in implemented.items():
+        if settings.get(name, values[0]) not in values:
+            refuse(name, settings[name], " or ".join(map(repr, values)))
+    return config
+
+
+def config_to_huggingface(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Our configuration to theirs, as the dictionary that config.json holds."""
+    end = 50256 if config.vocab_size > 50256 else None  # <|endoftext|>, in GPT-2's own vocabulary
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **{theirs[0]: getattr(config, ours) for ours, theirs in SIZES.items()},
+        **{name: getattr(config, name) for name in SWITCHES},
+        "n_inner": None,
+        "activation_function": TANH_GELUS[0],
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "fastgpt2": {name: getattr(config, name) for name in OURS_ALONE},
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint or of a live model, known but not read yet."""
+
+    source: str  # the file, for errors
+    name: str  # as it is called there
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # a string where PyTorch has no such type
+    read: Callable[[], Tensor]
+
+
+def build(
+    config: GPTConfig,
+    stored: Iterable[StoredTensor],
+    source: str,
+    *,
+    dtype: torch.dtype | None,
+    kernels: str | Kernels = "auto",
+) -> GPT:
+    """A GPT with copies of these weights, read one by one, in `dtype` or (None) in their own.
+
+    Raises ValueError, before anything is read, for a tensor that is missing, misshapen, of a wrong dtype or unknown.
+    """
+    with torch.device("meta"):
+        model = GPT(config, kernels)
+    tensors = _checked(config, stored, source)
+    state = {}
+    for name, meta in model.state_dict().items():
+        if name != HEAD:
+            state[name] = _read(tensors[name], name, meta.shape, dtype)
+    if not config.bias:
+        _check_no_biases(tensors, state)
+    if HEAD in tensors:
+        _check_tied(tensors)
+    state[HEAD] = state[TOKEN_TABLE]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _checked(config: GPTConfig, stored: Iterable[StoredTensor], source: str) -> dict[str, StoredTensor]:
+    """Our name -> the stored tensor, all names, shapes and dtypes being right."""
+    tensors: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        if tensor.name.endswith(BUFFERS):
+            continue
+        ours = tensor.name.startswith(("transformer.", "lm_head."))
+        name = tensor.name if ours else f"transformer.{tensor.name}"
+        if name in tensors:
+            raise ValueError(f"{tensor.source}: tensor {tensor.name!r} is there twice, also in {tensors[name].source}")
+        tensors[name] = tensor
+
+    expected = huggingface_shapes(config)
+    missing = [name for name in expected if name not in tensors and name != HEAD]
+    if missing:
+        raise ValueError(f"{source}: {_listed(missing)} missing")
+    unknown = [t.name for name, t in tensors.items() if name not in expected]
+    if unknown:
+        raise ValueError(f"{source}: {_listed(unknown)} unknown to a GPT-2 of {config.n_layer} layers")
+    for name, tensor in tensors.items():
+        shape = expected[name]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{tensor.source}: tensor {tensor.name!r} has shape {tensor.shape}, the configuration says {shape}"
+            )
+        if tensor.dtype not in FLOATING:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+            raise ValueError(f"{tensor.source}: tensor {tensor.name!r} is {tensor.dtype}, allowed are {allowed}")
+    return tensors
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more are" if len(names) > 3 else " are" if len(names) > 1 else " is"
+    return f"tensor{'s' * (len(names) > 1)} {', '.join(map(repr, names[:3]))}{more}"
+
+
+def huggingface_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of their model by name, with its shape there."""
+    with torch.device("meta"):
+        theirs = GPT(dataclasses.replace(config, bias=True, vocab_multiple=1), "torch")
+    return {
+        name: tuple(reversed(t.shape)) if name.endswith(CONV1D) else tuple(t.shape)
+        for name, t in theirs.state_dict().items()
+    }
+
+
+def _read(tensor: StoredTensor, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+    """A copy in our layout; rows of the token table that the checkpoint does not have are 0."""
+    value = tensor.read().detach()
+    if name.endswith(CONV1D):
+        value = value.t()
+    copy = torch.empty(shape, dtype=dtype or value.dtype, device=value.device)
+    copy[: value.size(0)].copy_(value)
+    copy[value.size(0) :].zero_()
+    return copy
+
+
+def _check_tied(tensors: dict[str, StoredTensor]) -> None:
+    head, table = tensors[HEAD], tensors[TOKEN_TABLE]
+    a, b = head.read(), table.read()
+    if a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
+        raise ValueError(
+            f"{head.source}: tensor {head.name!r} differs from {table.name!r}: a head that is not tied to the token "
+            "table is not implemented"
+        )
+
+
+def _check_no_biases(tensors: dict[str, StoredTensor], state: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name not in state and name != HEAD and tensor.read().any():
+            raise ValueError(
+                f"{tensor.source}: tensor {tensor.name!r} is not zero, but config.json says that the model has no "
+                'biases: delete "bias" from its entry "fastgpt2" to load them'
+            )
+
+
+def huggingface_state(model: GPT) -> dict[str, Tensor]:
+    """Our weights under their names and in their layout, without lm_head.weight. Views: not contiguous, not copies.
+
+    A model with bias=False gets zero biases, which compute the same.
+    """
+    own = {name.replace("_orig_mod.", ""): t.detach() for name, t in model.state_dict().items()}
+    state = {}
+    for name, shape in huggingface_shapes(model.config).items():
+        if name == HEAD:
+            continue
+        if name not in own:
+            weight = own[name.removesuffix("bias") + "weight"]
+            state[name] = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        elif name == TOKEN_TABLE:
+            state[name] = own[name][: shape[0]]
+        else:
+            state[name] = own[name].t() if name.endswith(CONV1D) else own[name]
+    return state
+
+
+def unwrap(model: nn.Module) -> GPT:
+    """The GPT inside torch.compile's and DistributedDataParallel's wrappers."""
+    inner: Any = model
+    while not isinstance(inner, GPT):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if wrapped is None:
+            raise TypeError(f"expected a GPT, compiled or in DistributedDataParallel or neither, not {type(model)}")
+        inner = wrapped
+    return inner
+
+
+# ---------------------------------------------------------------------------------------------------- live models
+
+
+def from_huggingface(hf_model: GPT2LMHeadModel | GPT2Model, kernels: str | Kernels = "auto") -> GPT:
+    """Our copy of a live model, on its device and in its dtype, in its mode (train or eval); dropout is 0.
+
+    Raises ValueError for a setting or tensor that is not implemented here.
+    """
+    source = type(hf_model).__name__
+    if not hasattr(getattr(hf_model, "config", None), "to_dict"):
+        raise TypeError(f"hf_model is a {source}, expected a GPT2LMHeadModel or GPT2Model of transformers")
+    config = config_from_huggingface(hf_model.config.to_dict(), f"{source}.config")
+
+    def stored(name: str, t: Tensor) -> StoredTensor:
+        return StoredTensor(source, name, tuple(t.shape), t.dtype, lambda: t)
+
+    tensors = [stored(name, t) for name, t in hf_model.state_dict().items()]
+    return build(config, tensors, source, dtype=None, kernels=kernels).train(hf_model.training)
+
+
+def to_huggingface(model: nn.Module) -> GPT2LMHeadModel:
+    """A `GPT2LMHeadModel` with copies of these weights, on their device, in their dtype, in the model's mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt = unwrap(model)
+    table = gpt.transformer.wte.weight
+    devices = [table.device] if table.device.type == "cuda" else []
+    # Their constructor draws random weights: they are replaced, and the caller's random numbers stay as they were.
+    with torch.random.fork_rng(devices), torch.device(table.device):
+        hf_model = GPT2LMHeadModel(GPT2Config.from_dict(config_to_huggingface(gpt.config, table.dtype)))
+    state = huggingface_state(gpt)
+    parameters = dict(hf_model.named_parameters())
+    assert parameters.keys() == state.keys(), sorted(parameters.keys() ^ state.keys())
+    for name, parameter in parameters.items():
+        parameter.data = state[name].clone(memory_format=torch.contiguous_format)
+    return hf_model.train(gpt.training)

@@ -1,0 +1,133 @@
+"""The folder of a run: config.yaml, about.json, log.jsonl, checkpoints/ and loss.png."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt2.gpt2.corpus import Corpus
+from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.ops import kernels_digest
+from fastgpt2.gpt2.recipe import TrainConfig, settings_text
+
+CONFIG, ABOUT, LOG, PLOT = "config.yaml", "about.json", "log.jsonl", "loss.png"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step, one line of log.jsonl. Losses are in nats a token; rates leave validation out.
+
+    tokens: trained on so far. loss: mean over the step's passes, before its update. mfu: FLOPs of the model, by
+    `GPTConfig.flops_per_token`, over the peak of all GPUs, None where that is unknown. peak_memory_bytes: of this
+    process. val_loss: after the update. hellaswag: acc_norm after it. left_out: why the step made no update.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    step_ms: float
+    tokens_per_s: float
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+    val_loss: float | None = None
+    hellaswag: float | None = None
+    left_out: str | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """Every number that is there, by name."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+
+    def line(self) -> str:
+        """One line of JSON, where infinity and what is no number are null."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return json.dumps(values, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @classmethod
+    def create(cls, out: str | None, preset: str) -> RunFolder:
+        """A new folder: `out`, or runs/DATE-TIME-PRESET. Raises FileExistsError where something is in it already."""
+        if out is None:
+            named = Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{preset}"
+            candidates = [named, *(named.with_name(f"{named.name}-{i}") for i in range(2, 100))]
+        else:
+            candidates = [Path(out)]
+        for path in candidates:
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+                path.mkdir(parents=True, exist_ok=True)
+                return cls(path)
+        raise FileExistsError(f"out is {str(candidates[0])!r}, which is not an empty folder: choose another")
+
+    def write_config(self, config: TrainConfig, model: GPT, corpus: Corpus) -> None:
+        """Every setting as it was used, which `--config` takes; beside it what the settings led to."""
+        content: dict[str, Any] = {
+            "model": dataclasses.asdict(model.config),
+            "kernels": dataclasses.asdict(model.kernels),
+            "text": {
+                "name": corpus.name,
+                "documents": corpus.documents,
+                "tokens": len(corpus.train),
+                "held_out": len(corpus.val),
+            },
+            "versions": versions(),
+        }
+        write_atomically(self.path / ABOUT, json.dumps(content, indent=2) + "\n")
+        write_atomically(self.path / CONFIG, settings_text(config))
+
+    def log(self, record: Record) -> None:
+        """Appends one line, in one write."""
+        with open(self.path / LOG, "a", encoding="utf-8") as file:
+            file.write(record.line())
+
+    def rewind_log(self, step: int) -> None:
+        """Leaves the lines up to that of `step`."""
+        kept = [record for record in read_log(self.path / LOG) if record["step"] <= step]
+        write_atomically(self.path / LOG, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def plot(self) -> None:
+        from fastgpt2.gpt2.plot import plot_losses
+
+        plot_losses(self.path / LOG, self.path / PLOT, title=self.path.name)
+
+
+def check_run(folder: Path) -> None:
+    """Raises FileNotFoundError for a folder that is no run's."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"resume is {str(folder)!r}, which is no run: it has no {CONFIG}")
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides its settings."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "kernels": kernels_digest()}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, none where there is none; a last line that was cut off in writing is left out.
+
+    Raises ValueError naming a line that is no JSON.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    return records

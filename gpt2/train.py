@@ -1,0 +1,215 @@
+"""Training: text in, a run folder out.
+
+    from fastgpt2.gpt2.train import TrainConfig, train
+
+    result = train(TrainConfig.from_preset("baby-smoke", data="my_texts", steps=500))
+    result.model, result.tokenizer, result.folder
+    train(resume=result.folder)                         # after a kill: the same losses and weights, bit for bit
+
+One step: the passes whose mean gradient is clipped and given to AdamW, at a learning rate that rises linearly and falls
+by a cosine or, with `schedule="wsd"`, late and linearly. Same config, same CPU: same losses, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastgpt2.gpt2.checkpoints import damage, load_checkpoint_state, save_checkpoint, saved_checkpoints
+from fastgpt2.gpt2.corpus import Corpus, load_corpus
+from fastgpt2.gpt2.hellaswag import read_examples
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.progress import Progress, announce, line, show_end, show_sample
+from fastgpt2.gpt2.ranks import Ranks
+from fastgpt2.gpt2.recipe import TrainConfig, choose_preset, find_device, read_settings
+from fastgpt2.gpt2.run_folder import CONFIG, LOG, Record, RunFolder, check_run, read_log, versions
+from fastgpt2.gpt2.stop_signals import StopSignals
+from fastgpt2.gpt2.tokenizer import Tokenizer
+from fastgpt2.gpt2.trackers import Tracker, check_trackers, open_trackers
+from fastgpt2.gpt2.trainer import Trainer
+
+# What may differ where a run goes on: where its data lies (what it is, the saved position knows), where and how it is
+# computed, and what is kept of it.
+WATCHING = ("keep", "hellaswag", "tensorboard", "wandb")
+COMPUTING = ("device", "kernels", "compile", "recompute", "parallel", "bad_steps", "spike")
+FREE_TO_CHANGE = ("data", "out", *COMPUTING, *WATCHING)
+__all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves. `stopped_by` is the signal that ended it early, if one did."""
+
+    folder: Path
+    model: GPT
+    tokenizer: Tokenizer
+    steps: int
+    loss: float
+    val_loss: float
+    stopped_by: signal.Signals | None
+
+
+def train(
+    config: TrainConfig | None = None, *, resume: str | Path | None = None, console: Console | None = None
+) -> TrainResult:
+    """Trains one model from scratch and writes its run folder; reports to `console` (default: standard output).
+
+    config: default: baby on a GPU, baby-smoke without one; with `resume`, the run's own.
+    resume: the folder of a run that did not reach its end: goes on from its newest whole checkpoint.
+    A first SIGINT or SIGTERM ends the run after the step at hand and saves what stands; a second leaves at once.
+    Sets PyTorch's global seed. Under torchrun every rank calls this; rank 0 writes.
+    Raises ValueError or OSError before the first step for data or settings that do not work or, with `resume`, are not
+    the run's, FloatingPointError when the loss is no longer a number: what was saved last then stands.
+    """
+    if resume is not None:
+        config = _config_of(Path(resume), config)
+    elif config is None:
+        config = TrainConfig.from_preset(choose_preset(None, find_device("auto"))[0])
+    config = config.on_this_machine()
+    ranks = Ranks.join(config.device)
+    try:
+        return _train(config, None if resume is None else RunFolder(Path(resume)), ranks, console or Console())
+    except BaseException as error:
+        if ranks.size > 1:
+            # DDP must be freed before its process group is left: freed after it, by the last frame that holds it, it
+            # would wait for a thread that waits for Python.
+            traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        ranks.leave()
+
+
+def _train(config: TrainConfig, folder: RunFolder | None, ranks: Ranks, console: Console) -> TrainResult:
+    """folder: of the run that goes on, None for a new one."""
+    if not ranks.first:
+        console = Console(quiet=True)
+    check_trackers(config)
+    text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
+    corpus = ranks.on_all(lambda: load_corpus(*text, rank=ranks.rank, world_size=ranks.size))
+    examples = ranks.from_first(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks)
+    done = 0 if folder is None else _restore(trainer, folder.path, console)
+    val_loss = trainer.validation_loss()  # also meets what a kernel refuses, before anything is written
+
+    new = folder is None
+    if folder is None:
+        folder = ranks.from_first(lambda: _new_folder(config, trainer.model, corpus))
+    elif ranks.first:
+        folder.rewind_log(done)
+    trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
+    announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
+
+    record, stopped_by = None, None
+    with StopSignals(launched=ranks.size > 1) as stop, Progress(console, config.steps, done) as progress:
+        for step in range(done + 1, config.steps + 1):
+            record = trainer.step(step)
+            number = ranks.largest(stop.received or 0)  # may come at any moment: looked at once a step
+            stopped_by = signal.Signals(number) if number else None
+            due = step % config.eval_interval == 0 or step == config.steps
+            if due and stopped_by is None:
+                val_loss = trainer.validation_loss()
+                score = trainer.hellaswag(examples) if examples else None
+                record = dataclasses.replace(record, val_loss=val_loss, hellaswag=score)
+            if ranks.first:
+                folder.log(record)
+            for tracker in trackers:
+                tracker.log(record)
+            progress.show(record)
+            if due or stopped_by is not None:
+                _save(trainer, folder.path, step)
+            if stopped_by is not None:
+                break
+    for tracker in trackers:
+        tracker.close()
+    model = trainer.whole_model()
+    if ranks.first:
+        folder.plot()
+        if stopped_by is None:
+            show_sample(console, corpus.prompt, trainer.sample(model, corpus.prompt))
+    if record is None:  # resumed at its end
+        record = Record(**read_log(folder.path / LOG)[-1])
+    show_end(console, folder.path, corpus.prompt, record, stopped_by)
+    return TrainResult(folder.path, model, corpus.tokenizer, record.step, record.loss, val_loss, stopped_by)
+
+
+def _new_folder(config: TrainConfig, model: GPT, corpus: Corpus) -> RunFolder:
+    folder = RunFolder.create(config.out, config.preset)
+    folder.write_config(config, model, corpus)
+    return folder
+
+
+def _begin_tracking(config: TrainConfig, folder: Path, done: int, new: bool) -> list[Tracker]:
+    """A new folder goes where that fails: the same command would find it in its way."""
+    try:
+        return open_trackers(config, folder, done)
+    except Exception:
+        if new:
+            shutil.rmtree(folder)
+        raise
+
+
+def _save(trainer: Trainer, folder: Path, step: int) -> None:
+    model, config = trainer.whole_model(), trainer.config
+    state = {**trainer.state_dict(), "config": dataclasses.asdict(config), "versions": versions()}
+
+    def save() -> None:
+        if trainer.ranks.first:
+            save_checkpoint(folder, step, model, trainer.tokenizer, state, config.keep)
+
+    trainer.ranks.on_all(save)
+
+
+def _config_of(run: Path, config: TrainConfig | None) -> TrainConfig:
+    """The settings of a run that goes on. Raises ValueError naming a setting in which `config` differs from them."""
+    check_run(run)
+    saved = TrainConfig(**read_settings(run / CONFIG))
+    if config is None:
+        return saved
+    _check_same(config.on_this_machine(), dataclasses.asdict(saved), run)
+    return config
+
+
+def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
+    """Raises ValueError for a setting that is not what it was and that a run may not change."""
+    for name, value in dataclasses.asdict(config).items():
+        if name not in FREE_TO_CHANGE and value != before[name]:
+            raise ValueError(
+                f"{name} is {value!r}, the run {run} was begun with {before[name]!r}: leave it out, or begin a new run"
+            )
+
+
+def _restore(trainer: Trainer, run: Path, console: Console) -> int:
+    """Loads the newest whole checkpoint; returns its step, 0 for a run that was killed before its first one.
+
+    Raises ValueError where there are checkpoints and none is whole.
+    """
+    folders = saved_checkpoints(run)
+    for folder in folders:
+        wrong = damage(folder)
+        if wrong is None:
+            break
+        line(console, f"damaged {folder}: {wrong}")
+    else:
+        if folders:
+            raise ValueError(f"{run}: none of its checkpoints is whole, the newest: {damage(folders[0])}")
+        line(console, f"resumes {run} from the beginning, it has no checkpoint yet")
+        return 0
+    state = load_checkpoint_state(folder)
+    _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
+    trainer.load_state_dict(GPT.from_pretrained(folder), state)
+    line(console, f"resumes {folder}")
+    for name, version in versions().items():
+        if state["versions"][name] != version:
+            line(console, f"note    {name} was {state['versions'][name]}, is {version}: losses may differ in rounding")
+    if len(state["random"]) != trainer.ranks.size and trainer.config.dropout:
+        line(console, f"note    saved by {len(state['random'])} ranks, now {trainer.ranks.size}: dropout differs")
+    return state["step"]
