@@ -1,0 +1,39 @@
+"""`fastgpt2 bench`, or `python -m fastgpt2.bench`: what can be measured and how. Each file adds its own command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastgpt2.gpt2.ops import TRITON_INSTALLED
+
+if not TRITON_INSTALLED:
+    raise ImportError("fastgpt2 bench needs the package triton: pip install 'triton>=3.4' (Linux); it is not installed")
+
+from fastgpt2.bench import audit, generate, ops, report, roofline, train, tune  # noqa: E402
+
+COMMANDS = (train, generate, ops, audit, tune, roofline, report)
+# What runs when no command is named: quick, adapted to the machine by each command, and a page of it all.
+DEFAULT = (["train", "--quick"], ["ops", "--quick"], ["generate", "--quick"], ["report"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command, or the default ones; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt2 bench",
+        description="Measures kernels and model. Without a command: a quick set for this machine, and a report of it.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_command(commands)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    for line in [arguments] if arguments else DEFAULT:
+        options = parser.parse_args(line)
+        if status := options.run(options):
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""What compiled code says about itself: texts of Triton's stages in, figures out.
+
+- SASS (the machine code, by the cuobjdump in Triton's wheel): spills, tensor-core instructions; resource usage.
+- PTX: how wide the global accesses of each source line are; atomics.
+- TTIR: pointers whose offsets grow with the batch and are computed in int32 alone.
+- Occupancy, from registers, shared memory and warps.
+
+Nothing here needs a GPU. Sources: PTX ISA 8.7; CUDA C++ Programming Guide, table "Technical Specifications per Compute
+Capability", for `LIMITS`; CUDA Binary Utilities for the tools.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one architecture: shared memory in bytes, registers in 32-bit words."""
+
+    shared_per_block: int
+    shared_per_sm: int
+    warps_per_sm: int
+    blocks_per_sm: int
+    registers_per_sm: int = 65536
+
+
+LIMITS = {
+    "80": Limits(166912, 167936, 64, 32),
+    "86": Limits(101376, 102400, 48, 16),
+    "89": Limits(101376, 102400, 48, 24),
+    "90": Limits(232448, 233472, 64, 32),
+    "100": Limits(232448, 233472, 64, 32),
+    "120": Limits(101376, 102400, 48, 24),
+}
+
+
+def occupancy(architecture: str, registers: int, shared: int, warps: int) -> float:
+    """Resident warps over the most that a multiprocessor holds, by the three limits that a launch can meet."""
+    limits = LIMITS[architecture]
+    registers_per_warp = -(-max(registers, 1) * 32 // 256) * 256
+    blocks = min(
+        limits.blocks_per_sm,
+        limits.warps_per_sm // warps,
+        limits.registers_per_sm // (registers_per_warp * warps),
+        limits.shared_per_sm // (shared + 1024),
+    )
+    return blocks * warps / limits.warps_per_sm
+
+
+# ------------------------------------------------------------------------------------------------------------ SASS
+
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_TENSOR_CORE = re.compile(r"UTC[A-Z]*MMA|[HQ]GMMA|[HDIQO]MMA")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Of one cubin."""
+
+    registers: int
+    stack: int
+    static_shared: int
+    spills: int  # STL and LDL: stores to and loads from local memory
+    tensor_core: str  # "HMMA" (80, 86, 89, 120), "HGMMA" (90), "UTCHMMA" (100), "" for none
+
+
+@functools.cache
+def machine_code(cubin: bytes) -> MachineCode:
+    """Disassembles a cubin with the tools that Triton brings."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
+    usage, _, sass = done.stdout.partition("code for sm_")
+    opcodes = Counter(_OPCODE.findall(sass))
+    if not opcodes:
+        raise RuntimeError(f"no instruction found in the SASS: {sass[:200]!r}")
+    registers, stack, shared = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "SHARED"))
+    cores = sorted(opcode for opcode in opcodes if _TENSOR_CORE.fullmatch(opcode))
+    return MachineCode(registers, stack, shared, opcodes["STL"] + opcodes["LDL"], "+".join(cores))
+
+
+def amd_code(amdgcn: str) -> tuple[int, int]:
+    """-> VGPRs and VGPR spills, from the metadata at the end of AMD assembly."""
+    return _number(r"\.vgpr_count:\s*(\d+)", amdgcn), _number(r"\.vgpr_spill_count:\s*(\d+)", amdgcn)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text[:200]!r}")
+    return int(found[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- PTX
+
+_ACCESS = re.compile(r"\b(?:ld|st)\.(?:\w+(?:::\w+)*\.)*global\S*")
+_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.\S*global\S* \[.*?\], \[.*?\], (\w+)")
+_ATOMIC = re.compile(r"\b(?:atom|red)\.(?!async)\S+")
+_LOC = re.compile(r"\s*\.loc\s+(\d+) (\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+) "[^"]*?([^"/]+)"(?: "([^"]+)")?', re.MULTILINE)
+
+
+def atomics(ptx: str) -> int:
+    return len(_ATOMIC.findall(re.sub(r"//.*", "", ptx)))
+
+
+def access_widths(ptx: str) -> dict[str, dict[int, int]]:
+    """Source line ("layer_norm.py:103") -> how many global loads and stores it has of which width in bits."""
+    files = {number: (name or folder).rpartition("/")[2] for number, folder, name in _FILE.findall(ptx)}
+    found: dict[str, Counter[int]] = {}
+    place, inside_asm, fixed = "", False, False
+    for line in ptx.splitlines():
+        if "begin inline asm" in line or "end inline asm" in line:
+            inside_asm, fixed = "begin" in line, False
+        elif loc := _LOC.match(line):
+            # Inside inline assembly the first one counts: the following ones number the lines of the assembly.
+            if not (inside_asm and fixed):
+                place = f"{files.get(loc[1])}:{loc[2]}"
+            fixed = inside_asm
+        elif width := _width(line.split("//")[0]):
+            found.setdefault(place, Counter())[width] += 1
+    return {place: dict(widths) for place, widths in found.items()}
+
+
+def _width(line: str) -> int:
+    """Bits that one thread moves by the global load or store in a line of PTX; 0 where there is none."""
+    if copy := _ASYNC_COPY.search(line):
+        return 8 * int(copy[1], 0)
+    access = _ACCESS.search(line)
+    if not access:
+        return 0
+    vector = re.search(r"\.v(\d)\b", access[0])
+    return (int(vector[1]) if vector else 1) * _number(r"\.[bsuf](8|16|32|64|128)(?:x2)?\b", access[0])
+
+
+def vector_share(widths: dict[str, dict[int, int]], bytes_by_line: dict[str, int]) -> float:
+    """Share of bytes in accesses of 128 bits and more: how wide is what the code says, how often what ran says.
+
+    A line without an access in the code counts as narrow; without bytes every access of the code counts as often.
+    """
+    weights = bytes_by_line or {line: sum(w * n for w, n in made.items()) for line, made in widths.items()}
+    wide = 0.0
+    for line, size in weights.items():
+        made = widths.get(line, {})
+        total = sum(width * count for width, count in made.items())
+        wide += size * sum(w * n for w, n in made.items() if int(w) >= 128) / total if total else 0
+    return wide / sum(weights.values()) if weights else 1.0
+
+
+# -------------------------------------------------------------------------------------------------- offsets in TTIR
+
+_DEFINITION = re.compile(r"^\s*(%[\w$.-]+)(?::\d+)?\s*=\s*\"?([\w.]+)\"?(.*)$")
+_VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
+_MOVES = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "arith.extsi", "arith.extui")
+_CARRIERS = (*_MOVES, "arith.addi", "arith.subi", "carried")
+
+
+@dataclass
+class _Op:
+    name: str
+    operands: list[str] = field(default_factory=list)
+    type: str = ""
+
+
+def narrow_pointers(ttir: str, arguments: list[str]) -> list[str]:
+    """Pointer arguments that are reached by offsets of which every part that varies is int32.
+
+    Varies: depends on the program's id, on a loop's counter or on loaded data. An offset is wide where at least one
+    such part is multiplied (or loaded) as int64: the row. Narrow parts beside it are columns inside that row.
+    `arguments` names the function's parameters in order.
+    """
+    ops, accesses = _parse(ttir, arguments)
+    narrow = set()
+    for pointer in accesses:
+        bases, offsets = _chain(pointer, ops)
+        kinds = {kind for offset in offsets for kind in _kinds(offset, ops, set())}
+        if kinds == {"narrow"}:
+            narrow |= bases
+    return sorted(narrow)
+
+
+@dataclass
+class _Region:
+    """A region of scf.if, scf.for or scf.while that is open: what its yield and its condition feed."""
+
+    yields_to: list[list[str]] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+    condition: list[str] = field(default_factory=list)
+
+
+def _parse(ttir: str, arguments: list[str]) -> tuple[dict[str, _Op], list[str]]:
+    """-> every value's operation, and the pointers that are loaded from or stored to."""
+    ops: dict[str, _Op] = {}
+    accesses: list[str] = []
+    regions: list[_Region] = []
+
+    def feed(targets: list[str], values: list[str]) -> None:
+        for target, value in zip(targets, values, strict=True):
+            ops[target].operands.append(value)
+
+    for line in ttir.splitlines():
+        code = re.sub(r" loc\((?!.*\{).*\)$", "", line).strip()
+        if "tt.func" in code:
+            parameters = re.findall(r"(%[\w$.-]+): ", code)
+            ops.update((value, _Op("argument", [name])) for value, name in zip(parameters, arguments, strict=True))
+        if code.startswith("}") and not code.endswith("{"):
+            regions.pop()
+        if code.startswith("scf.yield"):
+            for targets in regions[-1].yields_to:
+                feed(targets, _VALUE.findall(code.split(" : ")[0]))
+        if code.startswith("scf.condition"):
+            regions[-1].condition = _VALUE.findall(code.split(" : ")[0])[1:]
+            feed(regions[-1].results, regions[-1].condition)
+        if code.startswith("^bb") and regions[-1].condition:
+            carried = re.findall(r"(%[\w$.-]+): ", code)
+            ops.update((value, _Op("carried")) for value in carried)
+            feed(carried, regions[-1].condition)
+        definition = _DEFINITION.match(code)
+        if definition:
+            name, op, rest = definition.groups()
+            kind = re.split(r" : | to | -> ", rest)[-1]
+            ops[name] = _Op(op, _VALUE.findall(rest), kind)
+        if re.search(r"\btt\.(load|store|atomic_rmw|atomic_cas)\b", code):
+            accesses.append(_VALUE.findall(definition[3] if definition else code)[0])
+        if code.endswith("{") and not code.startswith("}"):
+            regions.append(_region(code, definition[1] if definition else "", ops))
+    return ops, accesses
+
+
+def _region(code: str, name: str, ops: dict[str, _Op]) -> _Region:
+    """Opens a region and enters the values that its first line brings."""
+    if "scf." not in code:
+        return _Region()
+    results = []
+    if name:
+        count = re.match(r"%[\w$.-]+:(\d+)", code)
+        results = [f"{name}#{i}" for i in range(int(count[1]))] if count else [name]
+    starts = code.partition("scf.while" if "scf.while" in code else "iter_args")[2]
+    carried = re.findall(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?)", starts)
+    if counter := re.search(r"scf\.for (?:unsigned )?(%[\w$.-]+) = ", code):
+        ops[counter[1]] = _Op("counter", [], "i64" if code.endswith(": i64 {") else "i32")
+    ops.update((value, _Op("carried")) for value in results)
+    ops.update((value, _Op("carried", [start])) for value, start in carried)
+    arguments = [value for value, _ in carried]
+    if "scf.if" in code:
+        return _Region([results])
+    return _Region([arguments], results) if "scf.while" in code else _Region([results, arguments])
+
+
+def _chain(pointer: str, ops: dict[str, _Op]) -> tuple[set[str], list[str]]:
+    """-> the arguments that a pointer starts from and all offsets added to it."""
+    bases, offsets, seen, todo = set(), [], set(), [pointer]
+    while todo:
+        value = todo.pop()
+        if value in seen or value not in ops:
+            continue
+        seen.add(value)
+        op = ops[value]
+        if op.name == "argument":
+            bases |= set(op.operands)
+        elif op.name == "tt.addptr":
+            todo.append(op.operands[0])
+            offsets.append(op.operands[1])
+        else:
+            todo += op.operands
+    return bases, offsets
+
+
+def _kinds(value: str, ops: dict[str, _Op], seen: set[str]) -> set[str]:
+    """{"wide", "narrow"} as the sum that an offset is has int64 or int32 parts that vary."""
+    if value in seen or value not in ops:
+        return set()
+    seen.add(value)
+    op = ops[value]
+    if op.name in _CARRIERS:
+        return {kind for operand in op.operands for kind in _kinds(operand, ops, seen)}
+    if not _varies(value, ops, set()):
+        return set()
+    return {"wide"} if "i64" in op.type else {"narrow"}
+
+
+def _varies(value: str, ops: dict[str, _Op], seen: set[str]) -> bool:
+    if value in seen or value not in ops:
+        return False
+    seen.add(value)
+    op = ops[value]
+    if op.name in ("tt.get_program_id", "counter", "tt.load"):
+        return True
+    return op.name != "argument" and any(_varies(operand, ops, seen) for operand in op.operands)

@@ -1,0 +1,392 @@
+"""The kernel cases: one list that the audit, the timings and the tests all read.
+
+A case is one public kernel function at one shape and dtype: its inputs, the plain PyTorch beside it, and what it costs
+at least. B batch, T time, N rows (B * T), C width, H heads, D head size, V vocabulary.
+
+    for case in cases():
+        inputs = case.inputs(device)             # random; inputs(device, torch.empty) where values do not matter
+        outputs = case.forward(inputs)
+        gradients = case.backward(inputs, outputs)
+
+"minimum bytes": every tensor that the pass must read is read once and every tensor that it must write is written once;
+products of matrices by PyTorch left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.kernels import attention, decode_attention, embedding, gelu, layer_norm, linear_cross_entropy, mlp
+
+WIDTHS = (768, 1024, 1280, 1600)  # gpt2, -medium, -large, -xl
+VOCABULARY = 50257
+HEAD_SIZE = 64
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# new(*shape, dtype=None, grad=True): what a case makes its inputs with.
+New = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`op` names a function of fastgpt2.kernels; `ours`, `reference` and `eager` take the same inputs."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    make_inputs: Callable[[New], tuple]
+    ours: Callable
+    reference: Callable  # the truth, when inputs are fp64
+    eager: Callable  # what PyTorch users write
+    forward_bytes: int
+    backward_bytes: int | None  # None: a function without gradients
+    rows: int  # a tensor that has more elements than this and a multiple of them grows with the batch
+    forward_flops: int = 0
+    backward_flops: int = 0
+    autocast: bool = False  # parameters and residual in fp32, run under autocast to `dtype`
+
+    @property
+    def name(self) -> str:
+        dtype = "autocast" if self.autocast else str(self.dtype).removeprefix("torch.")
+        return f"{self.op}[{self.shape}-{dtype}]"
+
+    def inputs(self, device: torch.device | str = "cpu", fill: Callable[..., Tensor] = torch.randn) -> tuple:
+        """Tensors that require gradients where the case has any, except integer ones."""
+
+        def new(*shape, dtype: torch.dtype | None = None, below: int | None = None) -> Tensor:
+            if below is not None:
+                return (torch.arange(math.prod(shape), device=device) * 7919 % below).view(shape)  # scattered, distinct
+            return fill(*shape, device=device).to(dtype or self.dtype).requires_grad_(self.backward_bytes is not None)
+
+        return self.make_inputs(new)
+
+    def forward(self, inputs: tuple, function: Callable | None = None) -> tuple[Tensor, ...]:
+        """The outputs of `function`, by default ours."""
+        device = next(t.device.type for t in inputs if isinstance(t, Tensor))
+        with torch.autocast(device, dtype=self.dtype, enabled=self.autocast):
+            outputs = (function or self.ours)(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def backward(
+        self,
+        inputs: tuple,
+        outputs: tuple[Tensor, ...],
+        upstream: tuple[Tensor, ...] | None = None,
+        again: bool = False,
+    ) -> tuple:
+        """Gradients of every floating input, () without gradients; upstream ones are ones unless given. `again` keeps
+        what the forward saved, for another backward."""
+        if self.backward_bytes is None:
+            return ()
+        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        upstream = upstream or tuple(torch.ones_like(o) for o in outputs)
+        return torch.autograd.grad(outputs, wanted, upstream, retain_graph=again)
+
+    def work(self, direction: str) -> tuple[int, int]:
+        """(minimum bytes, FLOPs) of "forward", "backward" or "both"; FLOPs are 0 where there are none, or where they
+        cannot be told apart: our loss makes gradients in its forward, others in their backward."""
+        wide = self.backward_bytes or 0
+        moved = {"forward": self.forward_bytes, "backward": wide, "both": self.forward_bytes + wide}[direction]
+        forward, backward = self.forward_flops, self.backward_flops
+        if direction != "both" and self.backward_bytes is not None and forward and not backward:
+            return moved, 0
+        return moved, {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def cases(rows: int = 4096) -> Iterator[Case]:
+    """All cases at about `rows` rows; attention at a sequence of `rows` / 4, at most 1024."""
+    for C in WIDTHS:
+        yield from _elementwise(rows, C, BF16)
+    for C in (WIDTHS[0], WIDTHS[-1]):
+        yield from _elementwise(rows, C, BF16, autocast=True)
+    for dtype in (FP16, FP32):
+        yield from _elementwise(rows, WIDTHS[0], dtype)
+    for dtype in (BF16, FP16, FP32):
+        yield _attention(4, rows // 4, WIDTHS[0], dtype)
+        yield _decode_attention(8, min(rows // 2, 1024), WIDTHS[0], dtype)
+        yield _linear_cross_entropy(rows // 8, WIDTHS[0], dtype)
+        yield _embedding(4, rows // 4, WIDTHS[0], dtype)
+        yield _mlp(rows, WIDTHS[0], dtype)
+    yield _attention(4, rows // 4, WIDTHS[-1], BF16)
+    yield _decode_attention(8, min(rows // 2, 1024), WIDTHS[-1], BF16)
+    yield _linear_cross_entropy(rows // 8, WIDTHS[-1], BF16)
+    yield _embedding(4, rows // 4, WIDTHS[-1], BF16)
+    yield _mlp(rows, WIDTHS[-1], BF16)
+    yield _linear_cross_entropy(rows // 8, WIDTHS[0], BF16, autocast=True)
+    yield _mlp(rows, WIDTHS[0], BF16, autocast=True)
+
+
+def audited_cases(rows: int = 4096) -> Iterator[Case]:
+    """`cases`, and what else their functions can be asked for: other code, which may spill where the plain one does
+    not. Costs and references are the plain ones'."""
+    yield from cases(rows)
+    B, T, H = 4, rows // 4, WIDTHS[0] // HEAD_SIZE
+
+    def seed(like: Tensor) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64, device=like.device)
+
+    def asked(case: Case, name: str, **more: Callable) -> Case:
+        """`more`: keyword arguments of the function, made from its first input."""
+
+        def ours(first: Tensor, *rest):
+            return case.ours(first, *rest, **{argument: make(first) for argument, make in more.items()})
+
+        return dataclasses.replace(case, shape=f"{case.shape} {name}", ours=ours)
+
+    documents: dict[str, Callable] = dict(
+        cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
+    )
+    window: dict[str, Callable] = dict(window=lambda qkv: 256)
+    dropout: dict[str, Callable] = dict(dropout_p=lambda first: 0.1, seed=seed)
+    bounds = {"documents": documents, "dropout": dropout}
+    for dtype, variants in (
+        (BF16, {**bounds, "window": window, "documents, dropout": documents | dropout}),
+        (FP32, bounds),
+    ):
+        plain = _attention(B, T, WIDTHS[0], dtype)
+        plain = dataclasses.replace(plain, ours=functools.partial(_on_heads, H))
+        for name, more in variants.items():
+            yield asked(plain, name, **more)
+    for C in WIDTHS:
+        for autocast in (False, True):
+            (plain,) = (c for c in _elementwise(rows, C, BF16, autocast) if c.op == "add_layer_norm")
+            bias = functools.partial(_column, FP32 if autocast else BF16)
+            yield asked(plain, "bias, dropout", x_bias=bias, **dropout)
+    yield asked(_embedding(B, T, WIDTHS[0], BF16), "positions, dropout", positions=lambda idx: idx % T, **dropout)
+
+
+def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
+    return attention.causal_attention(qkv, H, **more)
+
+
+def _column(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[-1:], dtype=dtype).requires_grad_()
+
+
+def sized_cases(T: int, C: int, dtype: torch.dtype, tokens: int = 0) -> Iterator[Case]:
+    """Every op once, at sequences of T tokens and width C: one sequence, attention and embedding as many as make
+    `tokens`; decoding 8 sequences with caches of T."""
+    B = max(1, tokens // T)
+    yield from _elementwise(T, C, dtype)
+    yield _attention(B, T, C, dtype)
+    yield _decode_attention(8, T, C, dtype)
+    yield _linear_cross_entropy(T, C, dtype)
+    yield _embedding(B, T, C, dtype)
+    yield _mlp(T, C, dtype)
+
+
+def step_cases(B: int, T: int, C: int) -> dict[str, Case]:
+    """The ops of one training step of GPT-2 under bf16 autocast, parameters in fp32, by name."""
+    N = B * T
+    gelus = (case for case in _elementwise(N, C, BF16) if case.op == "bias_gelu")
+    rest = (
+        _attention(B, T, C, BF16),
+        _linear_cross_entropy(N, C, BF16, autocast=True),
+        _embedding(B, T, C, FP32),
+    )
+    return {case.op: case for case in (*_elementwise(N, C, BF16, autocast=True), *gelus, *rest)}
+
+
+def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Iterator[Case]:
+    """LayerNorm at width C and GELU at the MLP's width, 4 * C."""
+    e = dtype.itemsize
+    p = FP32.itemsize if autocast else e  # a parameter, an element of the residual stream
+    parameter = FP32 if autocast else dtype
+    statistics = 8 * N
+    case = functools.partial(Case, dtype=dtype, rows=N, autocast=autocast)
+
+    def columns(new, n: int = C) -> Tensor:
+        return new(n, dtype=parameter)
+
+    yield case(
+        op="layer_norm",
+        shape=f"{N}x{C}",
+        make_inputs=lambda new: (new(N, C, dtype=parameter), columns(new), columns(new)),
+        ours=layer_norm.layer_norm,
+        reference=layer_norm.layer_norm_reference,
+        eager=lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
+        forward_bytes=N * C * (p + e) + statistics + 2 * C * p,
+        backward_bytes=N * C * (p + e + p) + statistics + 3 * C * p,
+    )
+    yield case(
+        op="add_layer_norm",
+        shape=f"{N}x{C}",
+        make_inputs=lambda new: (new(N, C), new(N, C, dtype=parameter), columns(new), columns(new)),
+        ours=layer_norm.add_layer_norm,
+        reference=layer_norm.add_layer_norm_reference,
+        eager=lambda x, r, w, b: (s := r + x, F.layer_norm(s, x.shape[-1:], w, b)),
+        forward_bytes=N * C * (e + 2 * p + e) + statistics + 2 * C * p,
+        backward_bytes=N * C * (p + e + p + (p + e if autocast else e)) + statistics + 3 * C * p,
+    )
+    if autocast:  # what reaches GELU comes from a matrix product and has its dtype
+        return
+    yield case(
+        op="gelu",
+        shape=f"{N}x{4 * C}",
+        make_inputs=lambda new: (new(N, 4 * C),),
+        ours=gelu.gelu,
+        reference=gelu.gelu_reference,
+        eager=functools.partial(F.gelu, approximate="tanh"),
+        forward_bytes=2 * N * 4 * C * e,
+        backward_bytes=3 * N * 4 * C * e,
+    )
+    yield case(
+        op="bias_gelu",
+        shape=f"{N}x{4 * C}",
+        make_inputs=lambda new: (new(N, 4 * C), columns(new, 4 * C)),
+        ours=gelu.bias_gelu,
+        reference=gelu.bias_gelu_reference,
+        eager=lambda x, b: F.gelu(x + b, approximate="tanh"),
+        forward_bytes=(2 * N + 1) * 4 * C * e,
+        backward_bytes=(3 * N + 2) * 4 * C * e,
+    )
+
+
+def _attention(B: int, T: int, C: int, dtype: torch.dtype) -> Case:
+    H, e = C // HEAD_SIZE, dtype.itemsize
+    lse = 4 * B * H * T
+
+    def eager(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(B, T, 3, H, HEAD_SIZE).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+
+    return Case(
+        op="causal_attention",
+        shape=f"{B}x{T}x{H}x{HEAD_SIZE}",
+        dtype=dtype,
+        make_inputs=lambda new: (new(B, T, 3 * C),),
+        ours=lambda qkv: attention.causal_attention(qkv, H),
+        reference=lambda qkv: attention.causal_attention_reference(qkv, H),
+        eager=eager,
+        forward_bytes=4 * B * T * C * e + lse,
+        backward_bytes=(3 + 2 + 3) * B * T * C * e + lse,
+        rows=B * T,
+        # two products of the T * (T + 1) / 2 visible pairs; backward five
+        forward_flops=2 * B * H * T * (T + 1) * HEAD_SIZE,
+        backward_flops=5 * B * H * T * (T + 1) * HEAD_SIZE,
+    )
+
+
+def _decode_attention(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
+    """The last token that a cache of S tokens takes."""
+    H, e = C // HEAD_SIZE, dtype.itemsize
+
+    def make_inputs(new: New) -> tuple:
+        lengths = torch.full_like(new(B, below=S), S - 1, dtype=torch.int32)
+        return new(B, 1, 3 * C), new(2, B, H, S, HEAD_SIZE), lengths
+
+    def eager(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+        q, k, v = qkv.view(B, 3, H, 1, HEAD_SIZE).unbind(1)
+        keys, values = cache
+        place = lengths.long()[:, None, None, None].expand_as(k)
+        keys.scatter_(2, place, k)
+        values.scatter_(2, place, v)
+        seen = torch.arange(S, device=qkv.device) <= lengths[:, None, None, None]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen).view(B, 1, C)
+
+    return Case(
+        op="decode_attention",
+        shape=f"{B}x{S}x{H}x{HEAD_SIZE}",
+        dtype=dtype,
+        make_inputs=make_inputs,
+        ours=lambda qkv, cache, lengths: decode_attention.decode_attention(qkv, cache, lengths, H),
+        reference=lambda qkv, cache, lengths: decode_attention.decode_attention_reference(qkv, cache, lengths, H),
+        eager=eager,
+        # q, k, v and the S - 1 tokens before in, k and v stored, the output
+        forward_bytes=(3 + 2 * (S - 1) + 2 + 1) * B * C * e + 4 * B,
+        backward_bytes=None,
+        rows=B * S,
+        forward_flops=4 * B * C * S,
+    )
+
+
+def _linear_cross_entropy(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
+    V, e = VOCABULARY, dtype.itemsize
+    parameter = FP32 if autocast else dtype
+    kept = 4 if parameter == FP16 else parameter.itemsize  # dweight between forward and backward
+    return Case(
+        op="linear_cross_entropy",
+        shape=f"{N}x{C}x{V}",
+        dtype=dtype,
+        make_inputs=lambda new: (new(N, C), new(V, C, dtype=parameter), new(N, below=V)),
+        ours=linear_cross_entropy.linear_cross_entropy,
+        reference=linear_cross_entropy.linear_cross_entropy_reference,
+        eager=lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t),
+        # Gradients are made in the forward: logits are read and written once. Backward scales both gradients.
+        forward_bytes=2 * N * V * e + 16 * N,
+        backward_bytes=2 * N * C * e + V * C * (kept + parameter.itemsize),
+        rows=N,
+        forward_flops=6 * N * C * V,
+        autocast=autocast,
+    )
+
+
+def _embedding(B: int, T: int, C: int, dtype: torch.dtype) -> Case:
+    N, V, e = B * T, VOCABULARY, dtype.itemsize
+    return Case(
+        op="token_position_embedding",
+        shape=f"{B}x{T}x{C}",
+        dtype=dtype,
+        make_inputs=lambda new: (new(B, T, below=V), new(V, C), new(T, C)),
+        ours=embedding.token_position_embedding,
+        reference=embedding.token_position_embedding_reference,
+        eager=lambda idx, tokens, positions: F.embedding(idx, tokens) + positions[: idx.shape[1]],
+        # Every token differs here. Zeros for the tokens that do not occur are PyTorch's, as is the sort.
+        forward_bytes=8 * N + (2 * N + T) * C * e,
+        backward_bytes=(4 + 8) * N + (2 * N + T) * C * e,
+        rows=N,
+    )
+
+
+def _mlp(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
+    F_, e = 4 * C, dtype.itemsize
+    parameter = FP32 if autocast else dtype
+
+    def make_inputs(new: New) -> tuple:
+        weights = (new(*shape, dtype=parameter) for shape in ((F_, C), (F_,), (C, F_), (C,)))
+        return new(N, C), *weights
+
+    return Case(
+        op="mlp",
+        shape=f"{N}x{C}",
+        dtype=dtype,
+        make_inputs=make_inputs,
+        ours=mlp.mlp,
+        reference=mlp.mlp_reference,
+        eager=lambda x, w, b, v, c: F.linear(F.gelu(F.linear(x, w, b), approximate="tanh"), v, c),
+        forward_bytes=2 * N * F_ * e + F_ * parameter.itemsize,
+        backward_bytes=4 * N * F_ * e + 2 * F_ * parameter.itemsize,
+        rows=N,
+        forward_flops=4 * N * C * F_,
+        backward_flops=8 * N * C * F_,
+        autocast=autocast,
+    )
+
+
+def chosen(wanted: str | None) -> tuple[str, ...]:
+    """The functions that `--op` names, comma-separated; all without it. Raises ValueError for one that there is not."""
+    names = tuple(wanted.split(",")) if wanted else tuple(operations())
+    for name in names:
+        if name not in operations():
+            raise ValueError(f"--op is {name!r}, allowed are {', '.join(operations())}")
+    return names
+
+
+def operations() -> dict[str, Callable]:
+    """Every public kernel function by name: those that have a `<name>_reference` in their file."""
+    modules = (attention, decode_attention, embedding, gelu, layer_norm, linear_cross_entropy, mlp)
+    return {
+        name.removesuffix("_reference"): getattr(module, name.removesuffix("_reference"))
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_reference") and value.__module__ == module.__name__
+    }

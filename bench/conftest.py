@@ -1,0 +1,20 @@
+"""`pytest bench` measures: plain `pytest` disables benchmarks, here they are what is asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastgpt2.bench import gate
+from fastgpt2.gpt2.recipe import find_device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def verify_is_green() -> None:
+    if not gate.verified(find_device("auto")):
+        pytest.exit("fastgpt2 verify is red: nothing is measured", returncode=1)
+
+
+def pytest_configure(config) -> None:
+    """Before pytest-benchmark, which reads the options last."""
+    if config.pluginmanager.hasplugin("benchmark"):
+        config.option.benchmark_disable = False

@@ -1,0 +1,274 @@
+"""Training steps of every variant at one setting: checked against each other, then timed.
+
+    bench = TrainBench(results, variants, nanogpt)
+    bench.compare(setting)                     # all variants in turns
+    bench.sweep(setting)                       # alone at 1, 2, 4, ... sequences until memory ends
+
+A variant's gradient must agree with PyTorch's before anything is timed: see `Disagreement`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastgpt2.bench import roofline, timing
+from fastgpt2.bench.record import Results
+from fastgpt2.bench.timing import Timing
+from fastgpt2.bench.variants import OURS, Family, Variant
+from fastgpt2.gpt2 import hardware
+from fastgpt2.gpt2.config import PRESETS, GPTConfig
+from fastgpt2.gpt2.model import GPT
+
+VOCABULARY = 50304  # GPT-2's 50257 padded as nanoGPT does, for every variant alike
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST_BATCH = 4096
+SHARE_FOR_STATE = 0.4  # of the memory: families that need more than this together are measured one after another
+# Root mean square of the gradient's difference over that of the gradient. nanoGPT's GELU is by erf, GPT-2's by tanh.
+AGREEMENT = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
+WHAT = "one optimizer step: forward, backward, clipping, fused AdamW"
+NO_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: `size` is a preset of GPTConfig, B sequences of T tokens."""
+
+    size: str
+    B: int
+    T: int
+    dtype: str
+    device: torch.device
+    budget_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} B={self.B} T={self.T} {self.dtype}"
+
+    @property
+    def config(self) -> GPTConfig:
+        vocabulary = PRESETS[self.size].get("vocab_size", VOCABULARY)
+        return GPTConfig.preset(self.size, vocab_size=vocabulary, block_size=self.T)
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilisation, by the formula in bench/train.py; None where no peak is known."""
+        peak = hardware.peak_flops(self.device) if self.dtype == "bfloat16" else None
+        return peak and tokens_per_s * self.config.flops_per_token() / peak
+
+    def model_ms(self) -> float | None:
+        """The least time that this GPU's data sheet allows; None where it is not known."""
+        gpu = hardware.gpu(self.device) if self.dtype == "bfloat16" else None
+        return None if gpu is None else roofline.step_ms(self.config, self.B, self.T, gpu)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        dtype = DTYPES[self.dtype]
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Random tokens and the token after each; the last one of a row has none."""
+        idx = torch.randint(self.config.vocab_size, (self.B, self.T), generator=torch.Generator().manual_seed(0))
+        targets = torch.cat([idx[:, 1:], torch.full((self.B, 1), -1)], dim=1)
+        return idx.to(self.device), targets.to(self.device)
+
+
+class Disagreement(ArithmeticError):
+    """A variant computes something else than PyTorch does: no number is worth printing."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A variant that has run forward and backward once: compiled and checked."""
+
+    variant: Variant
+    family: Family
+    label: str
+    step: Callable[[], None]
+    first_s: float  # of that run, compilation included
+
+    def peak_bytes(self, device: torch.device) -> int | None:
+        """Of a step, with parameters and optimizer state, without other variants' models."""
+        peak = timing.peak_bytes(self.step, device)
+        return None if peak is None else peak + self.family.state_bytes()
+
+
+@dataclass
+class TrainBench:
+    """Measures variants into `results`."""
+
+    results: Results
+    variants: list[Variant]
+    nanogpt: ModuleType | None
+
+    def compare(self, setting: Setting) -> None:
+        """All variants at one setting, in turns; one row each. Raises Disagreement."""
+        weights = GPT(setting.config, kernels="torch")
+        try:
+            gradient = self._expected_gradient(setting, weights)
+        except Exception as error:
+            if not timing.out_of_memory(error):
+                raise
+            self.results.leave_out(setting.name, f"{NO_MEMORY} for PyTorch's gradient, with which all must agree")
+            _forget()
+            return
+        names = list(dict.fromkeys(v.family for v in self.variants))
+        for group in [names] if _fit_together(setting, len(names)) else [[name] for name in names]:
+            families = {name: self._family(name, setting, weights) for name in group}
+            chosen = [v for v in self.variants if v.family in group]
+            prepared = [p for v in chosen if (p := self._prepare(setting, families[v.family], v, gradient))]
+            self._time(setting, prepared)
+            del families, prepared
+            _forget()
+
+    def sweep(self, setting: Setting) -> None:
+        """Variants alone at 1, 2, 4, ... sequences until memory ends, one row each; without single switches, and
+        without compiled ones, which would be compiled anew for each batch."""
+        weights = GPT(setting.config, kernels="torch")
+        for variant in self.variants:
+            if variant.compiled or len(set(dataclasses.astuple(variant.kernels))) > 1:
+                continue
+            B, fits = 1, True
+            while fits and B <= LARGEST_BATCH:
+                at = dataclasses.replace(setting, B=B, budget_s=setting.budget_s / 10)
+                prepared = self._prepare(at, self._family(variant.family, at, weights), variant, None)
+                fits = prepared is not None and self._time(at, [prepared], alone=True)
+                del prepared
+                _forget()
+                B *= 2
+
+    def _expected_gradient(self, setting: Setting, weights: GPT) -> Tensor:
+        reference = self._family(OURS, setting, weights)
+        return reference.gradient(reference.loss(Variant(OURS), *setting.batch()), setting.autocast)
+
+    def _family(self, name: str, setting: Setting, weights: GPT) -> Family:
+        return Family(name, setting.config, weights, self.nanogpt, setting.device)
+
+    def _prepare(self, setting: Setting, family: Family, variant: Variant, gradient: Tensor | None) -> Prepared | None:
+        """Runs a variant once. None where memory ends or the variant fails, which is then in the results.
+
+        gradient: what its own must agree with.
+        """
+        label = family.label(variant)
+        loss = family.loss(variant, *setting.batch())
+        start = time.perf_counter()
+        try:
+            own = family.gradient(loss, setting.autocast)
+        except Exception as error:  # a compiler's and a driver's errors share no class
+            family.optimizer.zero_grad(set_to_none=True)
+            if timing.out_of_memory(error):
+                self._add_row(setting, label, variant, what=NO_MEMORY, alone=gradient is None)
+            else:
+                self.results.leave_out(f"{setting.name} {label}", f"failed: {(str(error).splitlines() or [''])[0]}")
+            return None
+        first_s = time.perf_counter() - start
+        if gradient is not None:
+            difference = ((own - gradient).square().mean().sqrt() / gradient.square().mean().sqrt()).item()
+            if not difference <= AGREEMENT[setting.dtype]:
+                raise Disagreement(
+                    f"{label} at {setting.name}: its gradient is {difference:.2%} off PyTorch's, allowed are "
+                    f"{AGREEMENT[setting.dtype]:.0%}; nothing is reported"
+                )
+        return Prepared(variant, family, label, family.step(loss, setting.autocast), first_s)
+
+    def _time(self, setting: Setting, prepared: list[Prepared], alone: bool = False) -> bool:
+        """Adds a row for each; False where memory ended for one."""
+        peaks: dict[str, int | None] = {}
+        for p in prepared:
+            try:
+                p.step()  # makes the optimizer's state
+                peaks[p.label] = p.peak_bytes(setting.device)
+            except (RuntimeError, MemoryError) as error:
+                if not timing.out_of_memory(error):
+                    raise
+                p.family.optimizer.zero_grad(set_to_none=True)
+                self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
+        ready = [p for p in prepared if p.label in peaks]
+        steps = {p.label: p.step for p in ready}
+        try:
+            times = timing.measure(steps, setting.device, budget_s=setting.budget_s, warmup=1, min_rounds=3)
+        except (RuntimeError, MemoryError) as error:  # together they need more than each one did
+            if not timing.out_of_memory(error):
+                raise
+            for p in ready:
+                p.family.optimizer.zero_grad(set_to_none=True)
+                self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
+            return False
+        baseline = next((p.label for p in ready if p.variant == Variant(OURS)), None)
+        for p in ready:
+            taken = times[p.label]
+            speedup = None if alone or not baseline else timing.speedup(times[baseline], taken).as_dict()
+            self._add_row(
+                setting,
+                p.label,
+                p.variant,
+                what=f"{WHAT}; " + ("alone" if alone else f"{len(ready)} variants in turns"),
+                alone=alone,
+                taken=taken,
+                peak_bytes=peaks[p.label],
+                speedup=speedup and dict(over=baseline, **speedup),
+                first_s=round(p.first_s, 2),
+            )
+        return len(ready) == len(prepared)
+
+    def _add_row(
+        self,
+        setting: Setting,
+        label: str,
+        variant: Variant,
+        what: str,
+        alone: bool,
+        taken: Timing | None = None,
+        peak_bytes: int | None = None,
+        speedup: dict | None = None,
+        first_s: float | None = None,
+    ) -> None:
+        tokens = setting.B * setting.T
+        per_s = None
+        if taken is not None:
+            spread = taken.spread
+            per_s = {"p20": spread.p80, "median": spread.median, "p80": spread.p20}
+            per_s = {name: tokens * 1e3 / ms for name, ms in per_s.items()}
+        self.results.add(
+            f"{setting.name} {label}" + " alone" * alone,
+            what=what,
+            time_ms=taken.as_dict() if taken else None,
+            label=label,
+            size=setting.size,
+            batch=setting.B,
+            block=setting.T,
+            dtype=setting.dtype,
+            alone=alone,
+            compiled=variant.compiled,
+            kernels=dataclasses.asdict(variant.kernels) if variant.family == OURS else None,
+            tokens_per_s=per_s,
+            model_ms=setting.model_ms(),
+            mfu=setting.mfu(per_s["median"]) if per_s else None,
+            peak_bytes=peak_bytes,
+            speedup=speedup,
+            first_s=first_s,
+        )
+
+
+def _fit_together(setting: Setting, families: int) -> bool:
+    """Whether all models with their gradients and optimizers leave room for a step."""
+    if setting.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(setting.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return families * 16 * setting.config.num_params() < SHARE_FOR_STATE * memory
+
+
+def _forget() -> None:
+    """Frees models and compiled code that nothing refers to."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

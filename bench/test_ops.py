@@ -1,0 +1,42 @@
+"""`pytest bench`: the cases of `bench ops --quick` under pytest-benchmark, with its tables, files and comparisons.
+
+pytest bench --benchmark-group-by=param:case -k layer_norm
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgpt2.bench import ops
+from fastgpt2.gpt2.recipe import find_device
+
+DEVICE = find_device("auto")
+SCOPE = ops.Scope.of(DEVICE, quick=True)
+CASES = {case.name: case for case, _, _ in ops.chosen(SCOPE, None)}
+
+
+def variants() -> list:
+    """(case, variant, direction) of all that runs here."""
+    every = []
+    for name, case in CASES.items():
+        found, _ = ops.functions(case, DEVICE, SCOPE.compiled)
+        directions = ops.DIRECTIONS if case.backward_bytes is not None else ops.DIRECTIONS[:1]
+        every += [pytest.param(name, label, d, id=f"{name}-{label}-{d}") for label in found for d in directions]
+    return every
+
+
+@pytest.mark.parametrize(("case", "label", "direction"), variants())
+def test_op(benchmark, case: str, label: str, direction: str) -> None:
+    found, inputs = ops.functions(CASES[case], DEVICE, SCOPE.compiled)[0], CASES[case].inputs(DEVICE)
+    computed, expected = (ops.values(CASES[case], inputs, found[name]) for name in (label, ops.PYTORCH))
+    assert ops.differs(computed, expected) <= ops.AGREEMENT[SCOPE.dtype], "it computes something else than PyTorch"
+    call = ops.calls(CASES[case], inputs, found[label])[direction]
+
+    def finished() -> None:
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    finished()
+    benchmark(finished)

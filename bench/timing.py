@@ -1,0 +1,193 @@
+"""How long calls take and how much memory one needs.
+
+    times = measure({"ours": step, "eager": other_step}, device, budget_s=20)
+    times["ours"].median_ms; speedup(times["eager"], times["ours"]).median
+    peak = peak_bytes(step, device)
+
+Variants that are compared take turns in one process (A B C, B C A, ...), so that what drifts (clocks, temperature,
+other work) meets all of them alike, and a speed-up is the median over rounds of the ratio within a round. First calls,
+which compile and allocate, are left out. On a GPU a call is timed by CUDA events with L2 flushed before it, elsewhere
+by the wall clock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FLUSHED_BYTES = 256 << 20  # twice the largest L2 or last-level cache of today's GPUs
+PERCENTILES = (20, 50, 80)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """20th percentile, median and 80th percentile of a quantity."""
+
+    p20: float
+    median: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: list[float] | tuple[float, ...] | np.ndarray) -> Spread:
+        return cls(*(float(v) for v in np.percentile(values, PERCENTILES)))
+
+    def as_dict(self) -> dict[str, float]:
+        return dict(median=self.median, p20=self.p20, p80=self.p80)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of each timed call, in the order of the rounds."""
+
+    times_ms: tuple[float, ...]
+
+    @property
+    def spread(self) -> Spread:
+        return Spread.of(self.times_ms)
+
+    @property
+    def median_ms(self) -> float:
+        return self.spread.median
+
+    def as_dict(self) -> dict[str, Any]:
+        """What goes into a result's row as "time_ms"."""
+        return {**self.spread.as_dict(), "runs": len(self.times_ms)}
+
+
+def speedup(baseline: Timing, of: Timing) -> Spread:
+    """How many times faster `of` is than `baseline`, round by round; both from one call of `measure`."""
+    return Spread.of(np.array(baseline.times_ms) / np.array(of.times_ms))
+
+
+def measure(
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    budget_s: float = 5.0,
+    warmup: int = 2,
+    min_rounds: int = 5,
+    max_rounds: int = 500,
+) -> dict[str, Timing]:
+    """Times every variant once a round, for about `budget_s` seconds in all and at least `min_rounds` rounds.
+
+    The `warmup` first calls of each variant are not timed and not part of the budget.
+    Raises what a variant raises; ValueError for a number that makes no sense.
+    """
+    if warmup < 1 or not 1 <= min_rounds <= max_rounds:
+        raise ValueError(
+            f"measure: warmup is {warmup}, rounds are {min_rounds} to {max_rounds}; allowed is at least 1 of each"
+        )
+    if not variants:
+        return {}
+    for call in variants.values():
+        for _ in range(warmup):
+            call()
+    timer = _GpuTimer(device) if device.type == "cuda" else _CpuTimer()
+    names = list(variants)
+    collects = gc.isenabled()
+    gc.disable()  # a collection in the middle of a call would be counted as its time
+    try:
+        round_s = sum(timer.time(name, variants[name]) for name in names)
+        rounds = min(max(int(budget_s / max(round_s, 1e-9)), min_rounds), max_rounds)
+        for i in range(1, rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                timer.time(name, variants[name])
+    finally:
+        if collects:
+            gc.enable()
+    return {name: Timing(tuple(times)) for name, times in timer.results().items()}
+
+
+class _CpuTimer:
+    def __init__(self) -> None:
+        self.times_ms: dict[str, list[float]] = {}
+
+    def time(self, name: str, call: Callable[[], object]) -> float:
+        """Runs and notes it; -> seconds."""
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        self.times_ms.setdefault(name, []).append(seconds * 1e3)
+        return seconds
+
+    def results(self) -> dict[str, list[float]]:
+        return self.times_ms
+
+
+class _GpuTimer:
+    """Events are read at the end, so that the host runs ahead of the device as it does in use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        self.cache = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device=device)
+
+    def time(self, name: str, call: Callable[[], object]) -> float:
+        first = not self.events.get(name)
+        if first:
+            torch.cuda.synchronize(self.device)
+        start_s = time.perf_counter()
+        self.cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self.device)
+        start.record(stream)
+        call()
+        end.record(stream)
+        self.events.setdefault(name, []).append((start, end))
+        if first:  # the first round sets how many there will be
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start_s
+
+    def results(self) -> dict[str, list[float]]:
+        torch.cuda.synchronize(self.device)
+        return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in self.events.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory in use during one call above what was in use before it; call it once before, to warm up.
+
+    On a GPU allocated tensors, on Linux without one the resident memory of the process, elsewhere None.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # memory that is free but kept would hide what the call needs
+    try:
+        reset.write_text("5")  # sets the high-water mark to what is resident now
+    except OSError:
+        return None
+    before = _resident_bytes("VmRSS")
+    call()
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or without one: drivers and libraries have own words."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in OUT_OF_MEMORY)
