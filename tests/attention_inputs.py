@@ -1,0 +1,54 @@
+"""What the attention tests share: inputs, small tiles, the 2x rule."""
+
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from numerics import check
+from torch import Tensor
+
+from fastgpt2.kernels import _launch
+from fastgpt2.kernels.attention import causal_attention, causal_attention_reference
+
+interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts what the interpreter does")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def packed(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(B, T, 3 * H * D).to(device, dtype)
+
+
+def offsets(device: torch.device, *values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def lengths_of(*lengths: int, device: torch.device) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def token_and_cache(B: int, H: int, S: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """qkv (B, 1, 3*C) and a cache (2, B, H, S, D) of normal numbers."""
+    return torch.randn(B, 1, 3 * H * D).to(device, dtype), torch.randn(2, B, H, S, D).to(device, dtype)
+
+
+def tiles(**numbers: int):
+    """Every row of the table with these block sizes, so that small inputs cross many tiles."""
+    config = _launch.config
+
+    def small(op: str, *args) -> dict[str, int]:
+        row = config(op, *args)
+        return row | {name: n for name, n in numbers.items() if name in row} if op.startswith("attention") else row
+
+    return mock.patch.object(_launch, "config", small)
+
+
+def rule(qkv: Tensor, n_head: int, upstream=None, **options):
+    """The 2x rule for the output and dqkv."""
+    return check(
+        lambda x: causal_attention(x, n_head, **options),
+        lambda x: causal_attention_reference(x, n_head, **options),
+        qkv,
+        names=("qkv",),
+        upstream=upstream,
+    )

@@ -1,0 +1,95 @@
+"""Kernels with one fault each, for test_compiled.py: run as a script, it writes what the audit says of them.
+
+python compiled_examples.py FILE
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgpt2.bench import asm
+from fastgpt2.bench.compiled import AUDITED_ROWS, recording
+
+
+@triton.jit
+def _good_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    offs_c = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    while row < N:
+        x = tl.load(x_ptr + row * stride_xn + offs_c, mask=offs_c < C, other=0.0)
+        tl.store(y_ptr + row * C + offs_c, x, mask=offs_c < C)
+        row += tl.num_programs(0)
+
+
+@triton.jit
+def _int32_offsets_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    offs_c = tl.arange(0, BLOCK)
+    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * stride_xn + offs_c, mask=offs_c < C, other=0.0)
+        tl.store(y_ptr + row.to(tl.int64) * C + offs_c, x, mask=offs_c < C)
+
+
+@triton.jit
+def _int32_pointer_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    offs_c = tl.arange(0, BLOCK)
+    x_ptr += tl.program_id(0) * stride_xn
+    y_ptr += tl.program_id(0).to(tl.int64) * C
+    for start in range(0, C, BLOCK):
+        tl.store(y_ptr + start + offs_c, tl.load(x_ptr + start + offs_c))
+
+
+@triton.jit
+def _atomic_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    offs_c = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride_xn + offs_c, mask=offs_c < C, other=0.0)
+    tl.atomic_add(y_ptr + offs_c, x.to(y_ptr.dtype.element_ty), mask=offs_c < C)
+
+
+@triton.jit
+def _narrow_accesses_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    offs_c = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    mask = offs_c < C - N % 2  # not known to cover whole vectors
+    x = tl.load(x_ptr + row * stride_xn + offs_c, mask=mask, other=0.0)
+    tl.store(y_ptr + row * C + offs_c, x, mask=offs_c < C)
+
+
+@triton.jit
+def _dot_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    offs = tl.arange(0, 128)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    a = tl.load(x_ptr + offs)
+    tl.store(y_ptr + offs, tl.dot(a, a).to(y_ptr.dtype.element_ty))
+
+
+def main(file: str) -> None:
+    results = {}
+    examples = {
+        "good": (_good_kernel, {}),
+        "int32_offsets": (_int32_offsets_kernel, {}),
+        "int32_pointer": (_int32_pointer_kernel, {}),
+        "atomic": (_atomic_kernel, {}),
+        "narrow_accesses": (_narrow_accesses_kernel, {}),
+        "dot": (_dot_kernel, {}),
+        "spill": (_dot_kernel, {"maxnreg": 64}),
+    }
+    for architecture in ("80", "90", "gfx942"):
+        for name, (kernel, options) in examples.items():
+            if architecture != "80" and name not in ("good", "dot"):
+                continue
+            x = torch.empty(AUDITED_ROWS, 1024, dtype=torch.bfloat16)
+            y = torch.empty(1024) if name == "atomic" else torch.empty_like(x)
+            with recording(architecture) as launches:
+                kernel[(64,)](x, y, x.stride(0), AUDITED_ROWS, 1024, BLOCK=1024, num_warps=4, **options)
+            figures = dataclasses.asdict(launches[0].figures(AUDITED_ROWS))
+            figures["vector_share"] = asm.vector_share(figures["widths"], {})
+            results[f"{name} {architecture}"] = figures
+    Path(file).write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

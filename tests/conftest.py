@@ -1,0 +1,63 @@
+"""What every test gets: Triton's interpreter where there is no GPU, poisoned fresh memory, one seed.
+
+Set before Triton is imported: TRITON_INTERPRET is read when a kernel is decorated. Tests of compiled code therefore run
+in processes of their own (see test_compiled.py).
+"""
+
+import os
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores; read when PyTorch is imported
+
+import torch  # noqa: E402
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import hypothesis  # noqa: E402
+import interpreter  # noqa: E402  (tests/interpreter.py)
+import pytest  # noqa: E402
+
+_ANY_SPEED = dict(
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    phases=[phase for phase in hypothesis.Phase if phase != hypothesis.Phase.explain],  # slower than all the others
+)
+hypothesis.settings.register_profile("ci", derandomize=True, max_examples=25, database=None, **_ANY_SPEED)
+hypothesis.settings.register_profile("long", derandomize=False, max_examples=1000, **_ANY_SPEED)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+if not HAS_GPU:
+    # Not a fixture: modules may launch kernels while they are collected. Kept in a name: freeing it would undo it.
+    MEND = interpreter.mended()
+    MEND.__enter__()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if HAS_GPU:  # warned of because of `fresh_memory_is_poisoned`, not by the code under test
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"))
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_poisoned():
+    """torch.empty and its kin give NaN (integers: the largest one), so that what a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=HAS_GPU)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")

@@ -1,0 +1,289 @@
+"""`bench train`: every variant computes the same model, rows say what was measured, a red check prints no number."""
+
+import dataclasses
+import json
+import subprocess
+
+import pytest
+import torch
+
+from fastgpt2.bench import __main__ as bench
+from fastgpt2.bench import gate, steps, variants
+from fastgpt2.bench import train as bench_train
+from fastgpt2.bench.record import Results
+from fastgpt2.bench.variants import HUGGINGFACE, NANOGPT, OURS, Family, Variant
+from fastgpt2.gpt2 import config, hardware
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.ops import Kernels
+
+CPU = torch.device("cpu")
+TINY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
+NANOGPT_LIKE = """
+import dataclasses
+import fastgpt2
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(fastgpt2.GPT):
+    def __init__(self, config):
+        super().__init__(fastgpt2.GPTConfig(**dataclasses.asdict(config)), kernels="torch")
+        self.transformer.h[0].attn.flash = True
+"""
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A size that is fast, verify that is green, and compilation that does nothing."""
+    monkeypatch.setitem(config.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(gate, "verified", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    file = tmp_path / "model.py"
+    file.write_text(NANOGPT_LIKE)
+    return file
+
+
+def run(folder, *more) -> int:
+    options = "train --device cpu --size tiny --batch 2 --block 16 --seconds 0.01 --dtype float32".split()
+    return bench.main([*options, "--out", str(folder), *more])
+
+
+def read(folder) -> Results:
+    (file,) = folder.iterdir()
+    return Results.load(file)
+
+
+# ------------------------------------------------------------------------------------------------------- variants
+
+
+def test_labels_derive_from_what_is_active():
+    attention = Kernels.parse("attention")
+    assert variants.label(Kernels.all("torch")) == "PyTorch, SDPA"
+    assert variants.label(Kernels.all("torch"), naive_attention=True) == "PyTorch, naive attention"
+    assert variants.label(Kernels.all("triton"), compiled=True) == "Triton + compile"
+    assert variants.label(attention) == "Triton: attention"
+    setting = steps.Setting("tiny", 1, 8, "float32", CPU, 0.1)
+    weights = GPT(setting.config)
+    assert Family(OURS, setting.config, weights, None, CPU).label(Variant(OURS, attention)) == "Triton: attention"
+    hf = Family(HUGGINGFACE, setting.config, weights, None, CPU)
+    hf.model.config._attn_implementation = "eager"
+    assert hf.label(Variant(HUGGINGFACE, compiled=True)) == "HuggingFace, eager + compile"
+
+
+def test_the_ladder_has_each_switch_alone():
+    alone = [v.kernels for v in variants.all_variants(False) if list(vars(v.kernels).values()).count("triton") == 1]
+    assert alone == [Kernels.parse(name) for name in Kernels.names()]
+
+
+def test_every_variant_computes_the_same_gradient(nanogpt, device):
+    """Triton's in the interpreter too."""
+    setting = steps.Setting("tiny", 2, 16, "float32", device, 0.1)
+    weights = GPT(setting.config)
+    module = variants.nanogpt_module(nanogpt)
+    gradients = {}
+    for variant in variants.all_variants(True):
+        family = Family(variant.family, setting.config, weights, module, device)
+        loss = family.loss(variant, *setting.batch())
+        gradients[family.label(variant)] = family.gradient(loss, setting.autocast)
+    assert len(gradients) == len(variants.all_variants(True))
+    first = next(iter(gradients.values()))
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, first, rtol=1e-3, atol=1e-6)
+
+
+def test_naive_attention_is_naive(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    model = GPT(config.GPTConfig(**TINY))
+    with variants.naive_attention(True):
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="not callable"):
+        model(torch.zeros(1, 4, dtype=torch.int64))
+
+
+# --------------------------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_has_a_row_for_every_variant(tmp_path, capsys, nanogpt):
+    assert run(tmp_path / "out", "--nanogpt", str(nanogpt)) == 0
+    results = read(tmp_path / "out")
+    labels = [row["label"] for row in results.rows]
+    assert labels == [
+        "PyTorch, naive attention", "PyTorch, SDPA", "PyTorch, SDPA + compile", "HuggingFace, sdpa",
+        "HuggingFace, sdpa + compile", "nanoGPT, SDPA", "nanoGPT, SDPA + compile",
+    ]  # fmt: skip
+    for row in results.rows:
+        per_s, ms = row["tokens_per_s"], row["time_ms"]
+        assert per_s["median"] == pytest.approx(2 * 16 / ms["median"] * 1e3)
+        assert per_s["p20"] <= per_s["median"] <= per_s["p80"] and ms["runs"] >= 3
+        assert "7 variants in turns" in row["what"] and row["mfu"] is None
+    sdpa = results.rows[1]
+    assert sdpa["speedup"] == dict(over="PyTorch, SDPA", median=1.0, p20=1.0, p80=1.0)
+    (triton,) = (entry for entry in results.left_out if "Triton" in entry["name"])
+    assert "GPU" in triton["why"]
+    out = capsys.readouterr().out
+    assert all(label in out for label in labels) and "left out: all variants with Triton" in out and "unknown" in out
+    line = json.loads(out.strip().splitlines()[-1])
+    assert line["kind"] == "train" and len(line["tokens_per_s"]) == len(labels)
+
+
+def test_quick_says_what_it_leaves_out(tmp_path):
+    assert run(tmp_path, "--quick") == 0
+    names = [entry["name"] for entry in read(tmp_path).left_out]
+    assert f"{HUGGINGFACE} + compile" in names and NANOGPT in names
+
+
+def test_a_wrong_variant_stops_everything(tmp_path, capsys, monkeypatch):
+    """Attention that sees the future."""
+    monkeypatch.setattr(torch.Tensor, "triu", lambda self, diagonal: torch.zeros_like(self))
+    assert run(tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert "red: PyTorch, naive attention" in err and "tokens/s" not in out and not list(tmp_path.iterdir())
+
+
+def test_a_red_verify_prints_no_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
+    gate.verified.cache_clear()
+    red = subprocess.CompletedProcess([], 1, "a table with 2.7 in red", "")
+    monkeypatch.setattr(gate.subprocess, "run", lambda *args, **kwargs: red)
+    assert bench.main(["train", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
+    gate.verified.cache_clear()
+    out, err = capsys.readouterr()
+    assert "red" in err and "2.7 in red" in err and "tokens" not in out and not list(tmp_path.iterdir())
+
+
+def test_memory_that_ends_is_a_row(tmp_path, monkeypatch):
+    gradient = Family.gradient
+
+    def no_memory(self, loss, autocast):
+        if self.name == HUGGINGFACE:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradient(self, loss, autocast)
+
+    monkeypatch.setattr(Family, "gradient", no_memory)
+    assert run(tmp_path) == 0
+    rows = [row for row in read(tmp_path).rows if row["label"].startswith(HUGGINGFACE)]
+    assert len(rows) == 2 and all(row["what"] == "out of memory" and row["time_ms"] is None for row in rows)
+    (file,) = tmp_path.glob("train-*.json")
+    assert bench.main(["report", str(file), "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_size_that_does_not_fit_leaves_the_others(tmp_path, monkeypatch, error):
+    family = steps.TrainBench._family
+
+    def no_memory(self, name, setting, weights):
+        if setting.T == 8:
+            raise error
+        return family(self, name, setting, weights)
+
+    monkeypatch.setattr(steps.TrainBench, "_family", no_memory)
+    monkeypatch.setitem(config.PRESETS, "tiny2", TINY)
+    settings = bench_train._settings
+    monkeypatch.setattr(
+        bench_train,
+        "_settings",
+        lambda *args: (s if s.size == "tiny" else dataclasses.replace(s, T=8) for s in settings(*args)),
+    )
+    assert run(tmp_path, "--size", "tiny2,tiny") == 0
+    results = read(tmp_path)
+    assert {row["size"] for row in results.rows} == {"tiny"}
+    assert any(entry["name"].startswith("tiny2") and "out of memory" in entry["why"] for entry in results.left_out)
+
+
+def test_memory_that_ends_with_all_variants_in_turns_is_told(tmp_path, monkeypatch):
+    def no_memory(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(steps.timing, "measure", no_memory)
+    assert run(tmp_path) == 0
+    assert {row["what"] for row in read(tmp_path).rows} == {"out of memory"}
+
+
+def test_what_was_measured_is_kept_when_a_run_is_cut_short(tmp_path, monkeypatch, capsys):
+    compare, names = steps.TrainBench.compare, iter(("first", "second"))
+
+    def cut_short(self, setting):
+        if next(names) == "second":
+            raise KeyboardInterrupt
+        compare(self, setting)
+
+    monkeypatch.setattr(steps.TrainBench, "compare", cut_short)
+    monkeypatch.setitem(config.PRESETS, "tiny2", TINY)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--size", "tiny,tiny2")
+    results = read(tmp_path)
+    assert {row["size"] for row in results.rows} == {"tiny"}
+    assert dict(name="the rest", why="the run was cut short") in results.left_out
+    assert "cut short; what was measured is in" in capsys.readouterr().err
+
+
+def test_a_sweep_doubles_the_batch_until_memory_ends(tmp_path, monkeypatch):
+    measure, limit = steps.TrainBench._prepare, 4
+
+    def limited(self, setting, family, variant, gradient):
+        if setting.B > limit:
+            monkeypatch.setattr(family, "gradient", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out")))
+        return measure(self, setting, family, variant, gradient)
+
+    monkeypatch.setattr(steps.TrainBench, "_prepare", limited)
+    monkeypatch.setattr(variants, "all_variants", lambda with_nanogpt: [Variant(OURS)])
+    assert run(tmp_path, "--sweep") == 0
+    alone = [row for row in read(tmp_path).rows if row["alone"]]
+    assert [row["batch"] for row in alone] == [1, 2, 4, 8]
+    assert [row["time_ms"] is None for row in alone] == [False, False, False, True]
+    assert all(row["what"].endswith("; alone") and row["speedup"] is None for row in alone[:3])
+
+
+def test_mfu_is_its_formula_and_unknown_hardware_unknown(monkeypatch):
+    setting = steps.Setting("gpt2", 1, 1024, "bfloat16", CPU, 1.0)
+    assert setting.mfu(1000.0) is None
+    monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e15)
+    N = 124_475_904 - 1024 * 768  # with 50304 rows of tokens, without positions
+    assert setting.mfu(1000.0) == pytest.approx(1000 * (6 * N + 12 * 12 * 768 * 1024) / 1e15)
+    assert steps.Setting("gpt2", 1, 1024, "float32", CPU, 1.0).mfu(1000.0) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "gpt3"], "--size is 'gpt3'"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--seconds", "-1"], "--seconds is -1.0"),
+        (["--device", "warp"], "device is 'warp'"),
+        (["--nanogpt", "/none/model.py"], "expected the path of nanoGPT's model.py"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, args, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *args)
+
+
+def test_without_a_command_a_quick_set_and_a_report_run(monkeypatch):
+    ran = []
+    for module in bench.COMMANDS:
+        monkeypatch.setattr(module, "main", lambda options: ran.append(options) or 0)
+    assert bench.main([]) == 0
+    assert len(ran) == len(bench.DEFAULT) and all(options.quick for options in ran[:-1])
+    ran.clear()
+    monkeypatch.setattr(bench.COMMANDS[0], "main", lambda options: ran.append(options) or 3)
+    assert bench.main([]) == 3 and len(ran) == 1, "a red one stops the rest"

@@ -1,0 +1,101 @@
+"""One block's budget, forward and backward, all kernels on: launches, bytes, memory kept, and no wait for the device.
+
+The block is the difference between two models of which one has a block more, so that embedding, head and loss cancel.
+Budgets are stated for GPT-2's block at B=8, T=256, C=768, in bytes per element of (B, T, C), the traffic of matrix
+products left out. The default run has the same B*T / C, and with it the same share of the weights (which autocast
+casts) at a twelfth of the width; what does not scale weighs more there, so that it bounds the full size.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+import triton
+
+from fastgpt2 import GPT, GPTConfig
+from fastgpt2.bench.dispatch import Traffic, count_traffic
+from fastgpt2.kernels import _launch
+
+FULL = ((8, 256, 768), (3, 2), "triton")  # (B, T, C), layers, kernels
+NARROW = ((3, 57, 64), (2, 1), "attention,layer_norm,gelu")  # head and embedding, which cancel, on PyTorch: quicker
+SIZES = [pytest.param(NARROW, id="narrow"), pytest.param(FULL, id="full", marks=pytest.mark.slow)]
+HEAD_SIZE, VOCAB = 64, 64
+A100_SMS = 108  # the number of programs, and so the bytes of partial sums, depend on it
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="bytes are counted by the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def memory_is_not_poisoned():
+    """Filling fresh memory would be counted."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def step_traffic(size: tuple[int, int, int], layers: int, kernels: str, autocast: bool) -> Traffic:
+    """Traffic of one forward and backward of a bf16 model, or of an fp32 one under autocast to bf16."""
+    B, T, C = size
+    config = GPTConfig(block_size=T, vocab_size=VOCAB, n_layer=layers, n_head=C // HEAD_SIZE, n_embd=C)
+    model = GPT(config, kernels=kernels)
+    model = model if autocast else model.bfloat16()
+    idx, targets = torch.randint(VOCAB, (2, B, T))
+    # Without a GPU tokens are checked on the spot.
+    with mock.patch.object(GPT, "_check"), mock.patch.object(_launch, "sm_count", lambda device: A100_SMS):
+        with count_traffic(model.parameters()) as traffic:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(idx, targets)[1]
+            loss.backward()
+    return traffic
+
+
+def block_traffic(sizes, autocast: bool) -> tuple[Traffic, int]:
+    """What one block does, and its elements (B * T * C)."""
+    (B, T, C), layers, kernels = sizes
+    more, less = (step_traffic((B, T, C), n, kernels, autocast) for n in layers)
+    return more - less, B * T * C
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_block_in_bfloat16(sizes):
+    block, elements = block_traffic(sizes, autocast=False)
+    assert block.launches <= 25, f"\n{block}"
+    assert block.bytes / elements <= 130, f"\n{block}"
+    assert block.kept_bytes / elements <= 26, f"\n{block}"
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_block_under_autocast(sizes):
+    block, elements = block_traffic(sizes, autocast=True)
+    assert block.bytes / elements <= 210, f"\n{block}"
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_a_step_does_not_wait_for_the_device(autocast):
+    step = step_traffic((2, 5, 64), 1, "triton", autocast)
+    assert step.syncs == 0, f"\n{step}"
+
+
+def test_a_wait_for_the_device_is_seen():
+    with count_traffic() as traffic:
+        torch.ones(3).sum().item()
+    assert traffic.syncs == 1
+
+
+def test_operators_and_kept_tensors_are_counted():
+    """Against figures made by hand: 4 B an element, y = (x W + b) * x, broadcast b read once."""
+    x, w = torch.randn(8, 4), torch.randn(4, 4, requires_grad=True)
+    b = torch.randn(4, requires_grad=True)
+    with count_traffic([w, b]) as traffic:
+        y = (x @ w + b) * x
+    assert traffic.launches == 3
+    assert traffic.matmul_bytes == 4 * (32 + 16 + 32)
+    assert traffic.bytes == 4 * (32 + 4 + 32) + 4 * (32 + 32 + 32)
+    assert traffic.kept_bytes == 4 * 32  # x, for both gradients
+    assert y.requires_grad
+
+
+def test_pytorch_alone_is_over_budget():
+    """The budgets bite: eager PyTorch keeps activations twice and moves the residual add and LayerNorm apart."""
+    block, elements = block_traffic((NARROW[0], (2, 1), "torch"), autocast=False)
+    assert block.launches > 25, f"\n{block}"
+    assert block.bytes / elements > 130, f"\n{block}"
+    assert block.kept_bytes / elements > 26, f"\n{block}"

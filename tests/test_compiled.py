@@ -1,0 +1,175 @@
+"""Compiled code on every architecture, held to its gates and to the committed kernel card, with no GPU.
+
+Everything is compiled in processes of their own (bench/audit.py); this one only reads what they found. The first half
+shows on kernels with one fault each that the instrument sees it.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt2.bench import asm, audit
+from fastgpt2.bench.__main__ import main as bench
+from fastgpt2.bench.cases import cases
+
+HERE = Path(__file__).parent
+
+
+def compile_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> dict:
+    file = tmp_path_factory.mktemp("examples") / "figures.json"
+    command = [sys.executable, str(HERE / "compiled_examples.py"), str(file)]
+    subprocess.run(command, env=compile_environment(), check=True)
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> audit.Audit:
+    """The audit of all kernels, made once also where pytest runs in several processes."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+    with open(shared / "audit.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = shared / "audit.pickle"
+        if not file.exists():
+            file.write_bytes(pickle.dumps(audit.run(jobs=2)))
+        return pickle.loads(file.read_bytes())
+
+
+# -------------------------------------------------------------------------------------------------- the instrument
+
+
+def test_a_good_kernel_is_good(examples):
+    for architecture in ("80", "90", "gfx942"):
+        good = examples[f"good {architecture}"]
+        assert (good["spills"], good["narrow"], good["vector_share"]) == (0, [], 1.0)
+        assert good["atomics"] in (0, None)
+        assert good["registers"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, figure, seen",
+    [
+        ("int32_offsets", "narrow", lambda narrow: narrow == ["x_ptr"]),
+        ("int32_pointer", "narrow", lambda narrow: narrow == ["x_ptr"]),
+        ("atomic", "atomics", lambda count: count > 0),
+        ("narrow_accesses", "vector_share", lambda share: share < audit.VECTOR_SHARE),
+        ("spill", "spills", lambda count: count > 0),
+        ("spill", "stack", lambda size: size > 0),
+    ],
+)
+def test_each_fault_is_seen(examples, name, figure, seen):
+    assert seen(examples[f"{name} 80"][figure])
+
+
+def test_tensor_cores_are_named(examples):
+    assert [examples[f"dot {architecture}"]["tensor_core"] for architecture in ("80", "90")] == ["HMMA", "HGMMA"]
+    assert examples["good 80"]["tensor_core"] == ""
+
+
+def test_occupancy_is_the_tightest_limit():
+    assert asm.occupancy("80", registers=32, shared=0, warps=4) == 1.0
+    assert asm.occupancy("80", registers=64, shared=0, warps=4) == 0.5
+    assert asm.occupancy("80", registers=32, shared=40 * 1024, warps=4) == 4 * 4 / 64
+    assert asm.occupancy("86", registers=32, shared=0, warps=1) == 16 / 48
+
+
+def test_widths_are_weighted_with_the_bytes_that_ran():
+    widths = {"a.py:1": {128: 1}, "a.py:2": {32: 4}, "a.py:3": {128: 1, 64: 2}}
+    assert asm.vector_share(widths, {"a.py:1": 90, "a.py:2": 10}) == 0.9
+    assert asm.vector_share(widths, {"a.py:3": 10}) == 0.5
+    assert asm.vector_share(widths, {"a.py:1": 50, "a.py:9": 50}) == 0.5  # a line that the code does not have
+
+
+GOOD = dict(
+    case="op[1]", op="op", itemsize=2, direction="forward", kernel="k", architecture="80", num_warps=4, num_stages=2,
+    registers=32, shared=0, stack=0, spills=0, dots=1, tensor_core="HMMA", narrow=[], atomics=0, occupancy=1.0,
+    bytes=100, vector_share=1.0,
+)  # fmt: skip
+PASSES = {("op", "forward"): dict(case="op[1]", launches=1, bytes_over_minimum=1.0)}
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (dict(spills=3), "3 spills"),
+        (dict(stack=8), "8 bytes of stack"),
+        (dict(shared=170000), "170000 bytes of shared memory, a block has 166912"),
+        (dict(atomics=1), "1 atomics"),
+        (dict(tensor_core=""), "without tensor cores"),
+        (dict(narrow=["x_ptr"]), "int32 offsets into x_ptr"),
+        (dict(vector_share=0.9), "90.0% of bytes in 128-bit accesses"),
+    ],
+)
+def test_each_gate_can_fail(fault, message):
+    assert audit.Audit("3.9.0", [GOOD], PASSES).failures() == []
+    (failure,) = audit.Audit("3.9.0", [GOOD | fault], PASSES).failures()
+    assert failure.startswith("op[1] forward") and message in failure
+
+
+def test_what_got_worse_is_named():
+    before = audit.Audit("3.9.0", [GOOD], PASSES).card()
+    worse = dict(spills=1, occupancy=0.9, vector_share=0.98)
+    passes = {("op", "forward"): dict(case="op[1]", launches=2, bytes_over_minimum=1.1)}
+    after = audit.Audit("3.9.0", [GOOD | worse], passes)
+    assert len(after.worse_than(before)) == len(worse) + 2
+    assert audit.Audit("3.9.0", [GOOD], PASSES).worse_than(after.card()) == []
+    assert dataclasses.replace(after, triton="3.8.0").worse_than(before) == []
+
+
+def test_a_process_that_fails_is_a_failure(monkeypatch):
+    monkeypatch.setattr(audit, "ARCHITECTURES", ("80",))
+    result = audit.run(("no such architecture",), ("no such op",), jobs=2)
+    assert result.launches == [] and result.failures() == []  # nothing to compile: no op of that name
+    result = audit.run(("no such architecture",), ("gelu",), jobs=2)
+    assert any("no such architecture" in failure for failure in result.failures())
+
+
+def test_another_triton_can_compile(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('the other Triton')")
+    options = ("--arch", "80", "--op", "gelu")
+    found, error = audit._process("compiled", tmp_path / "figures.json", options, triton=tmp_path)
+    assert found is None and "the other Triton" in error
+    with pytest.raises(ValueError, match="--triton is .* holds no package triton"):
+        bench(["audit", "--triton", str(tmp_path / "triton")])
+
+
+# ------------------------------------------------------------------------------------------------------ the kernels
+
+
+def test_every_case_is_compiled_for_every_architecture(result):
+    assert result.errors == ()
+    compiled = {(launch["case"].split("[")[0], launch["architecture"]) for launch in result.launches}
+    ops = {case.op for case in cases()}
+    assert compiled == {(op, architecture) for op in ops for architecture in audit.ARCHITECTURES}
+    assert {op for op, _ in result.passes} == ops
+
+
+@pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
+def test_gates_hold(result, architecture):
+    failures = [failure for failure in result.failures() if f"on {architecture}:" in failure]
+    assert not failures, "\n".join(failures)
+
+
+def test_nothing_is_worse_than_the_card(result):
+    worse = result.worse_than(audit.committed())
+    assert not worse, "worse than bench/results/kernel_card.json:\n" + "\n".join(worse)
+
+
+def test_card_names_the_kernels_that_there_are(result):
+    card, mine = audit.committed(), result.card()
+    if card["triton"] == mine["triton"]:
+        assert set(card["kernels"]) == set(mine["kernels"]), "run: fastgpt2 bench audit --write"
+        assert set(card["passes"]) == set(mine["passes"])

@@ -1,0 +1,98 @@
+"""Writing text with the kernels: the ids are those of PyTorch, of whole passes and of HuggingFace."""
+
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from hf_models import DEVICE, hf_gpt2
+from interpreter import count_launches
+from tiny_models import tiny
+
+from fastgpt2 import GPT
+from fastgpt2.bench.dispatch import count_traffic
+from fastgpt2.gpt2.cache import KVCache
+from fastgpt2.gpt2.generate import generate
+from fastgpt2.kernels import _launch
+
+S = 9  # block_size
+
+
+def multiprocessors(n: int):
+    """A machine so large that one head takes one split, or as many as its cache has tiles."""
+    return mock.patch.object(_launch, "sm_count", lambda device: n)
+
+
+def prompts(B: int, T: int) -> torch.Tensor:
+    return torch.randint(50, (B, T), device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "B, n", [(1, 40), *(pytest.param(B, 200, marks=pytest.mark.slow) for B in (1, 8))], ids=lambda n: str(n)
+)
+def test_text_is_huggingfaces(B, n):
+    hf = hf_gpt2(n_positions=256, n_layer=1, n_embd=32, n_head=1).eval().to(DEVICE)
+    idx = prompts(B, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=False)
+    assert torch.equal(generate(GPT.from_huggingface(hf, kernels="attention"), idx, n, greedy=True), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:a prompt has")
+@pytest.mark.parametrize("B", [1, 8])
+@pytest.mark.parametrize("T, n", [(1, S - 1), (S - 1, 4), (S, 3), (S + 5, 3)])
+def test_every_boundary(T, n, B):
+    """Up to the last place of the cache, and past it, where every token is a whole pass."""
+    model, idx = tiny(block_size=S, n_embd=32).to(DEVICE), prompts(B, T)
+    expected = generate(model, idx, n, greedy=True)
+    model.kernels = "attention"
+    assert torch.equal(generate(model, idx, n, greedy=True), expected)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "layer_norm,attention"])
+def test_prompts_of_different_lengths(kernels):
+    model = tiny(block_size=20, n_embd=32).to(DEVICE)
+    rows = [prompts(1, T)[0] for T in (1, 7, 4)]
+    expected = generate(model, rows, 5, greedy=True)
+    model.kernels = kernels
+    assert torch.equal(generate(model, rows, 5, greedy=True), expected)
+
+
+@pytest.mark.parametrize("n, whole", [(1, False), (1000, False), (1000, True)], ids=["one-split", "splits", "whole"])
+@torch.no_grad()
+def test_logits_are_those_of_pytorch(n, whole):
+    """Row by row, for a cache that is given whole too, of which most splits have nothing."""
+    model = tiny(block_size=150, n_embd=32).to(DEVICE).eval()
+    idx, lengths = prompts(3, 130), torch.tensor([1, 127, 64], device=DEVICE)
+    caches = [KVCache(model, 3, 150, whole=whole) for _ in range(2)]
+    for cache in caches:
+        cache.start(lengths)
+        model(idx[:, :127], cache=cache)
+    for step in range(2):
+        logits = []
+        for kernels, cache in zip(("torch", "attention"), caches, strict=True):
+            model.kernels = kernels
+            with multiprocessors(n):
+                logits.append(model(idx[:, step : step + 1], cache=cache)[0])
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(caches[1].lengths, lengths.int() + 2)
+
+
+@torch.no_grad()
+def test_a_token_is_one_or_two_launches_a_layer_and_waits_for_nothing():
+    model = tiny(block_size=150, n_embd=32).to(DEVICE).eval()
+    model.kernels = "triton"
+    cache, token = KVCache(model, 1, 150, whole=True), prompts(1, 1)
+    for n, names in ((1, ["_decode_attention_kernel"]), (1000, ["_decode_attention_kernel", "_decode_merge_kernel"])):
+        with mock.patch.object(GPT, "_check"), multiprocessors(n), count_launches() as log, count_traffic() as traffic:
+            model(token, cache=cache)
+        assert [launch.name for launch in log if "decode" in launch.name] == names * model.config.n_layer
+        assert traffic.syncs == 0
+
+
+def test_gradients_through_a_cache_are_refused():
+    model = tiny(block_size=S, n_embd=32).to(DEVICE).eval()
+    model.kernels = "triton"
+    with pytest.raises(ValueError, match=r"decode_attention: qkv is a tensor that requires grad.*torch.no_grad\(\)"):
+        model(prompts(1, 1), cache=KVCache(model, 1, S))

@@ -1,0 +1,121 @@
+"""The tuner without a GPU: its search by made-up times, and the table that it writes."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt2.bench import cases, tune
+from fastgpt2.bench.__main__ import main
+from fastgpt2.bench.record import Results
+from fastgpt2.kernels import _launch
+
+SOURCE = Path(_launch.__file__).read_text("utf-8")
+
+
+def test_descent_finds_the_minimum_and_survives_configurations_that_fail():
+    def time_ms(c):
+        if c["num_warps"] > 8:
+            return float("inf")  # does not compile
+        return 1.0 + abs(c["BLOCK"] - 512) / 512 + 0.1 * abs(c["num_warps"] - 8) + 0.2 * abs(c["num_stages"] - 3)
+
+    start = {"BLOCK": 64, "num_warps": 2, "num_stages": 1, "MIN_ROWS": 64}
+    best, ms, before = tune.descend(start, time_ms)
+    assert best == {"BLOCK": 512, "num_warps": 8, "num_stages": 3, "MIN_ROWS": 64}
+    assert ms == time_ms(best) < before == time_ms(start)
+
+
+def test_descent_keeps_what_noise_alone_beats():
+    start = {"BLOCK": 64, "num_warps": 2}
+    assert tune.descend(start, lambda c: 1.0 if c == start else 0.99) == (start, 1.0, 1.0)
+
+
+def namespace(source):
+    """The table and the notes that a source defines."""
+    tree = ast.parse(source)
+    return tune._literal(tune._assigned(tree, "TABLE")), tune._literal(tune._assigned(tree, "TUNED"))
+
+
+def test_rewriting_changes_the_rows_asked_for_and_nothing_else():
+    best = {
+        ("gelu_fwd", "16"): {"ROWS": 2, "BLOCK_C": 128, "num_warps": 2},
+        ("attention_bwd", "16x64"): {"num_warps": 8},
+    }
+    once = tune.rewrite(SOURCE, best, 90, "Some GPU, 2026-01-01")
+    table, tuned = namespace(once)
+    expected, _ = namespace(SOURCE)
+    for (op, variant), config in best.items():
+        expected[op][variant][90] = config
+    assert table == expected and tuned == {90: "Some GPU, 2026-01-01"}
+    comments = [line for line in SOURCE.splitlines() if line.lstrip().startswith("#")]
+    assert [line for line in once.splitlines() if line.lstrip().startswith("#")] == comments
+    again = tune.rewrite(once, {("gelu_fwd", "16"): {"ROWS": 4}}, 90, "Another GPU, 2026-02-02")
+    table, tuned = namespace(again)
+    assert table["gelu_fwd"]["16"][90] == {"ROWS": 4} and tuned == {90: "Another GPU, 2026-02-02"}
+
+
+def test_unknown_rows_are_refused():
+    with pytest.raises(ValueError, match="no_such_op"):
+        tune.rewrite(SOURCE, {("no_such_op", ""): {}}, 90, "Some GPU")
+
+
+def test_a_case_is_tuned_by_its_own_rows_and_wrong_results_are_passed_over():
+    case = next(c for c in cases.cases(rows=8) if c.op == "gelu" and c.dtype == torch.float32)
+    done: set = set()
+    launched = []
+
+    def time_ms(run):
+        with tune.overridden({}) as asked:
+            run()
+        launched.append(asked)
+        return 1.0
+
+    found = list(tune.tune_case(case, done, time_ms, torch.device("cpu")))
+    assert {row for row, *_ in found} == done == {("gelu_fwd", "32"), ("gelu_bwd", "32")}
+    assert all(ms == before == 1.0 for _, _, ms, before in found) and launched
+    assert not list(tune.tune_case(case, done, time_ms, torch.device("cpu"))), "each row once"
+    a = torch.randn(8)
+    assert tune.same((a,), (a + 1e-7,)) and not tune.same((a,), (a + 1e-3,))
+
+
+def test_what_is_not_a_speed_knob_stays():
+    config = _launch.config("gelu_bwd", torch.device("cpu"), "16")
+    assert config["enable_fp_fusion"] is True
+    assert all(c["enable_fp_fusion"] is True and c["MIN_ROWS"] == config["MIN_ROWS"] for c in tune.neighbours(config))
+
+
+def test_the_command_saves_its_figures_and_leaves_the_table_in_a_dry_run(tmp_path, monkeypatch, capsys):
+    """With a CPU for a GPU and made-up times."""
+    import triton.testing
+
+    times = iter(range(1000, 0, -1))
+    small = [c for c in cases.cases(rows=8) if c.op == "gelu" and c.dtype == torch.float32]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch, "device", lambda *args: torch.zeros(0).device)
+    monkeypatch.setattr(tune.gate, "verified", lambda device: True)
+    monkeypatch.setattr(tune.cases, "cases", lambda: small)
+    monkeypatch.setattr(tune, "descend", lambda config, time_ms: (config, 1.0, 2.0))
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, return_mode: float(next(times)))
+    assert main(["tune", "--op", "gelu", "--dry-run", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("tune-*.json")
+    rows = Results.load(file).rows
+    assert [row["name"].split(" ")[1] for row in rows] == ["gelu_fwd/32", "gelu_bwd/32"]
+    assert all((row["before_ms"], row["best_ms"]) == (2.0, 1.0) for row in rows)
+    assert all("enable_fp_fusion" not in row["config"] for row in rows)
+    assert "2 rows improved, nothing written" in capsys.readouterr().out
+    assert Path(_launch.__file__).read_text("utf-8") == SOURCE
+    assert main(["tune", "--op", "gelu", "--dry-run", "--out", str(tmp_path), "--seconds", "-1"]) == 0
+    assert not Results.load(file).rows and "were over" in Results.load(file).left_out[0]["why"]
+    monkeypatch.setattr(tune.gate, "verified", lambda device: False)
+    assert main(["tune", "--dry-run"]) == 1
+    with pytest.raises(ValueError, match="--op is 'gelo'"):
+        main(["tune", "--op", "gelo"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_the_command_says_so():
+    with pytest.raises(RuntimeError, match="GPU"):
+        main(["tune"])
