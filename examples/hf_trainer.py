@@ -1,0 +1,45 @@
+"""A GPT in HuggingFace's Trainer: python examples/hf_trainer.py (needs accelerate)"""
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from fastgpt2 import GPT, GPTConfig
+from fastgpt2.gpt2.corpus import load_corpus
+from fastgpt2.gpt2.data import Windows
+
+
+class Model(torch.nn.Module):
+    """The Trainer calls with names and wants a dictionary with the loss."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, input_ids, labels):
+        return {"loss": self.gpt(input_ids, labels)[1]}
+
+
+class Rows(torch.utils.data.IterableDataset):
+    def __init__(self, windows: Windows):
+        self.windows = windows
+
+    def __iter__(self):
+        while True:
+            idx, targets = self.windows.next_batch(1)
+            yield {"input_ids": idx[0], "labels": targets[0]}
+
+
+corpus = load_corpus(None, tokenizer="byte", val_fraction=0.1, block_size=64)
+model = Model(GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64)))
+arguments = TrainingArguments(
+    "hf_trainer",
+    max_steps=100,
+    per_device_train_batch_size=8,
+    learning_rate=3e-3,
+    weight_decay=0.1,
+    logging_steps=20,
+    save_strategy="no",
+    report_to="none",
+)
+Trainer(model, arguments, train_dataset=Rows(Windows(corpus.train, block_size=64, seed=0))).train()
+model.gpt.save_pretrained("own_gpt")
