@@ -4,12 +4,15 @@ GB/s is the least that the op must move (`bench/cases.py`) over the time, TFLOP/
 all variants are held to the same work. The fraction is of what this machine's copy or its matrix product reaches,
 whichever the op is closer to, both measured at the start; on a CPU small tensors stay in its caches, which are faster
 than a copy. The roofline model is what the data sheet of a known GPU allows (bench/roofline.py). Variants of one op
-take turns, on a GPU with L2 flushed before each call. A variant whose results are not PyTorch's is not timed.
+take turns, on a GPU with L2 flushed before each call and without the host's time to launch it. A variant whose results
+are not PyTorch's is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -146,7 +149,7 @@ class OpsBench:
         for direction in DIRECTIONS if case.backward_bytes is not None else DIRECTIONS[:1]:
             variants = {label: made[direction] for label, made in ready.items()}
             try:
-                times = timing.measure(variants, self.device, budget_s=self.scope.budget_s)
+                times = timing.measure(variants, self.device, budget_s=self.scope.budget_s, device_only=True)
             except Exception as error:  # together, graphs and results of all variants alive, they need more than alone
                 if not timing.out_of_memory(error):
                     raise
@@ -202,6 +205,7 @@ def add_command(commands) -> None:
     )
     command.add_argument("--quick", action="store_true", help="fewer shapes; on a CPU without torch.compile")
     command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
+    command.add_argument("--shape", help="comma-separated lengths and widths, TxC, such as 1024x768,4096x768")
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
     command.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file; default: %(default)s")
     command.set_defaults(run=main)
@@ -216,10 +220,24 @@ def chosen(scope: Scope, wanted: str | None) -> Iterator[tuple[Case, int, int]]:
                 yield case, T, C
 
 
+def shapes(wanted: str) -> tuple[tuple[int, int], ...]:
+    """What --shape names. Raises ValueError for one that is none."""
+    found = [re.fullmatch(r"(\d+)x(\d+)", shape) for shape in wanted.split(",")]
+    pairs = tuple((int(match[1]), int(match[2])) for match in found if match)
+    if len(pairs) < len(found) or any(T < 1 or C < 1 or C % cases.HEAD_SIZE for T, C in pairs):
+        raise ValueError(
+            f"--shape is {wanted!r}, expected TxC with T at least 1 and C a multiple of {cases.HEAD_SIZE}, "
+            "such as 1024x768"
+        )
+    return pairs
+
+
 def main(options: argparse.Namespace) -> int:
     """Prints the card and writes the file; returns 1 and prints no number where verify is red."""
     device = find_device(options.device)
     scope = Scope.of(device, options.quick)
+    if options.shape:
+        scope = dataclasses.replace(scope, shapes=shapes(options.shape))
     listed = list(chosen(scope, options.op))
     results = Results.begin("ops", device, {})
     if not gate.verified(device):

@@ -7,7 +7,8 @@
 Variants that are compared take turns in one process (A B C, B C A, ...), so that what drifts (clocks, temperature,
 other work) meets all of them alike, and a speed-up is the median over rounds of the ratio within a round. First calls,
 which compile and allocate, are left out. On a GPU a call is timed by CUDA events with L2 flushed before it, elsewhere
-by the wall clock.
+by the wall clock. A call of a few microseconds takes the host longer than the device: with `device_only` the device
+waits before it, until the host has enqueued it all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import torch
 
 FLUSHED_BYTES = 256 << 20  # twice the largest L2 or last-level cache of today's GPUs
 PERCENTILES = (20, 50, 80)
+CLOCK_HZ = 3e9  # no GPU's clock is faster: so many cycles take a second or more
+LONGEST_WAIT_S = 0.05
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
@@ -76,10 +79,12 @@ def measure(
     warmup: int = 2,
     min_rounds: int = 5,
     max_rounds: int = 500,
+    device_only: bool = False,
 ) -> dict[str, Timing]:
     """Times every variant once a round, for about `budget_s` seconds in all and at least `min_rounds` rounds.
 
-    The `warmup` first calls of each variant are not timed and not part of the budget.
+    The `warmup` first calls of each variant are not timed and not part of the budget. device_only: leaves out what the
+    host takes to launch, on a GPU; waiting for it is part of the budget.
     Raises what a variant raises; ValueError for a number that makes no sense.
     """
     if warmup < 1 or not 1 <= min_rounds <= max_rounds:
@@ -88,10 +93,13 @@ def measure(
         )
     if not variants:
         return {}
-    for call in variants.values():
+    waits_s = {}
+    for name, call in variants.items():
         for _ in range(warmup):
+            start_s = time.perf_counter()
             call()
-    timer = _GpuTimer(device) if device.type == "cuda" else _CpuTimer()
+            waits_s[name] = min(2 * (time.perf_counter() - start_s), LONGEST_WAIT_S) if device_only else 0.0
+    timer = _GpuTimer(device, waits_s) if device.type == "cuda" else _CpuTimer()
     names = list(variants)
     collects = gc.isenabled()
     gc.disable()  # a collection in the middle of a call would be counted as its time
@@ -126,8 +134,8 @@ class _CpuTimer:
 class _GpuTimer:
     """Events are read at the end, so that the host runs ahead of the device as it does in use."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, waits_s: Mapping[str, float]) -> None:
+        self.device, self.waits_s = device, waits_s
         self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
         self.cache = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device=device)
 
@@ -137,6 +145,8 @@ class _GpuTimer:
             torch.cuda.synchronize(self.device)
         start_s = time.perf_counter()
         self.cache.zero_()
+        if self.waits_s[name]:
+            torch.cuda._sleep(int(self.waits_s[name] * CLOCK_HZ))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(self.device)
         start.record(stream)

@@ -2,8 +2,9 @@
 
 Kernels never tune themselves: that would repeat for every shape and process, and fail where there is no GPU. Here each
 row of the table that a case of `cases.py` uses is improved by coordinate descent from what stands: one number at a time
-is halved or doubled (stages: one less or more), the case is timed, and what is faster by more than the noise is kept. A
-configuration that does not compile or fit, or that changes the results beyond rounding, is passed over.
+is halved or doubled (stages: one less or more), the case is timed without the host's time to launch it, and what is
+faster by more than the noise is kept. A configuration that does not compile or fit, that spills registers, or that
+changes the results beyond rounding, is passed over.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import datetime
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
+import triton
 
-from fastgpt2.bench import cases, gate
+from fastgpt2.bench import cases, gate, timing
 from fastgpt2.bench.record import FOLDER, Results
 from fastgpt2.gpt2.files import write_atomically
 from fastgpt2.kernels import _launch
 
 Config = dict[str, int]
 Row = tuple[str, str]  # op and variant, as in the table
+BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration must take at most this part of the time to replace another
 FIXED = ("MIN_ROWS", "enable_fp_fusion")  # set by a budget of bytes, and for all alike: not by speed
 
@@ -48,14 +52,36 @@ def overridden(configs: dict[Row, Config]) -> Iterator[list[Row]]:
         _launch.config = original
 
 
+@contextlib.contextmanager
+def launched() -> Iterator[list]:
+    """The list holds the compiled kernels that are launched inside."""
+    kernels: list = []
+    run = triton.JITFunction.run
+
+    def recorded(*args, **kwargs):
+        kernels.append(run(*args, **kwargs))
+        return kernels[-1]
+
+    with mock.patch.object(triton.JITFunction, "run", recorded):
+        yield kernels
+
+
 def neighbours(config: Config) -> Iterator[Config]:
-    """Configurations that differ in one number."""
+    """Configurations that differ in one number, or in a block size and the warps that share it."""
     for key, value in config.items():
         if key in FIXED:
             continue
         values = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
-        most = {"num_stages": 5, "num_warps": 32}.get(key, 1 << 14)
-        yield from ({**config, key: v} for v in values if 1 <= v <= most)
+        yield from _allowed({**config, key: v} for v in values)
+        if "BLOCK" in key:
+            warps = config["num_warps"]
+            both = ((value // 2, warps // 2), (value * 2, warps * 2))
+            yield from _allowed({**config, key: v, "num_warps": w} for v, w in both)
+
+
+def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
+    most = {"num_stages": 5, "num_warps": 32}
+    yield from (c for c in configs if all(1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
 
 
 def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config, float, float]:
@@ -97,7 +123,9 @@ def tune_case(case: cases.Case, done: set[Row], time_ms: Callable[[Callable], fl
             def timed(config: Config, row: Row = row, run: Callable = run, expected: tuple = expected) -> float:
                 with overridden({row: config}):
                     try:
-                        if not same(run(), expected):
+                        with launched() as kernels:
+                            right = same(run(), expected)
+                        if not right or any(kernel.n_spills for kernel in kernels):
                             return float("inf")
                         return time_ms(run)
                     except Exception as error:  # the compiler's and the driver's errors share no class
@@ -106,6 +134,10 @@ def tune_case(case: cases.Case, done: set[Row], time_ms: Callable[[Callable], fl
                         return float("inf")
 
             yield row, *descend(dict(_launch.config(row[0], device, row[1])), timed)
+
+
+def median_ms(run: Callable, device: torch.device) -> float:
+    return timing.measure({"": run}, device, budget_s=BUDGET_S, warmup=2, device_only=True)[""].median_ms
 
 
 def same(results: tuple, expected: tuple) -> bool:
@@ -191,8 +223,6 @@ def main(options: argparse.Namespace) -> int:
     """Prints and saves what was found, rewrites the table; 1 where verify is red. Raises RuntimeError without a GPU."""
     if not torch.cuda.is_available():
         raise RuntimeError("bench tune measures on a GPU, and there is none here")
-    from triton.testing import do_bench
-
     device = torch.device("cuda", torch.cuda.current_device())
     ops = cases.chosen(options.op)
     if not gate.verified(device):
@@ -208,8 +238,7 @@ def main(options: argparse.Namespace) -> int:
             if time.monotonic() > end:
                 results.leave_out(case.name, f"--seconds {options.seconds:g} were over")
                 continue
-            median = functools.partial(do_bench, return_mode="median")
-            for row, config, ms, before in tune_case(case, done, median, device):
+            for row, config, ms, before in tune_case(case, done, functools.partial(median_ms, device=device), device):
                 config = {key: value for key, value in config.items() if key != "enable_fp_fusion"}
                 print(f"{case.name:<44} {'/'.join(row):<28} {before:9.4f} -> {ms:9.4f} ms  {config}", flush=True)
                 figures = dict(before_ms=before, best_ms=ms, config=config)

@@ -111,7 +111,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
 ):
     """The online softmax's step: queries q (M, D) meet the tile of keys and values k, v (N, D) that starts at `key`."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
     if MASKED:
         offs_n = key + tl.arange(0, BLOCK_N)
         seen = offs_n[None, :] <= offs_m[:, None]
@@ -124,7 +124,7 @@ def _attend(
     l_i = l_i * alpha + tl.sum(p, 1)
     if seed_ptr is not None:
         p = tl.where(_keep(seed_ptr, row, head, offs_m, key, dropout_threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return m_new, l_i, acc
 
 

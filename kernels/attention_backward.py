@@ -71,7 +71,7 @@ def _attention_delta_kernel(
 def _dot_minus(a, b, c, PRECISION: tl.constexpr):
     """a b^T - c: the sum starts at -c, which saves the subtraction."""
     start = tl.broadcast_to(-c, (a.shape[0], b.shape[0]))
-    return tl.dot(a, tl.trans(b), start, input_precision=PRECISION)
+    return tl.dot(a, tl.trans(b), start, input_precision=PRECISION, out_dtype=start.dtype)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def _dkv_tile(
             offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             q = _load_rows(q_ptr + q_offsets, offs_m < T, offs_d, D, BLOCK_D, part != 1)
             lse = _load_vector(lse_ptr + offs_m, offs_m < T, part != 1)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2 - lse[None, :])
             if part == 0 or (BOUNDED and part == 2):
                 seen = offs_n[:, None] <= offs_m[None, :]
                 if BOUNDED:
@@ -151,15 +151,15 @@ def _dkv_tile(
             dout = _load_rows(dout_ptr + dout_offsets, offs_m < T, offs_d, D, BLOCK_D, part != 1)
             delta = _load_vector(delta_ptr + offs_m, offs_m < T, part != 1)
             if seed_ptr is None:
-                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
                 ds = p * _dot_minus(v, dout, delta[None, :], PRECISION)
             else:
                 keep = _keep(seed_ptr, row, head, offs_m, first_key, dropout_threshold, BLOCK_M, BLOCK_N, True)
                 kept = tl.where(keep, p * dropout_scale, 0.0)
-                dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
                 ds = kept * dp - p * delta[None, :]
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
             q_ptr += BLOCK_M * stride_qt
             dout_ptr += BLOCK_M * stride_ot
 
@@ -201,6 +201,7 @@ def _dq_tile(
 ):
     """dq of one tile of queries; products are (queries, keys). The pointers point at one head of one row."""
     BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
+    ACC: tl.constexpr = scale.dtype
     offs_m = first_query + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < T
@@ -216,7 +217,7 @@ def _dq_tile(
     a, b, c, _, d = _key_tiles(first_query, first_query + BLOCK_M, stop, nearest, farthest, BLOCK_N)
 
     scale_log2 = scale * 1.4426950408889634
-    dq = tl.zeros((BLOCK_M, BLOCK_D), scale.dtype)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     k_ptr = qkv_ptr + C + (a * BLOCK_N).to(tl.int64) * stride_qt
     offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + offs_d[None, :]
     for part in tl.static_range(3):
@@ -224,7 +225,9 @@ def _dq_tile(
             for tile in range(a if part == 0 else (b if part == 1 else c), b if part == 0 else (c if part == 1 else d)):
                 offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 k = _load_rows(k_ptr + offsets, offs_n < T, offs_d, D, BLOCK_D, part == 2)
-                p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+                p = tl.exp2(
+                    tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2 - lse[:, None]
+                )
                 if part != 1:
                     seen = offs_n[None, :] <= offs_m[:, None]
                     if BOUNDED:
@@ -236,9 +239,9 @@ def _dq_tile(
                 else:
                     key = tile * BLOCK_N
                     keep = _keep(seed_ptr, row, head, offs_m, key, dropout_threshold, BLOCK_M, BLOCK_N, False)
-                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
                     ds = p * (tl.where(keep, dp * dropout_scale, 0.0) - delta[:, None])
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
                 k_ptr += BLOCK_N * stride_qt
 
     dq *= scale

@@ -5,6 +5,7 @@ in processes of their own (see test_compiled.py).
 """
 
 import os
+import sys
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores; read when PyTorch is imported
@@ -56,6 +57,14 @@ def fresh_memory_is_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_is_forgotten():
+    """Dynamo counts compilations of a function in the whole process: those of other tests would use up its limit."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

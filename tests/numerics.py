@@ -27,7 +27,7 @@ their strides on the way to ours (pass a slice, an expanded or transposed tensor
 Options: `rows=True` holds each row (last dimension) to the rule by itself, so that one huge row does not excuse the
 others; `grads=False` leaves gradients out, `grads=("x", ...)` takes those alone; `upstream(output) -> gradient`
 replaces the random upstream gradient (for example `lambda y: torch.ones((), dtype=y.dtype).expand_as(y)`; None leaves
-an output out); `factor=` replaces 2.
+an output out); `factor=` replaces 2; `cancelling=` is how large the terms are where the truth is 0 because they cancel.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def check(
     rows: bool = False,
     factor: float = 2.0,
     roundings: int = 1,
+    cancelling: float = 0.0,
 ) -> dict[str, Error]:
     """Raises AssertionError unless `op` keeps the rule above; returns the worse of its two errors for each result."""
     names = tuple(names or map(str, range(len(inputs))))
@@ -118,7 +119,7 @@ def check(
     errors, failures = {}, []
     for title, a, b, t in results:
         try:
-            errors[title] = compare(a, b, t, rows=rows, factor=factor, roundings=roundings)
+            errors[title] = compare(a, b, t, rows=rows, factor=factor, roundings=roundings, cancelling=cancelling)
         except AssertionError as failure:
             failures.append(f"{title}: {failure}")
     assert not failures, "\n".join(failures)
@@ -133,6 +134,7 @@ def compare(
     rows: bool = False,
     factor: float = 2.0,
     roundings: int = 1,
+    cancelling: float = 0.0,
 ) -> Error:
     """The rule for one result. `eager` and `truth` None means that there is nothing to compute; then so must `ours`."""
     if truth is None:
@@ -160,7 +162,7 @@ def compare(
     for measure, size in measures.items():
         error, base, scale = size(a - t), size(b - t), size(t)
         floor = roundings * torch.finfo(dtype).eps / 2 * scale
-        bound = torch.maximum(factor * base, floor) + SUM_EPS * torch.finfo(sums).eps * scale
+        bound = torch.maximum(factor * base, floor) + SUM_EPS * torch.finfo(sums).eps * scale.clamp(min=cancelling)
         row = int((error / bound).argmax())
         worst.append(Error(measure, *(float(x[row]) for x in (error, base, bound, scale))))
     for error in worst:

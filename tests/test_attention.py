@@ -51,12 +51,13 @@ def test_scale_and_large_scores(device, dtype):
 
     In float32 less: backward knows p by lse alone, whose own rounding grows with the scores, unlike eager's.
     """
-    rule((3 if dtype == torch.float32 else 20) * packed(1, 50, 2, 32, dtype, device), 2, scale=0.5)
+    rule((3 if dtype == torch.float32 else 20) * packed(2, 50, 8, 32, dtype, device), 8, scale=0.5)
 
 
 def test_equal_scores(device):
     qkv = torch.ones(1, 40, 3 * 32, device=device)
-    assert torch.equal(causal_attention(qkv, 1), torch.ones(1, 40, 32, device=device))
+    expected = torch.ones(1, 40, 32, device=device)
+    torch.testing.assert_close(causal_attention(qkv, 1), expected, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
 
 
 def test_one_huge_value(device):
@@ -249,7 +250,6 @@ def test_compiled_whole_with_dynamic_time(device):
     def loss(qkv):
         return causal_attention(qkv * 2, 2).square().sum()
 
-    torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
     counted = torch.compile(loss, backend=backend, fullgraph=True, dynamic=True)
     for T in (5, 18, 33):

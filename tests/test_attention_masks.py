@@ -147,7 +147,9 @@ def test_dropout_draws_its_seed(device):
         return causal_attention(qkv, 1, dropout_p=0.5)
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    assert torch.equal(causal_attention(qkv, 1, dropout_p=0.0, seed=torch.tensor(1)), causal_attention(qkv, 1))
+    assert torch.equal(
+        causal_attention(qkv, 1, dropout_p=0.0, seed=torch.tensor(1, device=device)), causal_attention(qkv, 1)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- tiles

@@ -113,6 +113,14 @@ def test_an_unknown_op_is_named(tmp_path):
         run(tmp_path, "--op", "gelo")
 
 
+def test_shapes_can_be_chosen(tmp_path):
+    rows = run(tmp_path, "--op", "layer_norm", "--shape", "8x64,16x128").rows
+    assert {(row["T"], row["C"]) for row in rows} == {(8, 64), (16, 128)}
+    for wrong in ("16", "16x", "0x64", "16x65", "16x64,"):
+        with pytest.raises(ValueError, match="--shape is .*such as 1024x768"):
+            run(tmp_path, "--shape", wrong)
+
+
 @pytest.mark.parametrize("again", [True, False])
 def test_backward_can_be_timed_again(again, device):
     """Ours keeps what it saved when asked to, and gives the same gradients."""

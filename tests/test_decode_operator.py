@@ -33,7 +33,6 @@ def test_compiled_whole(device):
         graphs.append(graph)
         return graph
 
-    torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     counted = torch.compile(step, backend=backend, fullgraph=True)
     results = []

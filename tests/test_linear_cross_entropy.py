@@ -312,7 +312,8 @@ def test_opcheck(reduction, device):
         (one[0], one, x, weight[:60], 67, 4.0, torch.float32, torch.bfloat16),
     )
     torch.library.opcheck(
-        torch.ops.fastgpt2.linear_cross_entropy_bwd.default, (torch.randn(5), x, weight, targets, -100, *numbers)
+        torch.ops.fastgpt2.linear_cross_entropy_bwd.default,
+        (torch.randn(5, device=device), x, weight, targets, -100, *numbers),
     )
 
 
@@ -379,11 +380,11 @@ def test_trains_like_pytorch(device):
         runs = []
         for op in (linear_cross_entropy, eager):
             torch.manual_seed(0)
-            weight = (0.3 * torch.randn(67, 16, device=device)).requires_grad_()
+            weight = (0.3 * torch.randn(67, 16)).to(device).requires_grad_()
             optimizer = torch.optim.SGD([weight], lr=0.5 if reduction == "mean" else 0.05)
             losses = []
             for _ in range(10):
-                idx = torch.randint(67, (4,), device=device)
+                idx = torch.randint(67, (4,)).to(device)
                 loss = op(F.embedding(idx, weight), weight, (3 * idx + 1) % 67, **options).sum()
                 optimizer.zero_grad()
                 loss.backward()

@@ -178,8 +178,10 @@ def test_bfloat16_trains_alike(settings):
 
 
 @pytest.mark.skipif(not ops.TRITON_INSTALLED, reason="needs Triton")
-def test_triton_trains_alike(settings):
-    sizes = dict(steps=3, batch_size=2, block_size=8, n_head=1, n_embd=16, eval_interval=3, eval_tokens=16)
+def test_triton_trains_alike(settings, device):
+    sizes = dict(
+        steps=3, batch_size=2, block_size=8, n_head=1, n_embd=16, eval_interval=3, eval_tokens=16, device=device.type
+    )
     exact = losses(settings, "1", kernels="torch", **sizes)
     assert losses(settings, "2", kernels="triton", **sizes) == pytest.approx(exact, rel=1e-4)
 
