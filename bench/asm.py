@@ -74,18 +74,26 @@ class MachineCode:
 
 
 @functools.cache
-def machine_code(cubin: bytes) -> MachineCode:
-    """Disassembles a cubin with the tools that Triton brings."""
+def machine_code(cubin: bytes, dots: int = 1) -> MachineCode:
+    """What the tools that Triton brings say of a cubin. Disassembling takes most of the time and is left out where it
+    could find nothing: a kernel without products (`dots`) and without local memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
-    usage, _, sass = done.stdout.partition("code for sm_")
+
+        def dump(what: str) -> str:
+            return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = dump("-res-usage")
+        figures = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "SHARED", "LOCAL"))
+        registers, stack, shared, local = figures
+        if not dots and not stack and not local:
+            return MachineCode(registers, stack, shared, spills=0, tensor_core="")
+        sass = dump("-sass")
     opcodes = Counter(_OPCODE.findall(sass))
     if not opcodes:
         raise RuntimeError(f"no instruction found in the SASS: {sass[:200]!r}")
-    registers, stack, shared = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "SHARED"))
     cores = sorted(opcode for opcode in opcodes if _TENSOR_CORE.fullmatch(opcode))
     return MachineCode(registers, stack, shared, opcodes["STL"] + opcodes["LDL"], "+".join(cores))
 
@@ -93,6 +101,14 @@ def machine_code(cubin: bytes) -> MachineCode:
 def amd_code(amdgcn: str) -> tuple[int, int]:
     """-> VGPRs and VGPR spills, from the metadata at the end of AMD assembly."""
     return _number(r"\.vgpr_count:\s*(\d+)", amdgcn), _number(r"\.vgpr_spill_count:\s*(\d+)", amdgcn)
+
+
+_PRODUCT = re.compile(r"\btt\.dot .* -> tensor<[^>]*, #blocked", re.MULTILINE)
+
+
+def plain_products(ttgir: str) -> int:
+    """Products of matrices that are left to ordinary arithmetic: their result has no layout of tensor cores."""
+    return len(_PRODUCT.findall(ttgir))
 
 
 def _number(pattern: str, text: str) -> int:

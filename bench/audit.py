@@ -24,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ VECTOR_SHARE = 0.95
 LABELS = ("ours", "PyTorch", "Liger")  # as compared.py writes them
 CARD = Path(__file__).parent / "results" / "kernel_card.json"
 
-# Figures of the card that may not get worse, and by how much they may differ all the same. Registers, shared memory and
-# warps are told, not held: what they cost is occupancy and spills.
-LAUNCH_LIMITS = {"spills": 0, "stack": 0, "occupancy": -0.001, "vector_share": -0.005}
+# Figures of the card that may not get worse, and by how much they may differ all the same.
+LAUNCH_LIMITS = {"registers": 0, "shared": 0, "spills": 0, "stack": 0, "occupancy": -0.001, "vector_share": -0.005}
 PASS_LIMITS = {"launches": 0, "bytes_over_minimum": 0.005}
 
 
@@ -50,6 +49,7 @@ class Audit:
     launches: list[dict[str, Any]]
     passes: dict[tuple[str, str], dict[str, Any]]
     errors: tuple[str, ...] = ()  # of processes that failed
+    peers: list[dict[str, Any]] = field(default_factory=list)  # as `launches`, of Liger's kernels
 
     def failures(self) -> list[str]:
         """One line for each gate that is broken."""
@@ -77,18 +77,23 @@ class Audit:
 
     def card(self) -> dict[str, Any]:
         """What is committed: "passes" by "op direction", "kernels" by "case direction kernel", then by architecture."""
+        passes = {" ".join(key): figures for key, figures in self.passes.items()}
+        found = {"triton": self.triton, "passes": passes, "kernels": self._kernels(self.launches)}
+        return found | ({"Liger's kernels": self._kernels(self.peers)} if self.peers else {})
+
+    @staticmethod
+    def _kernels(launches: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         kernels: dict[str, dict[str, Any]] = {}
         names = ("num_warps", "num_stages", "registers", "shared", "stack", "spills", "occupancy", "vector_share")
-        for launch in self.launches:
+        for launch in launches:
             key = f"{launch['case']} {launch['direction']} {launch['kernel']}"
-            figures = {name: launch[name] for name in (*names, "tensor_core") if launch[name] not in (None, "")}
+            figures = {n: launch[n] for n in (*names, "tensor_core") if launch.get(n) not in (None, "")}
             entry = {name: round(v, 4) if isinstance(v, float) else v for name, v in figures.items()}
             architecture = launch["architecture"]
             while architecture in kernels.get(key, {}):
                 key += " again"
             kernels.setdefault(key, {})[architecture] = entry
-        passes = {" ".join(key): figures for key, figures in self.passes.items()}
-        return {"triton": self.triton, "passes": passes, "kernels": kernels}
+        return kernels
 
     def worse_than(self, card: dict[str, Any]) -> list[str]:
         """One line for each figure that got worse than in `card`. Other versions of Triton are not compared."""
@@ -102,6 +107,9 @@ class Audit:
             for architecture, before in architectures.items():
                 after = mine["kernels"].get(key, {}).get(architecture, {})
                 worse += _worse(f"{key} on {architecture}", before, after, LAUNCH_LIMITS)
+                core, now = before.get("tensor_core"), after.get("tensor_core")
+                if after and core != now:
+                    worse.append(f"{key} on {architecture}: tensor_core was {core}, is {now}")
         return worse
 
 
@@ -114,15 +122,20 @@ def _broken_gates(launch: dict[str, Any]) -> Iterable[str]:
         yield f"{launch['shared']} bytes of shared memory, a block has {shared}"
     if launch["atomics"]:
         yield f"{launch['atomics']} atomics"
-    if limits and launch["dots"] and launch["itemsize"] == 2 and not launch["tensor_core"]:
-        yield "multiplies matrices without tensor cores"
+    if limits and launch["dots"] and launch["itemsize"] == 2:
+        if launch["plain_dots"] or not launch["tensor_core"]:
+            plain = launch["plain_dots"] or launch["dots"]
+            yield f"{plain} of {launch['dots']} products of matrices without tensor cores"
     if launch["narrow"]:
         yield f"int32 offsets into {', '.join(launch['narrow'])}"
 
 
 def _worse(where: str, before: dict[str, Any], after: dict[str, Any], limits: dict[str, float]) -> Iterable[str]:
     for name, slack in limits.items():
-        if name not in before or name not in after:
+        if name not in before or not after:  # not asked for: --arch, --op
+            continue
+        if name not in after:
+            yield f"{where}: {name} was {before[name]}, is missing"
             continue
         # A positive or zero slack: more is worse; a negative one: less is.
         difference = after[name] - before[name]
@@ -153,8 +166,11 @@ def run(
         # The slowest first.
         counting = pool.submit(_process, "traffic", Path(folder) / "traffic.json", only, interpret=True)
         comparing = compared and pool.submit(_process, "compared", Path(folder) / "compared.json", only, interpret=True)
+        also = ("--peers",) if compared else ()
         compiling = [
-            pool.submit(_process, "compiled", Path(folder) / f"{name}.json", (*only, "--arch", name), triton=triton)
+            pool.submit(
+                _process, "compiled", Path(folder) / f"{name}.json", (*only, *also, "--arch", name), triton=triton
+            )
             for name in architectures
         ]
         counted, count_error = counting.result()
@@ -175,7 +191,8 @@ def run(
         widths = {line: {int(w): n for w, n in made.items()} for line, made in launch.pop("widths").items()}
         launch["bytes"] = sum(bytes_by_line.values())
         launch["vector_share"] = asm.vector_share(widths, bytes_by_line) if widths else None
-    return Audit(compiled[0]["triton"] if compiled else "", launches, passes, tuple(errors))
+    peers = [launch for found in compiled for launch in found["peers"]]
+    return Audit(compiled[0]["triton"] if compiled else "", launches, passes, tuple(errors), peers)
 
 
 def _traffic(counted: list[dict]) -> tuple[dict, dict]:
@@ -253,19 +270,26 @@ def table(card: dict[str, Any]) -> str:
         cells = [_compared(figures, label) for label in LABELS]
         cells = [f"`{figures['case']}`", str(figures["launches"]), f"{figures['bytes_over_minimum']:.3f}", *cells]
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    architectures = [a for a in ARCHITECTURES if any(a in found for found in card["kernels"].values())]
     lines += [
         "",
         "Each cell: registers a thread, shared memory in KiB, spills, occupancy, share of bytes in 128-bit accesses,",
         "and the tensor-core instruction where matrices are multiplied.",
         "",
-        "| launch | " + " | ".join(f"sm_{a}" if a.isdigit() else a for a in architectures) + " |",
-        "|---" * (1 + len(architectures)) + "|",
+        *_launches(card["kernels"]),
     ]
-    for key, found in card["kernels"].items():
-        cells = [_cell(found[a]) if a in found else "" for a in architectures]
-        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    if "Liger's kernels" in card:
+        lines += ["", "The same of Liger's kernels where it has the op, compiled the same way:", ""]
+        lines += _launches(card["Liger's kernels"])
     return "\n".join(lines) + "\n"
+
+
+def _launches(kernels: dict[str, dict[str, Any]]) -> Iterable[str]:
+    architectures = [a for a in ARCHITECTURES if any(a in found for found in kernels.values())]
+    yield "| launch | " + " | ".join(f"sm_{a}" if a.isdigit() else a for a in architectures) + " |"
+    yield "|---" * (1 + len(architectures)) + "|"
+    for key, found in kernels.items():
+        cells = [_cell(found[a]) if a in found else "" for a in architectures]
+        yield f"| {key} | " + " | ".join(cells) + " |"
 
 
 def _compared(figures: dict[str, Any], label: str) -> str:

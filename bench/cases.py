@@ -129,7 +129,7 @@ def audited_cases(rows: int = 4096) -> Iterator[Case]:
     """`cases`, and what else their functions can be asked for: other code, which may spill where the plain one does
     not. Costs and references are the plain ones'."""
     yield from cases(rows)
-    B, T, H = 4, rows // 4, WIDTHS[0] // HEAD_SIZE
+    B, T = 4, rows // 4
 
     def seed(like: Tensor) -> Tensor:
         return torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -140,7 +140,7 @@ def audited_cases(rows: int = 4096) -> Iterator[Case]:
         def ours(first: Tensor, *rest):
             return case.ours(first, *rest, **{argument: make(first) for argument, make in more.items()})
 
-        return dataclasses.replace(case, shape=f"{case.shape} {name}", ours=ours)
+        return dataclasses.replace(case, shape=f"{case.shape} {name}".strip(), ours=ours)
 
     documents: dict[str, Callable] = dict(
         cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
@@ -148,12 +148,14 @@ def audited_cases(rows: int = 4096) -> Iterator[Case]:
     window: dict[str, Callable] = dict(window=lambda qkv: 256)
     dropout: dict[str, Callable] = dict(dropout_p=lambda first: 0.1, seed=seed)
     bounds = {"documents": documents, "dropout": dropout}
-    for dtype, variants in (
-        (BF16, {**bounds, "window": window, "documents, dropout": documents | dropout}),
-        (FP32, bounds),
+    both = {"documents, dropout": documents | dropout}
+    for dtype, D, variants in (
+        (BF16, HEAD_SIZE, {**bounds, "window": window, **both}),
+        (BF16, 2 * HEAD_SIZE, {"": {}, "documents": documents, **both}),
+        (FP32, HEAD_SIZE, bounds),
     ):
-        plain = _attention(B, T, WIDTHS[0], dtype)
-        plain = dataclasses.replace(plain, ours=functools.partial(_on_heads, H))
+        plain = _attention(B, T, WIDTHS[0], dtype, D)
+        plain = dataclasses.replace(plain, ours=functools.partial(_on_heads, WIDTHS[0] // D))
         for name, more in variants.items():
             yield asked(plain, name, **more)
     for C in WIDTHS:
@@ -251,17 +253,17 @@ def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> 
     )
 
 
-def _attention(B: int, T: int, C: int, dtype: torch.dtype) -> Case:
-    H, e = C // HEAD_SIZE, dtype.itemsize
+def _attention(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZE) -> Case:
+    H, e = C // D, dtype.itemsize
     lse = 4 * B * H * T
 
     def eager(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.view(B, T, 3, H, HEAD_SIZE).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
 
     return Case(
         op="causal_attention",
-        shape=f"{B}x{T}x{H}x{HEAD_SIZE}",
+        shape=f"{B}x{T}x{H}x{D}",
         dtype=dtype,
         make_inputs=lambda new: (new(B, T, 3 * C),),
         ours=lambda qkv: attention.causal_attention(qkv, H),
@@ -271,8 +273,8 @@ def _attention(B: int, T: int, C: int, dtype: torch.dtype) -> Case:
         backward_bytes=(3 + 2 + 3) * B * T * C * e + lse,
         rows=B * T,
         # two products of the T * (T + 1) / 2 visible pairs; backward five
-        forward_flops=2 * B * H * T * (T + 1) * HEAD_SIZE,
-        backward_flops=5 * B * H * T * (T + 1) * HEAD_SIZE,
+        forward_flops=2 * B * H * T * (T + 1) * D,
+        backward_flops=5 * B * H * T * (T + 1) * D,
     )
 
 

@@ -20,7 +20,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastgpt2.bench import asm, cases
+from fastgpt2.bench import asm, cases, peers
 from fastgpt2.gpt2.ops import kernels_digest
 from fastgpt2.kernels import _launch
 
@@ -57,7 +57,8 @@ class Figures:
     shared: int
     stack: int
     spills: int
-    dots: int  # tl.dot in the source
+    dots: int  # products of matrices, each in its loop
+    plain_dots: int  # of them, those without tensor cores
     tensor_core: str
     widths: dict[str, dict[int, int]]  # source line -> how many global accesses of which width; none for AMD
     narrow: tuple[str, ...]  # arguments that grow with the batch and are reached by int32 offsets alone
@@ -86,13 +87,14 @@ class Recorded:
             num_warps=metadata.num_warps,
             num_stages=metadata.num_stages,
             dots=texts["ttir"].count("tt.dot "),
+            plain_dots=asm.plain_products(texts["ttgir"]),
             narrow=tuple(n for n in asm.narrow_pointers(texts["ttir"], arguments) if n in growing),
         )
         if "cubin" not in texts:
             registers, spills = asm.amd_code(texts["amdgcn"])
             rest: dict[str, Any] = dict(stack=0, tensor_core="", widths={}, atomics=None, occupancy=None)
             return Figures(registers=registers, shared=metadata.shared, spills=spills, **rest, **common)
-        code = asm.machine_code(texts["cubin"])
+        code = asm.machine_code(texts["cubin"], common["dots"])
         shared = metadata.shared + code.static_shared
         return Figures(
             registers=code.registers,
@@ -194,12 +196,13 @@ def _link_without_rocm() -> None:
         os.environ["TRITON_HIP_LLD_PATH"] = shutil.which("true") or "true"
 
 
-def audit_case(case: cases.Case, architecture: str) -> list[dict]:
-    """Figures of each launch of a case, forward and backward, as dictionaries with the case's name and the pass."""
+def audit_case(case: cases.Case, architecture: str, function: Callable | None = None) -> list[dict]:
+    """Figures of each launch of a case, forward and backward, as dictionaries with the case's name and the pass; of
+    `function`, by default ours."""
     inputs = case.inputs(fill=torch.empty)
     results = []
     with recording(architecture) as launches:
-        outputs = case.forward(inputs)
+        outputs = case.forward(inputs, function)
         forward = len(launches)
         case.backward(inputs, outputs)
     for i, launch in enumerate(launches):
@@ -219,9 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", required=True, help="file to write the figures to")
     parser.add_argument("--arch", default=",".join(TARGETS), help="comma-separated, from %(default)s")
     parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
+    parser.add_argument("--peers", action="store_true", help="compile Liger's kernels too, where it is installed")
     options = parser.parse_args(argv)
     wanted = set(filter(None, options.op.split(",")))
-    results = []
+    liger = peers.liger() if options.peers else {}
+    results, others, met = [], [], set()
     sources = kernels_digest()
     for case in cases.audited_cases(AUDITED_ROWS):
         for architecture in options.arch.split(","):
@@ -229,7 +234,12 @@ def main(argv: list[str] | None = None) -> None:
             repeated = case.dtype == torch.float16 and architecture != "80"
             if (not wanted or case.op in wanted) and not repeated:
                 results += audit_case(case, architecture)
-    found = {"triton": triton.__version__, "torch": torch.__version__, "sources": sources, "launches": results}
+            if case.op in liger and (case.op, architecture) not in met:  # its first case: bfloat16, width 768
+                met.add((case.op, architecture))
+                launches = audit_case(case, architecture, liger[case.op])
+                others += [x for i, x in enumerate(launches) if x not in launches[:i]]  # it launches one in a loop
+    versions = {"triton": triton.__version__, "torch": torch.__version__, "sources": sources}
+    found = versions | {"launches": results, "peers": others}
     Path(options.json).write_text(json.dumps(found), encoding="utf-8")
 
 

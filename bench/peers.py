@@ -35,6 +35,12 @@ def peers(op: str, device: torch.device) -> tuple[dict[str, Callable], dict[str,
     return found, missing
 
 
+def liger() -> dict[str, Callable]:
+    """op -> Liger's function, {} where it is not installed. For counting and compiling, which need no GPU."""
+    package, makers = PEERS["Liger"]
+    return {op: make() for op, make in makers.items()} if importlib.util.find_spec(package) else {}
+
+
 def heads(qkv: Tensor) -> Tensor:
     """Packed qkv (B, T, 3*C) -> (B, T, 3, H, D)."""
     B, T, C3 = qkv.shape

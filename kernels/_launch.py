@@ -79,12 +79,12 @@ def _interpreter_has_bfloat16() -> bool:
 # element, a width, ... Values are the kernel's block sizes and the launch options num_warps and num_stages.
 
 # Where rows of an architecture were measured, as `fastgpt2 bench tune` notes it; the others follow from compiled code.
-TUNED: dict[int | str, str] = {}
+TUNED: dict[int | str, str] = {90: "NVIDIA H200, 2026-11-26"}
 
 TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
     # Variants: bits of an element x padded head size (up to 64, up to 128), then " bounded" (documents, a window) or
     # " dropout" (with or without them), whose bounds and random numbers take registers: smaller tiles, or they spill.
-    # A program of attention_fwd takes 2 * BLOCK_M queries; BLOCK_N divides BLOCK_M.
+    # A program of attention_fwd takes BLOCK_M queries, or twice as many without bounds; BLOCK_N divides BLOCK_M.
     "attention_fwd": {
         "16x64": {
             "default": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -96,11 +96,15 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
             "default": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
             90: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
         },
-        "16x128 bounded": {"default": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
+        "16x128 bounded": {"default": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}},
         "16x128 dropout": {"default": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}},
         "32x64": {"default": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}},
-        "32x64 bounded": {"default": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}},
-        "32x64 dropout": {"default": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}},
+        "32x64 bounded": {"default": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}},
+        "32x64 dropout": {
+            "default": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+            86: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+            89: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        },
         "32x128": {"default": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}},
         "64x64": {"default": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}},
         "64x128": {"default": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}},
@@ -123,10 +127,6 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
             80: {
                 **{"DKV_BLOCK_M": 32, "DKV_BLOCK_N": 128, "DQ_BLOCK_M": 128, "DQ_BLOCK_N": 32},
                 **{"num_warps": 4, "num_stages": 2},
-            },
-            90: {
-                **{"DKV_BLOCK_M": 64, "DKV_BLOCK_N": 64, "DQ_BLOCK_M": 64, "DQ_BLOCK_N": 64},
-                **{"num_warps": 4, "num_stages": 3},
             },
             100: {
                 **{"DKV_BLOCK_M": 64, "DKV_BLOCK_N": 64, "DQ_BLOCK_M": 64, "DQ_BLOCK_N": 64},
@@ -154,17 +154,29 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
                 **{"DKV_BLOCK_M": 32, "DKV_BLOCK_N": 64, "DQ_BLOCK_M": 64, "DQ_BLOCK_N": 32},
                 **{"num_warps": 8, "num_stages": 2},
             },
+            "hip": {
+                **{"DKV_BLOCK_M": 16, "DKV_BLOCK_N": 64, "DQ_BLOCK_M": 64, "DQ_BLOCK_N": 16},
+                **{"num_warps": 4, "num_stages": 1},
+            },
         },
         "16x128 bounded": {
             "default": {
                 **{"DKV_BLOCK_M": 32, "DKV_BLOCK_N": 32, "DQ_BLOCK_M": 32, "DQ_BLOCK_N": 32},
                 **{"num_warps": 8, "num_stages": 2},
             },
+            "hip": {
+                **{"DKV_BLOCK_M": 16, "DKV_BLOCK_N": 64, "DQ_BLOCK_M": 64, "DQ_BLOCK_N": 16},
+                **{"num_warps": 4, "num_stages": 1},
+            },
         },
         "16x128 dropout": {
             "default": {
                 **{"DKV_BLOCK_M": 32, "DKV_BLOCK_N": 32, "DQ_BLOCK_M": 32, "DQ_BLOCK_N": 32},
                 **{"num_warps": 8, "num_stages": 2},
+            },
+            "hip": {
+                **{"DKV_BLOCK_M": 16, "DKV_BLOCK_N": 64, "DQ_BLOCK_M": 64, "DQ_BLOCK_N": 16},
+                **{"num_warps": 4, "num_stages": 1},
             },
         },
         "32x64": {
@@ -233,13 +245,19 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
         "1024": {"default": {"ROWS": 8, "SPAN_BYTES": 512, "num_warps": 8, "PROGRAMS_PER_SM": 2, "MIN_ROWS": 64}},
         "1536": {"default": {"ROWS": 8, "SPAN_BYTES": 512, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}},
         "2048": {"default": {"ROWS": 4, "SPAN_BYTES": 1024, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}},
-        "4096": {"default": {"ROWS": 2, "SPAN_BYTES": 2048, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}},
+        "4096": {
+            "default": {"ROWS": 2, "SPAN_BYTES": 2048, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64},
+            90: {"ROWS": 4, "SPAN_BYTES": 2048, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64},
+        },
         "8192": {"default": {"ROWS": 1, "SPAN_BYTES": 4096, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}},
         "16384": {"default": {"ROWS": 1, "SPAN_BYTES": 4096, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}},
         "32768": {"default": {"ROWS": 1, "SPAN_BYTES": 8192, "num_warps": 16, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}},
         "65536": {"default": {"ROWS": 1, "SPAN_BYTES": 16384, "num_warps": 32, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}},
         "1536 dropout": {
             "default": {"ROWS": 4, "SPAN_BYTES": 1024, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}
+        },
+        "4096 dropout": {
+            "default": {"ROWS": 2, "SPAN_BYTES": 2048, "num_warps": 8, "PROGRAMS_PER_SM": 1, "MIN_ROWS": 64}
         },
     },
     # Variants: bits of an element. 256 columns are a warp's 128-bit accesses and divide every MLP width of GPT-2.
@@ -249,7 +267,10 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
         "64": {"default": {"ROWS": 4, "BLOCK_C": 256, "num_warps": 4}},
     },
     "gelu_bwd": {
-        "16": {"default": {"ROWS": 8, "BLOCK_C": 256, "num_warps": 4, "PROGRAMS_PER_SM": 16, "MIN_ROWS": 64}},
+        "16": {
+            "default": {"ROWS": 8, "BLOCK_C": 256, "num_warps": 4, "PROGRAMS_PER_SM": 16, "MIN_ROWS": 64},
+            90: {"ROWS": 4, "BLOCK_C": 128, "num_warps": 2, "PROGRAMS_PER_SM": 16, "MIN_ROWS": 64},
+        },
         "32": {"default": {"ROWS": 8, "BLOCK_C": 256, "num_warps": 4, "PROGRAMS_PER_SM": 16, "MIN_ROWS": 64}},
         "64": {"default": {"ROWS": 4, "BLOCK_C": 256, "num_warps": 4, "PROGRAMS_PER_SM": 16, "MIN_ROWS": 64}},
     },

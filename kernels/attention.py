@@ -8,9 +8,10 @@ qkv (B, T, 3*C) = (B, T, [q | k | v], H, D), by strides -> out (B, T, C), and ls
 HBM traffic: q, k, v are read once, out and lse written once; tiles read k and v again, from L2. One launch.
 Numerics: products and the softmax's state in float32 (float64 for float64 inputs), p rounded once before p v, out once
 at the end. A query that sees nothing gives 0 and a finite lse.
-Tiles: one program takes two tiles of BLOCK_M queries of one head, so that each tile of k and v is read for both and the
-first one stops at the diagonal. They walk the run of key tiles that they see: masked at its far end (window or
-document), without a mask in the middle, masked on the diagonal (_attention_tiles.py). Heaviest tiles first.
+Tiles: one program walks the run of key tiles that its queries see: masked at its far end (window or document), without
+a mask in the middle, masked on the diagonal (_attention_tiles.py). Without window and documents it takes two tiles of
+BLOCK_M queries of one head, so that each tile of k and v is read for both; they share all of the run but its end, where
+the first one stops at its diagonal. Heaviest programs first.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); Philox (Salmon et al., SC 2011).
 """
@@ -180,9 +181,11 @@ def _attention_fwd_kernel(
         BLOCK_M % BLOCK_N == 0, "BLOCK_N must divide BLOCK_M: the two tiles of queries part on a tile's edge"
     )
     BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
+    PAIR: tl.constexpr = not BOUNDED  # two tiles of queries with bounds may see other keys each
+    QUERIES: tl.constexpr = 2 * BLOCK_M if PAIR else BLOCK_M
     ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n_tiles = tl.cdiv(T, 2 * BLOCK_M)
-    start = (n_tiles - 1 - tl.program_id(0) % n_tiles) * (2 * BLOCK_M)  # the last queries see the most keys
+    n_tiles = tl.cdiv(T, QUERIES)
+    start = (n_tiles - 1 - tl.program_id(0) % n_tiles) * QUERIES  # the last queries see the most keys
     row = (tl.program_id(0) // n_tiles).to(tl.int64)
     head = tl.program_id(1)
     C = H * D
@@ -192,30 +195,25 @@ def _attention_fwd_kernel(
 
     offs_d = tl.arange(0, BLOCK_D)
     offs_0 = start + tl.arange(0, BLOCK_M)
-    offs_1 = offs_0 + BLOCK_M
     q_0 = _load_rows(_rows(qkv_ptr, start, stride_qt, BLOCK_M) + offs_d[None, :], offs_0 < T, offs_d, D, BLOCK_D, True)
-    q_1 = _load_rows(
-        _rows(qkv_ptr, start + BLOCK_M, stride_qt, BLOCK_M) + offs_d[None, :], offs_1 < T, offs_d, D, BLOCK_D, True
-    )
-    first_0 = _first_keys(offs_0, row, T, cu_ptr, n_documents, window)
-    first_1 = _first_keys(offs_1, row, T, cu_ptr, n_documents, window)
-    sees_0, nearest, farthest, stop = _span(offs_0, first_0, start + BLOCK_M, T, BOUNDED)
-    sees_1, nearest_1, farthest_1, stop_1 = _span(offs_1, first_1, start + 2 * BLOCK_M, T, BOUNDED)
-    stop = tl.maximum(stop, stop_1)
-    a, b, c, d, e = _key_tiles(
-        start, start + BLOCK_M, stop, tl.minimum(nearest, nearest_1), tl.maximum(farthest, farthest_1), BLOCK_N
-    )
+    first_keys = _first_keys(offs_0, row, T, cu_ptr, n_documents, window)
+    sees_0, nearest, farthest, stop = _span(offs_0, first_keys, start + QUERIES, T, BOUNDED)
+    a, b, c, d, e = _key_tiles(start, start + BLOCK_M, stop, nearest, farthest, BLOCK_N)
 
     scale_log2 = tl.full((), scale, ACC) * 1.4426950408889634
     # The lowest finite number and not -inf: a row that sees nothing yet would get -inf - -inf = NaN.
     m_0 = tl.full((BLOCK_M,), -3.4028234663852886e38, ACC)
     l_0 = tl.zeros((BLOCK_M,), ACC)
     acc_0 = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    m_1, l_1, acc_1 = m_0, l_0, acc_0
+    if PAIR:
+        offs_1 = offs_0 + BLOCK_M
+        q_1_ptrs = _rows(qkv_ptr, start + BLOCK_M, stride_qt, BLOCK_M) + offs_d[None, :]
+        q_1 = _load_rows(q_1_ptrs, offs_1 < T, offs_d, D, BLOCK_D, True)
+        m_1, l_1, acc_1 = m_0, l_0, acc_0
     k_ptr = qkv_ptr + C + (a * BLOCK_N).to(tl.int64) * stride_qt
     offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + offs_d[None, :]
     for part in tl.static_range(4):
-        if BOUNDED or part > 0:
+        if (PAIR and part > 0) or (BOUNDED and part < 3):
             first_tile = a if part == 0 else (b if part == 1 else (c if part == 2 else d))
             last_tile = b if part == 0 else (c if part == 1 else (d if part == 2 else e))
             for tile in range(first_tile, last_tile):
@@ -225,18 +223,21 @@ def _attention_fwd_kernel(
                 v = _load_rows(k_ptr + C + offsets, mask_n, offs_d, D, BLOCK_D, part > 1)
                 if part < 3:
                     m_0, l_0, acc_0 = _attend(
-                        q_0, k, v, m_0, l_0, acc_0, offs_0, key, first_0, scale_log2, seed_ptr, row, head,
+                        q_0, k, v, m_0, l_0, acc_0, offs_0, key, first_keys, scale_log2, seed_ptr, row, head,
                         dropout_threshold, part != 1, BOUNDED, PRECISION, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                m_1, l_1, acc_1 = _attend(
-                    q_1, k, v, m_1, l_1, acc_1, offs_1, key, first_1, scale_log2, seed_ptr, row, head,
-                    dropout_threshold, part == 3 or (BOUNDED and part != 1), BOUNDED, PRECISION, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                if PAIR:
+                    m_1, l_1, acc_1 = _attend(
+                        q_1, k, v, m_1, l_1, acc_1, offs_1, key, first_keys, scale_log2, seed_ptr, row, head,
+                        dropout_threshold, part == 3, False, PRECISION, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
                 k_ptr += BLOCK_N * stride_qt
 
     factor = tl.full((), dropout_scale, ACC)
     _finish(out_ptr, lse_ptr, m_0, l_0, acc_0, offs_0, start, sees_0, T, C, factor, D, BLOCK_D, BLOCK_M)
-    _finish(out_ptr, lse_ptr, m_1, l_1, acc_1, offs_1, start + BLOCK_M, sees_1, T, C, factor, D, BLOCK_D, BLOCK_M)
+    if PAIR:
+        sees_1 = offs_1 < T
+        _finish(out_ptr, lse_ptr, m_1, l_1, acc_1, offs_1, start + BLOCK_M, sees_1, T, C, factor, D, BLOCK_D, BLOCK_M)
 
 
 # --------------------------------------------------------------------------------------------- fakes and launchers
@@ -261,7 +262,8 @@ def causal_attention_fwd(
     qkv = rows_contiguous(qkv)
     bounded = cu_seqlens is not None or window is not None
     config = _launch.config("attention_fwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
-    _attention_fwd_kernel[(triton.cdiv(T, 2 * config["BLOCK_M"]) * B, n_head)](
+    queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
+    _attention_fwd_kernel[(triton.cdiv(T, queries) * B, n_head)](
         qkv,
         cu_seqlens,
         seed,

@@ -56,7 +56,7 @@ def _dropout(x, seed_ptr, rows, offs_c, C, dropout_p: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T", "stride_ib"])
 def _embedding_fwd_kernel(
     idx_ptr, positions_ptr, token_weight_ptr, position_weight_ptr, seed_ptr, y_ptr,
     stride_ib, stride_it, stride_pb, stride_pt, stride_tv, stride_wp, N, T, V, P, C: tl.constexpr,

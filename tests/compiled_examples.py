@@ -66,6 +66,15 @@ def _dot_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, tl.dot(a, a).to(y_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _plain_dot_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    offs = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    a = tl.load(x_ptr + offs)
+    wide = a.to(tl.float32)
+    wide = tl.dot(wide, wide, input_precision="ieee")
+    tl.store(y_ptr + offs, tl.dot(a, wide.to(a.dtype)).to(y_ptr.dtype.element_ty))
+
+
 def main(file: str) -> None:
     results = {}
     examples = {
@@ -75,11 +84,12 @@ def main(file: str) -> None:
         "atomic": (_atomic_kernel, {}),
         "narrow_accesses": (_narrow_accesses_kernel, {}),
         "dot": (_dot_kernel, {}),
+        "plain_dot": (_plain_dot_kernel, {}),
         "spill": (_dot_kernel, {"maxnreg": 64}),
     }
     for architecture in ("80", "90", "gfx942"):
         for name, (kernel, options) in examples.items():
-            if architecture != "80" and name not in ("good", "dot"):
+            if architecture != "80" and name not in ("good", "dot", "plain_dot"):
                 continue
             x = torch.empty(AUDITED_ROWS, 1024, dtype=torch.bfloat16)
             y = torch.empty(1024) if name == "atomic" else torch.empty_like(x)

@@ -76,6 +76,15 @@ def test_each_fault_is_seen(examples, name, figure, seen):
 def test_tensor_cores_are_named(examples):
     assert [examples[f"dot {architecture}"]["tensor_core"] for architecture in ("80", "90")] == ["HMMA", "HGMMA"]
     assert examples["good 80"]["tensor_core"] == ""
+    for architecture in (
+        "80",
+        "90",
+    ):  # one product of two has to do without them, and is seen though the other has them
+        counts = [
+            (examples[f"{name} {architecture}"]["dots"], examples[f"{name} {architecture}"]["plain_dots"])
+            for name in ("dot", "plain_dot")
+        ]
+        assert counts == [(1, 0), (2, 1)]
 
 
 def test_occupancy_is_the_tightest_limit():
@@ -94,8 +103,8 @@ def test_widths_are_weighted_with_the_bytes_that_ran():
 
 GOOD = dict(
     case="op[1]", op="op", itemsize=2, direction="forward", kernel="k", architecture="80", num_warps=4, num_stages=2,
-    registers=32, shared=0, stack=0, spills=0, dots=1, tensor_core="HMMA", narrow=[], atomics=0, occupancy=1.0,
-    bytes=100, vector_share=1.0,
+    registers=32, shared=0, stack=0, spills=0, dots=1, plain_dots=0, tensor_core="HMMA", narrow=[], atomics=0,
+    occupancy=1.0, bytes=100, vector_share=1.0,
 )  # fmt: skip
 PASSES = {("op", "forward"): dict(case="op[1]", launches=1, bytes_over_minimum=1.0)}
 
@@ -107,7 +116,8 @@ PASSES = {("op", "forward"): dict(case="op[1]", launches=1, bytes_over_minimum=1
         (dict(stack=8), "8 bytes of stack"),
         (dict(shared=170000), "170000 bytes of shared memory, a block has 166912"),
         (dict(atomics=1), "1 atomics"),
-        (dict(tensor_core=""), "without tensor cores"),
+        (dict(tensor_core=""), "1 of 1 products of matrices without tensor cores"),
+        (dict(dots=3, plain_dots=2), "2 of 3 products of matrices without tensor cores"),
         (dict(narrow=["x_ptr"]), "int32 offsets into x_ptr"),
         (dict(vector_share=0.9), "90.0% of bytes in 128-bit accesses"),
     ],
@@ -120,11 +130,14 @@ def test_each_gate_can_fail(fault, message):
 
 def test_what_got_worse_is_named():
     before = audit.Audit("3.9.0", [GOOD], PASSES).card()
-    worse = dict(spills=1, occupancy=0.9, vector_share=0.98)
+    worse = dict(registers=33, shared=16, spills=1, occupancy=0.9, vector_share=0.98, tensor_core="")
     passes = {("op", "forward"): dict(case="op[1]", launches=2, bytes_over_minimum=1.1)}
     after = audit.Audit("3.9.0", [GOOD | worse], passes)
     assert len(after.worse_than(before)) == len(worse) + 2
-    assert audit.Audit("3.9.0", [GOOD], PASSES).worse_than(after.card()) == []
+    better = {"tensor_core": after.launches[0]["tensor_core"]}  # another instruction is neither: it has to be looked at
+    assert audit.Audit("3.9.0", [GOOD | better], PASSES).worse_than(after.card()) == []
+    (missing,) = audit.Audit("3.9.0", [GOOD | dict(occupancy=None)], PASSES).worse_than(before)
+    assert "occupancy was 1.0, is missing" in missing
     assert dataclasses.replace(after, triton="3.8.0").worse_than(before) == []
 
 
