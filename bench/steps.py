@@ -109,7 +109,11 @@ class TrainBench:
     nanogpt: ModuleType | None
 
     def compare(self, setting: Setting) -> None:
-        """All variants at one setting, in turns; one row each. Raises Disagreement."""
+        """All variants at one setting, in turns; one row each. Raises Disagreement.
+
+        What is compiled comes last, in turns with the baseline again: compiling takes minutes on some machines, and
+        whoever stops it keeps the other rows.
+        """
         weights = GPT(setting.config, kernels="torch")
         try:
             gradient = self._expected_gradient(setting, weights)
@@ -121,12 +125,21 @@ class TrainBench:
             return
         names = list(dict.fromkeys(v.family for v in self.variants))
         for group in [names] if _fit_together(setting, len(names)) else [[name] for name in names]:
-            families = {name: self._family(name, setting, weights) for name in group}
             chosen = [v for v in self.variants if v.family in group]
-            prepared = [p for v in chosen if (p := self._prepare(setting, families[v.family], v, gradient))]
-            self._time(setting, prepared)
-            del families, prepared
-            _forget()
+            baseline: list[Variant] = []
+            for compiled in (False, True):
+                wanted = [v for v in chosen if v.compiled is compiled]
+                if not wanted:
+                    continue
+                families = {name: self._family(name, setting, weights) for name in group}
+                prepared = [
+                    p for v in baseline + wanted if (p := self._prepare(setting, families[v.family], v, gradient))
+                ]
+                part = dataclasses.replace(setting, budget_s=setting.budget_s * len(wanted) / len(chosen))
+                self._time(part, prepared, known=len(baseline))
+                baseline = [p.variant for p in prepared if p.variant == Variant(OURS)]
+                del families, prepared
+                _forget()
 
     def sweep(self, setting: Setting) -> None:
         """Variants alone at 1, 2, 4, ... sequences until memory ends, one row each; without single switches, and
@@ -170,6 +183,7 @@ class TrainBench:
             return None
         first_s = time.perf_counter() - start
         if gradient is not None:
+            print(f"  {label}: {first_s:.1f} s for the first step", flush=True)
             difference = ((own - gradient).square().mean().sqrt() / gradient.square().mean().sqrt()).item()
             if not difference <= AGREEMENT[setting.dtype]:
                 raise Disagreement(
@@ -178,8 +192,11 @@ class TrainBench:
                 )
         return Prepared(variant, family, label, family.step(loss, setting.autocast), first_s)
 
-    def _time(self, setting: Setting, prepared: list[Prepared], alone: bool = False) -> bool:
-        """Adds a row for each; False where memory ended for one."""
+    def _time(self, setting: Setting, prepared: list[Prepared], alone: bool = False, known: int = 0) -> bool:
+        """Adds a row for each but the first `known`, which have theirs; False where memory ended for one."""
+        new = prepared[known:]
+        if not new:
+            return True
         peaks: dict[str, int | None] = {}
         for p in prepared:
             try:
@@ -189,7 +206,8 @@ class TrainBench:
                 if not timing.out_of_memory(error):
                     raise
                 p.family.optimizer.zero_grad(set_to_none=True)
-                self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
+                if p in new:
+                    self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
         ready = [p for p in prepared if p.label in peaks]
         steps = {p.label: p.step for p in ready}
         try:
@@ -199,10 +217,13 @@ class TrainBench:
                 raise
             for p in ready:
                 p.family.optimizer.zero_grad(set_to_none=True)
-                self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
+                if p in new:
+                    self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
             return False
         baseline = next((p.label for p in ready if p.variant == Variant(OURS)), None)
         for p in ready:
+            if p not in new:
+                continue
             taken = times[p.label]
             speedup = None if alone or not baseline else timing.speedup(times[baseline], taken).as_dict()
             self._add_row(

@@ -2,7 +2,8 @@
 
 Every variant starts from the same weights and takes the same step on the same random tokens: forward, backward,
 clipping, fused AdamW. Before anything is timed, `fastgpt2 verify` must be green and every variant's gradient must agree
-with PyTorch's. Then all variants take turns, and a speed-up is the median of the ratio within a round.
+with PyTorch's. Then all variants take turns, what is compiled afterwards among itself and with the baseline, and a
+speed-up is the median of the ratio within a round.
 
 MFU is `GPTConfig.flops_per_token` (PaLM's appendix B as nanoGPT counts: 6 N + 12 L H D T, causality not discounted)
 times tokens a second over the data sheet's dense bf16 peak, and unknown in other dtypes and on unknown hardware.

@@ -119,14 +119,14 @@ def test_a_run_has_a_row_for_every_variant(tmp_path, capsys, nanogpt):
     results = read(tmp_path / "out")
     labels = [row["label"] for row in results.rows]
     assert labels == [
-        "PyTorch, naive attention", "PyTorch, SDPA", "PyTorch, SDPA + compile", "HuggingFace, sdpa",
-        "HuggingFace, sdpa + compile", "nanoGPT, SDPA", "nanoGPT, SDPA + compile",
+        "PyTorch, naive attention", "PyTorch, SDPA", "HuggingFace, sdpa", "nanoGPT, SDPA",
+        "PyTorch, SDPA + compile", "HuggingFace, sdpa + compile", "nanoGPT, SDPA + compile",
     ]  # fmt: skip
     for row in results.rows:
         per_s, ms = row["tokens_per_s"], row["time_ms"]
         assert per_s["median"] == pytest.approx(2 * 16 / ms["median"] * 1e3)
         assert per_s["p20"] <= per_s["median"] <= per_s["p80"] and ms["runs"] >= 3
-        assert "7 variants in turns" in row["what"] and row["mfu"] is None
+        assert "4 variants in turns" in row["what"] and row["mfu"] is None  # compiled: three and the baseline
     sdpa = results.rows[1]
     assert sdpa["speedup"] == dict(over="PyTorch, SDPA", median=1.0, p20=1.0, p80=1.0)
     (triton,) = (entry for entry in results.left_out if "Triton" in entry["name"])
@@ -135,6 +135,18 @@ def test_a_run_has_a_row_for_every_variant(tmp_path, capsys, nanogpt):
     assert all(label in out for label in labels) and "left out: all variants with Triton" in out and "unknown" in out
     line = json.loads(out.strip().splitlines()[-1])
     assert line["kind"] == "train" and len(line["tokens_per_s"]) == len(labels)
+
+
+def test_what_was_measured_before_compiling_is_kept(tmp_path, monkeypatch):
+    def interrupted(model, dynamic):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "compile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert [row["label"] for row in read(tmp_path).rows] == [
+        "PyTorch, naive attention", "PyTorch, SDPA", "HuggingFace, sdpa",
+    ]  # fmt: skip
 
 
 def test_quick_says_what_it_leaves_out(tmp_path):
@@ -149,6 +161,26 @@ def test_a_wrong_variant_stops_everything(tmp_path, capsys, monkeypatch):
     assert run(tmp_path) == 1
     out, err = capsys.readouterr()
     assert "red: PyTorch, naive attention" in err and "tokens/s" not in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("green", [True, False, "a kernel that does not compile"])
+def test_on_a_gpu_verify_runs_in_this_process(green, capsys, monkeypatch):
+    monkeypatch.undo()
+
+    def main(arguments):
+        print("a table")
+        if isinstance(green, str):
+            raise RuntimeError(green)
+        print("the verdict")
+        return 0 if green else 1
+
+    monkeypatch.setattr(gate.verify, "main", main)
+    gate.verified.cache_clear()
+    assert gate.verified(torch.device("cuda")) is (green is True)
+    gate.verified.cache_clear()
+    out, err = capsys.readouterr()
+    assert "verify: the verdict" in out if green is True else "a table" in err and "red" in err
+    assert green not in ("a kernel that does not compile",) or green in err
 
 
 def test_a_red_verify_prints_no_numbers(tmp_path, capsys, monkeypatch):
