@@ -14,12 +14,10 @@ products of matrices by PyTorch left out.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +30,16 @@ VOCABULARY = 50257
 HEAD_SIZE = 64
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# new(*shape, dtype=None, grad=True): what a case makes its inputs with.
+# new(*shape, dtype=None, below=None, mean=0, std=1): what a case makes its inputs with, of the scale that GPT-2's have.
 New = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """`op` names a function of fastgpt2.kernels; `ours`, `reference` and `eager` take the same inputs."""
+    """`op`: a function of fastgpt2.kernels, `toggle`: its switch. `ours`, `reference`, `eager` take the same inputs."""
 
     op: str
+    toggle: str
     shape: str
     dtype: torch.dtype
     make_inputs: Callable[[New], tuple]
@@ -62,10 +61,15 @@ class Case:
     def inputs(self, device: torch.device | str = "cpu", fill: Callable[..., Tensor] = torch.randn) -> tuple:
         """Tensors that require gradients where the case has any, except integer ones."""
 
-        def new(*shape, dtype: torch.dtype | None = None, below: int | None = None) -> Tensor:
+        def new(
+            *shape, dtype: torch.dtype | None = None, below: int | None = None, mean: float = 0.0, std: float = 1.0
+        ) -> Tensor:
             if below is not None:
                 return (torch.arange(math.prod(shape), device=device) * 7919 % below).view(shape)  # scattered, distinct
-            return fill(*shape, device=device).to(dtype or self.dtype).requires_grad_(self.backward_bytes is not None)
+            values = fill(*shape, device=device)
+            if fill is torch.randn:
+                values = values.mul_(std).add_(mean)
+            return values.to(dtype or self.dtype).requires_grad_(self.backward_bytes is not None)
 
         return self.make_inputs(new)
 
@@ -105,100 +109,51 @@ class Case:
 def cases(rows: int = 4096) -> Iterator[Case]:
     """All cases at about `rows` rows; attention at a sequence of `rows` / 4, at most 1024."""
     for C in WIDTHS:
-        yield from _elementwise(rows, C, BF16)
+        yield from elementwise_cases(rows, C, BF16)
     for C in (WIDTHS[0], WIDTHS[-1]):
-        yield from _elementwise(rows, C, BF16, autocast=True)
+        yield from elementwise_cases(rows, C, BF16, autocast=True)
     for dtype in (FP16, FP32):
-        yield from _elementwise(rows, WIDTHS[0], dtype)
+        yield from elementwise_cases(rows, WIDTHS[0], dtype)
     for dtype in (BF16, FP16, FP32):
-        yield _attention(4, rows // 4, WIDTHS[0], dtype)
+        yield attention_case(4, rows // 4, WIDTHS[0], dtype)
         yield _decode_attention(8, min(rows // 2, 1024), WIDTHS[0], dtype)
         yield _linear_cross_entropy(rows // 8, WIDTHS[0], dtype)
-        yield _embedding(4, rows // 4, WIDTHS[0], dtype)
+        yield embedding_case(4, rows // 4, WIDTHS[0], dtype)
         yield _mlp(rows, WIDTHS[0], dtype)
-    yield _attention(4, rows // 4, WIDTHS[-1], BF16)
+    yield attention_case(4, rows // 4, WIDTHS[-1], BF16)
     yield _decode_attention(8, min(rows // 2, 1024), WIDTHS[-1], BF16)
     yield _linear_cross_entropy(rows // 8, WIDTHS[-1], BF16)
-    yield _embedding(4, rows // 4, WIDTHS[-1], BF16)
+    yield embedding_case(4, rows // 4, WIDTHS[-1], BF16)
     yield _mlp(rows, WIDTHS[-1], BF16)
     yield _linear_cross_entropy(rows // 8, WIDTHS[0], BF16, autocast=True)
     yield _mlp(rows, WIDTHS[0], BF16, autocast=True)
 
 
-def audited_cases(rows: int = 4096) -> Iterator[Case]:
-    """`cases`, and what else their functions can be asked for: other code, which may spill where the plain one does
-    not. Costs and references are the plain ones'."""
-    yield from cases(rows)
-    B, T = 4, rows // 4
-
-    def seed(like: Tensor) -> Tensor:
-        return torch.zeros(1, dtype=torch.int64, device=like.device)
-
-    def asked(case: Case, name: str, **more: Callable) -> Case:
-        """`more`: keyword arguments of the function, made from its first input."""
-
-        def ours(first: Tensor, *rest):
-            return case.ours(first, *rest, **{argument: make(first) for argument, make in more.items()})
-
-        return dataclasses.replace(case, shape=f"{case.shape} {name}".strip(), ours=ours)
-
-    documents: dict[str, Callable] = dict(
-        cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
-    )
-    window: dict[str, Callable] = dict(window=lambda qkv: 256)
-    dropout: dict[str, Callable] = dict(dropout_p=lambda first: 0.1, seed=seed)
-    bounds = {"documents": documents, "dropout": dropout}
-    both = {"documents, dropout": documents | dropout}
-    for dtype, D, variants in (
-        (BF16, HEAD_SIZE, {**bounds, "window": window, **both}),
-        (BF16, 2 * HEAD_SIZE, {"": {}, "documents": documents, **both}),
-        (FP32, HEAD_SIZE, bounds),
-    ):
-        plain = _attention(B, T, WIDTHS[0], dtype, D)
-        plain = dataclasses.replace(plain, ours=functools.partial(_on_heads, WIDTHS[0] // D))
-        for name, more in variants.items():
-            yield asked(plain, name, **more)
-    for C in WIDTHS:
-        for autocast in (False, True):
-            (plain,) = (c for c in _elementwise(rows, C, BF16, autocast) if c.op == "add_layer_norm")
-            bias = functools.partial(_column, FP32 if autocast else BF16)
-            yield asked(plain, "bias, dropout", x_bias=bias, **dropout)
-    yield asked(_embedding(B, T, WIDTHS[0], BF16), "positions, dropout", positions=lambda idx: idx % T, **dropout)
-
-
-def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
-    return attention.causal_attention(qkv, H, **more)
-
-
-def _column(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return x.new_zeros(x.shape[-1:], dtype=dtype).requires_grad_()
-
-
-def sized_cases(T: int, C: int, dtype: torch.dtype, tokens: int = 0) -> Iterator[Case]:
+def sized_cases(T: int, C: int, dtype: torch.dtype, tokens: int = 0, V: int | None = None) -> Iterator[Case]:
     """Every op once, at sequences of T tokens and width C: one sequence, attention and embedding as many as make
-    `tokens`; decoding 8 sequences with caches of T."""
+    `tokens`; decoding 8 sequences with caches of T; a vocabulary of V, by default GPT-2's."""
     B = max(1, tokens // T)
-    yield from _elementwise(T, C, dtype)
-    yield _attention(B, T, C, dtype)
+    yield from elementwise_cases(T, C, dtype)
+    yield attention_case(B, T, C, dtype)
     yield _decode_attention(8, T, C, dtype)
-    yield _linear_cross_entropy(T, C, dtype)
-    yield _embedding(B, T, C, dtype)
+    yield _linear_cross_entropy(T, C, dtype, V=V)
+    yield embedding_case(B, T, C, dtype, V)
     yield _mlp(T, C, dtype)
 
 
 def step_cases(B: int, T: int, C: int) -> dict[str, Case]:
     """The ops of one training step of GPT-2 under bf16 autocast, parameters in fp32, by name."""
     N = B * T
-    gelus = (case for case in _elementwise(N, C, BF16) if case.op == "bias_gelu")
+    gelus = (case for case in elementwise_cases(N, C, BF16) if case.op == "bias_gelu")
     rest = (
-        _attention(B, T, C, BF16),
+        attention_case(B, T, C, BF16),
         _linear_cross_entropy(N, C, BF16, autocast=True),
-        _embedding(B, T, C, FP32),
+        embedding_case(B, T, C, FP32),
     )
-    return {case.op: case for case in (*_elementwise(N, C, BF16, autocast=True), *gelus, *rest)}
+    return {case.op: case for case in (*elementwise_cases(N, C, BF16, autocast=True), *gelus, *rest)}
 
 
-def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Iterator[Case]:
+def elementwise_cases(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Iterator[Case]:
     """LayerNorm at width C and GELU at the MLP's width, 4 * C."""
     e = dtype.itemsize
     p = FP32.itemsize if autocast else e  # a parameter, an element of the residual stream
@@ -206,13 +161,14 @@ def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> 
     statistics = 8 * N
     case = functools.partial(Case, dtype=dtype, rows=N, autocast=autocast)
 
-    def columns(new, n: int = C) -> Tensor:
-        return new(n, dtype=parameter)
+    def columns(new, n: int = C, mean: float = 0.0) -> Tensor:
+        return new(n, dtype=parameter, mean=mean, std=0.2)
 
     yield case(
         op="layer_norm",
+        toggle="layer_norm",
         shape=f"{N}x{C}",
-        make_inputs=lambda new: (new(N, C, dtype=parameter), columns(new), columns(new)),
+        make_inputs=lambda new: (new(N, C, dtype=parameter), columns(new, mean=1.0), columns(new)),
         ours=layer_norm.layer_norm,
         reference=layer_norm.layer_norm_reference,
         eager=lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
@@ -221,8 +177,12 @@ def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> 
     )
     yield case(
         op="add_layer_norm",
+        toggle="layer_norm",
         shape=f"{N}x{C}",
-        make_inputs=lambda new: (new(N, C), new(N, C, dtype=parameter), columns(new), columns(new)),
+        make_inputs=lambda new: (
+            *(new(N, C), new(N, C, dtype=parameter, std=3.0)),
+            *(columns(new, mean=1.0), columns(new)),
+        ),
         ours=layer_norm.add_layer_norm,
         reference=layer_norm.add_layer_norm_reference,
         eager=lambda x, r, w, b: (s := r + x, F.layer_norm(s, x.shape[-1:], w, b)),
@@ -233,6 +193,7 @@ def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> 
         return
     yield case(
         op="gelu",
+        toggle="gelu",
         shape=f"{N}x{4 * C}",
         make_inputs=lambda new: (new(N, 4 * C),),
         ours=gelu.gelu,
@@ -243,6 +204,7 @@ def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> 
     )
     yield case(
         op="bias_gelu",
+        toggle="gelu",
         shape=f"{N}x{4 * C}",
         make_inputs=lambda new: (new(N, 4 * C), columns(new, 4 * C)),
         ours=gelu.bias_gelu,
@@ -253,7 +215,7 @@ def _elementwise(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> 
     )
 
 
-def _attention(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZE) -> Case:
+def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZE) -> Case:
     H, e = C // D, dtype.itemsize
     lse = 4 * B * H * T
 
@@ -263,6 +225,7 @@ def _attention(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZE) -
 
     return Case(
         op="causal_attention",
+        toggle="attention",
         shape=f"{B}x{T}x{H}x{D}",
         dtype=dtype,
         make_inputs=lambda new: (new(B, T, 3 * C),),
@@ -297,6 +260,7 @@ def _decode_attention(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
 
     return Case(
         op="decode_attention",
+        toggle="attention",
         shape=f"{B}x{S}x{H}x{HEAD_SIZE}",
         dtype=dtype,
         make_inputs=make_inputs,
@@ -311,15 +275,16 @@ def _decode_attention(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
     )
 
 
-def _linear_cross_entropy(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
-    V, e = VOCABULARY, dtype.itemsize
+def _linear_cross_entropy(N: int, C: int, dtype: torch.dtype, autocast: bool = False, V: int | None = None) -> Case:
+    V, e = V or VOCABULARY, dtype.itemsize
     parameter = FP32 if autocast else dtype
     kept = 4 if parameter == FP16 else parameter.itemsize  # dweight between forward and backward
     return Case(
         op="linear_cross_entropy",
+        toggle="cross_entropy",
         shape=f"{N}x{C}x{V}",
         dtype=dtype,
-        make_inputs=lambda new: (new(N, C), new(V, C, dtype=parameter), new(N, below=V)),
+        make_inputs=lambda new: (new(N, C), new(V, C, dtype=parameter, std=C**-0.5), new(N, below=V)),
         ours=linear_cross_entropy.linear_cross_entropy,
         reference=linear_cross_entropy.linear_cross_entropy_reference,
         eager=lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t),
@@ -332,10 +297,11 @@ def _linear_cross_entropy(N: int, C: int, dtype: torch.dtype, autocast: bool = F
     )
 
 
-def _embedding(B: int, T: int, C: int, dtype: torch.dtype) -> Case:
-    N, V, e = B * T, VOCABULARY, dtype.itemsize
+def embedding_case(B: int, T: int, C: int, dtype: torch.dtype, V: int | None = None) -> Case:
+    N, V, e = B * T, V or VOCABULARY, dtype.itemsize
     return Case(
         op="token_position_embedding",
+        toggle="embedding",
         shape=f"{B}x{T}x{C}",
         dtype=dtype,
         make_inputs=lambda new: (new(B, T, below=V), new(V, C), new(T, C)),
@@ -354,11 +320,12 @@ def _mlp(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
     parameter = FP32 if autocast else dtype
 
     def make_inputs(new: New) -> tuple:
-        weights = (new(*shape, dtype=parameter) for shape in ((F_, C), (F_,), (C, F_), (C,)))
-        return new(N, C), *weights
+        weights = ((F_, C), C**-0.5), ((F_,), 0.5), ((C, F_), F_**-0.5), ((C,), 0.5)
+        return new(N, C), *(new(*shape, dtype=parameter, std=std) for shape, std in weights)
 
     return Case(
         op="mlp",
+        toggle="gelu",
         shape=f"{N}x{C}",
         dtype=dtype,
         make_inputs=make_inputs,

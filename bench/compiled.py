@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastgpt2.bench import asm, cases, peers
+from fastgpt2.bench.audited import audited_cases
 from fastgpt2.gpt2.ops import kernels_digest
 from fastgpt2.kernels import _launch
 
@@ -228,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     liger = peers.liger() if options.peers else {}
     results, others, met = [], [], set()
     sources = kernels_digest()
-    for case in cases.audited_cases(AUDITED_ROWS):
+    for case in audited_cases(AUDITED_ROWS):
         for architecture in options.arch.split(","):
             # float16 differs from bfloat16 by conversions alone: one architecture stands for all.
             repeated = case.dtype == torch.float16 and architecture != "80"

@@ -11,7 +11,7 @@ import traceback
 
 import torch
 
-from fastgpt2.gpt2 import verify
+from fastgpt2.bench import verify
 
 
 @functools.cache

@@ -17,7 +17,7 @@ COMMANDS = {
     "sample": ("gpt2.sample_command", "write text with a trained model"),
     "eval": ("gpt2.eval_command", "measure a model: validation loss, perplexity, HellaSwag"),
     "prepare": ("gpt2.prepare_command", "encode text into token shards"),
-    "verify": ("gpt2.verify", "compare every kernel with eager PyTorch, float64 and HuggingFace"),
+    "verify": ("bench.verify", "compare every kernel with eager PyTorch, float64 and HuggingFace"),
     "bench": ("bench.__main__", "measure kernels and model"),
 }
 

@@ -168,7 +168,9 @@ def test_an_interrupt_has_status_130(monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------- other commands
 
 
-@pytest.mark.parametrize(("name", "module"), [("verify", "fastgpt2.gpt2.verify"), ("bench", "fastgpt2.bench.__main__")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("verify", "fastgpt2.bench.verify"), ("bench", "fastgpt2.bench.__main__")]
+)
 def test_other_commands_get_their_arguments(monkeypatch, name, module):
     seen = []
     stand_in = types.ModuleType(module)

@@ -1,12 +1,19 @@
 """`fastgpt2 verify`: green on what stands, red on a kernel that is wrong by little."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.gpt2 import comparison, ops, verify, verify_ops
+from fastgpt2.bench import comparison, verify
+from fastgpt2.bench.cases import operations, sized_cases
+from fastgpt2.bench.verify_case import verify_case
+from fastgpt2.gpt2 import ops
 
-OPS = verify_ops.op_cases(2, 9, 32, 2, 37, torch.device("cpu"))
+
+def small_case(op: str, dtype: torch.dtype):
+    return next(case for case in sized_cases(9, 64, dtype, tokens=18, V=37) if case.op == op)
 
 
 def off_by_one_percent(function):
@@ -33,44 +40,41 @@ def test_all_is_well(shown, capsys, device):
     assert all(row.ok for row in shown)
     assert all(row.to_hf is not None and row.to_hf < 0.02 for row in shown), "HuggingFace's column is filled"
     assert {row.toggle for row in shown} == {*ops.Kernels.names(), "all"}
+    assert {row.subject for row in shown} == {*operations(), "model"}
     printed = capsys.readouterr().out
     assert f"all {len(shown)} within 2" in printed
     assert "…" not in printed, "every name can be read"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_every_op_is_well(op, dtype):
-    rows = list(verify_ops.verify_op(op, dtype, with_hf=True))
-    assert all(row.ok for row in rows), rows
-    assert len(rows) >= 1 + len(op.inputs) * op.gradients
+@pytest.mark.parametrize("op", operations())
+def test_every_registered_op_is_well(op, dtype, device):
+    rows = list(verify_case(small_case(op, dtype), device, with_hf=True))
+    assert all(row.ok and row.to_hf is not None for row in rows), rows
+    inputs = small_case(op, dtype).inputs(device)
+    assert len(rows) >= 1 + sum(t.requires_grad for t in inputs)
 
 
-KERNELS = {
-    "attention": "triton_causal_attention",
-    "decode attention": "triton_decode_attention",
-    "LayerNorm": "triton_layer_norm",
-    "add + LayerNorm": "triton_add_layer_norm",
-    "MLP with GELU": "triton_mlp",
-    "head + cross-entropy": "triton_linear_cross_entropy",
-    "embedding": "triton_embedding",
-}
-
-
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_a_kernel_that_is_wrong_by_one_percent_is_named(op, monkeypatch):
-    name = KERNELS[op.name]
-    monkeypatch.setattr(ops, name, off_by_one_percent(getattr(ops, name)))
-    rows = list(verify_ops.verify_op(op, torch.float32, with_hf=False))
+@pytest.mark.parametrize("op", operations())
+def test_a_kernel_that_is_wrong_by_one_percent_is_named(op, device):
+    case = small_case(op, torch.float32)
+    wrong = dataclasses.replace(case, ours=off_by_one_percent(case.ours))
+    rows = list(verify_case(wrong, device, with_hf=False))
     assert not any(row.ok for row in rows), rows
 
 
 def test_a_wrong_kernel_is_an_exit_status_of_1(shown, capsys, monkeypatch, device):
     """The ops alone, without the model, so that it is quick."""
     monkeypatch.setattr(verify, "verify_model", lambda *args: iter(()))
-    monkeypatch.setattr(ops, "triton_embedding", off_by_one_percent(ops.triton_embedding))
+
+    def with_a_wrong_one(*args, **kwargs):
+        for case in sized_cases(*args, **kwargs):
+            wrong = case.op == "token_position_embedding"
+            yield dataclasses.replace(case, ours=off_by_one_percent(case.ours)) if wrong else case
+
+    monkeypatch.setattr(verify, "sized_cases", with_a_wrong_one)
     assert verify.main(["--dtype", "float32", "--device", device.type]) == 1
-    assert {row.subject for row in shown if not row.ok} == {"embedding"}
+    assert {row.subject for row in shown if not row.ok} == {"token_position_embedding"}
     assert f"3 of {len(shown)} above 2" in capsys.readouterr().out
 
 

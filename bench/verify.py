@@ -1,6 +1,7 @@
 """`fastgpt2 verify`: every kernel, and the model by every toggle, against float64, eager PyTorch and HuggingFace.
 
-The rule is in comparison.py: at most twice the error of eager PyTorch in the same dtype.
+The kernels are those of the registry (cases.py). The rule is in comparison.py: at most twice the error of eager PyTorch
+in the same dtype.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2.gpt2.comparison import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
+from fastgpt2.bench.cases import sized_cases
+from fastgpt2.bench.comparison import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
+from fastgpt2.bench.verify_case import verify_case
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.recipe import find_device
-from fastgpt2.gpt2.verify_ops import op_cases, verify_op
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -117,10 +119,10 @@ def verify(device: torch.device, dtypes: Sequence[torch.dtype], model: GPT | Non
     else:
         with_hf = True
     on_gpu = device.type == "cuda"
-    B, T, C, H, V = (2, 1000, 768, 12, 50257) if on_gpu else (2, 37, 48, 3, 97)
+    B, T, C, H, V = (2, 1000, 768, 12, 50257) if on_gpu else (2, 37, 64, 1, 97)
     for dtype in dtypes:
-        for op in op_cases(B, T, C, H, V, device):
-            yield from verify_op(op, dtype, with_hf)
+        for case in sized_cases(T, C, dtype, tokens=B * T, V=V):
+            yield from verify_case(case, device, with_hf)
     if model is None:
         layers = 12 if on_gpu else 2
         model = random_model(GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H, n_embd=C), device)
