@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command that needs no network: tests on the device, verify, ops, training,
 # generation, tuning. Writes result files and a report to bench/results, to be committed. Its time limits are set for
-# about ten minutes, an estimate: it has not been run on a GPU yet.
+# about ten minutes where compiling is fast; parts of it have run on an H200 (README.md says which), the whole has not.
 #
 #   bash bench/gpu.sh [--dry-run]             --dry-run prints the commands and runs none
 #   NANOGPT=../nanoGPT/model.py bash bench/gpu.sh      compares with nanoGPT too

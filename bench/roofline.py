@@ -82,12 +82,22 @@ def step_ms(config: GPTConfig, B: int, T: int, gpu: Gpu) -> float:
     return 1e3 * sum(work.least_s(gpu) for work in step_work(config, B, T))
 
 
+def shown_cases() -> dict[str, cases.Case]:
+    """Every op at GPT-2 124M's sizes: those of a training step as they are there, the others as the registry has them."""
+    step = cases.step_cases(B, T, PRESETS["gpt2"]["n_embd"])
+    others = (case for case in cases.cases(B * T) if case.dtype == cases.BF16 and case.op not in step)
+    first: dict[str, cases.Case] = {}
+    for case in others:
+        first.setdefault(case.op, case)
+    return step | first
+
+
 def table() -> tuple[list[str], list[list[str]]]:
     """Headers and rows: ops of GPT-2 124M and training steps of every size, on each GPU shown."""
     gpus = [gpu for name in SHOWN if (gpu := gpu_by_name(name))]
     rows = []
-    for op, case in cases.step_cases(B, T, PRESETS["gpt2"]["n_embd"]).items():
-        for direction in ("forward", "backward", "both"):
+    for op, case in shown_cases().items():
+        for direction in ("forward", "backward", "both") if case.backward_bytes is not None else ("forward",):
             moved, flops = case.work(direction)
             if case.forward_flops and not flops:
                 continue  # cannot be told apart

@@ -26,7 +26,6 @@ SHAPES = [  # B, T, H, D; on the table's sm_80 rows 16-bit tiles are 64 to 128 t
     (1, 65, 2, 32),
     (1, 129, 1, 64),
     (1, 67, 1, 128),
-    (1, 17, 12, 64),
     (2, 40, 2, 17),
     (1, 70, 1, 24),
     (1, 45, 1, 100),
@@ -37,6 +36,12 @@ SHAPES = [  # B, T, H, D; on the table's sm_80 rows 16-bit tiles are 64 to 128 t
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rule(device, shape, dtype):
     rule(packed(*shape, dtype, device), shape[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("H", [12, 16, 20, 25])
+def test_rule_at_gpt2s_widths(device, H, dtype):
+    rule(packed(1, 19, H, 64, dtype, device), H)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)

@@ -41,10 +41,16 @@ def test_rule(dtype, positions, device):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1, 1), (2, 5, 3, 7, 13), (1, 9, 50257, 9, 64), (5, 1, 2, 4, 257), (2, 3, 4, 5, 768), (1, 2, 3, 2, 1600)],
+    [
+        (1, 1, 1, 1, 1),
+        (2, 5, 3, 7, 13),
+        (1, 9, 50257, 9, 64),
+        (5, 1, 2, 4, 257),
+        *((2, 3, 4, 5, C) for C in (768, 1024, 1280, 1600)),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@every_dtype
 def test_rule_for_shapes(shape, dtype, device):
     check_rule(make(*shape, dtype, device))
 

@@ -70,6 +70,12 @@ def test_rule_round_the_ends_of_blocks(shape, dtype, device):
     check_rule(make(*shape, dtype, device), label_smoothing=0.1)
 
 
+@every_dtype
+@pytest.mark.parametrize("C", [768, 1024, 1280, 1600])
+def test_rule_at_gpt2s_widths(C, dtype, device):
+    check_rule(make(3, C, 131, dtype, device))
+
+
 def test_rule_at_gpt2s_vocabulary(device):
     x, weight, targets = make(3, 32, 50257, torch.bfloat16, device)
     targets[0], targets[1] = 50256, 49152  # the last column, and the first one of the last block

@@ -30,8 +30,8 @@ def test_mlp(C, dtype, device):
     check(mlp, mlp_reference, *tensors(2, 5, C, H=4 * C, dtype=dtype, device=device), names=NAMES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("C", [768, 1280])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C", [768, 1024, 1280, 1600])
 def test_gpt2_widths(C, dtype, device):
     check(mlp, mlp_reference, *tensors(3, C, H=4 * C, dtype=dtype, device=device), names=NAMES)
 
