@@ -154,7 +154,10 @@ def cross_entropy_(
     z_loss: float,
     write_grad: bool,
 ) -> None:
-    """Fills losses (R,) and, where `write_grad`, replaces logits (R, V) by gradients times scale, (R,) or (1,)."""
+    """Fills losses (R,) and, where `write_grad`, replaces logits (R, V) by gradients times scale, (R,) or (1,).
+
+    What lies between a row's V logits and the next row, the last one's too, is read and may be overwritten.
+    """
     R, V = logits.shape
     bits = 8 * logits.element_size()
     _cross_entropy_kernel[(R,)](

@@ -250,10 +250,10 @@ def far_apart(x: Tensor) -> Tensor:
     """x with 2^30 elements from one index of the first dimension to the next: the third one is out of int32's reach.
 
     Where x has hundreds of rows, 2^24 - 16: what attention takes without a copy. The memory is address space, of which
-    only what is touched becomes real.
+    only what is touched becomes real. The last row has its whole pitch too: cross-entropy writes into a row's padding.
     """
     apart = 2**30 if x.shape[0] < 10 else 2**24 - 16
-    extent = (x.shape[0] - 1) * apart + x[0].numel()
+    extent = x.shape[0] * apart
     space = mmap.mmap(-1, extent * x.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     strides = (apart, *x[0].contiguous().stride())
     return torch.frombuffer(space, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)

@@ -62,18 +62,13 @@ def test_rule(dtype, reduction, options, device):
     check_rule((x, weight, targets), reduction=reduction, chunk_bytes=three_rows if options else 2**29, **options)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (3, 7, 2), (2, 64, 64), (2, 33, 4096), (3, 16, 4097), (2, 5, 12289)], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_rule_round_the_ends_of_blocks(shape, dtype, device):
-    check_rule(make(*shape, dtype, device), label_smoothing=0.1)
+ENDS_OF_BLOCKS = [(1, 1, 1), (3, 7, 2), (2, 64, 64), (2, 33, 4096), (3, 16, 4097), (2, 5, 12289)]
 
 
+@pytest.mark.parametrize("shape", ENDS_OF_BLOCKS + [(3, C, 131) for C in (768, 1024, 1280, 1600)], ids=str)
 @every_dtype
-@pytest.mark.parametrize("C", [768, 1024, 1280, 1600])
-def test_rule_at_gpt2s_widths(C, dtype, device):
-    check_rule(make(3, C, 131, dtype, device))
+def test_rule_for_shapes(shape, dtype, device):
+    check_rule(make(*shape, dtype, device), label_smoothing=0.1)
 
 
 def test_rule_at_gpt2s_vocabulary(device):
