@@ -44,6 +44,7 @@ class KVCache:
         self.longest = 0
         self.whole = whole
         self._prompt_lengths: Tensor | None = None
+        self._even = True  # all rows are known to hold as many tokens
 
     @staticmethod
     def dtype_for(model: GPT) -> torch.dtype:
@@ -59,6 +60,9 @@ class KVCache:
         self.lengths.zero_()
         self.longest = 0
         self._prompt_lengths = lengths
+        self._even = lengths is None or lengths.size(0) == 1
+        if lengths is not None and lengths.device.type == "cpu":  # elsewhere the answer would have to be waited for
+            self._even = bool((lengths == lengths[0]).all())
 
     # ------------------------------------------------------------------------------------- called by the model
 
@@ -85,7 +89,8 @@ class KVCache:
         cache = self.keys_values[layer]
         if self.continues(qkv):
             seen = cache if self.whole else cache[:, :, :, : self.longest]
-            return ops.decode_attention(qkv, seen, self.lengths, n_head, scale, kernels)
+            full = self._even and not self.whole
+            return ops.decode_attention(qkv, seen, self.lengths, n_head, scale, kernels, full)
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         kv = qkv[:, :, C:].view(B, T, 2, n_head, C // n_head)
         cache[:, :, :, :T] = kv.permute(2, 0, 3, 1, 4)

@@ -6,6 +6,7 @@ vocabulary. "triton" never falls back: what a kernel does not support is an erro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastgpt2.gpt2.linear import linear, linear_gelu
 
 try:
     from fastgpt2.kernels.attention import causal_attention as triton_causal_attention
@@ -33,6 +36,9 @@ else:
 
 BACKENDS = ("triton", "torch")
 IGNORED_TARGET = -100
+# On a CPU, PyTorch's attention takes longer with 16-bit numbers than with float32 where sequences are this short; its
+# gradient up to twice as long.
+SHORT_ON_CPU = 256
 
 
 @dataclass(frozen=True)
@@ -164,13 +170,6 @@ def add_layer_norm(
     return x, F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias: (..., K) -> (..., N). A weight that `packed.py` laid out for oneDNN goes to oneDNN."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 def document_mask(starts: Tensor, B: int, T: int, kernels: Kernels) -> Tensor:
     """What `causal_attention` takes as `documents`, made once for all layers.
 
@@ -192,25 +191,33 @@ def causal_attention(
     if kernels.attention == "triton":
         return triton_causal_attention(qkv, n_head, scale=scale, dropout_p=dropout_p, cu_seqlens=documents)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, D)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=documents, is_causal=documents is None, scale=scale, dropout_p=dropout_p
-    )
-    return y.transpose(1, 2).reshape(B, T, C)
+    dtype = qkv.dtype
+    short = qkv.device.type == "cpu" and dtype.itemsize == 2 and T <= SHORT_ON_CPU and qkv.requires_grad
+    with torch.autocast("cpu", enabled=False) if short else contextlib.nullcontext():
+        qkv = qkv.float() if short else qkv
+        q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=documents, is_causal=documents is None, scale=scale, dropout_p=dropout_p
+        )
+    return y.transpose(1, 2).reshape(B, T, C).to(dtype)
 
 
 def decode_attention(
-    qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, scale: float, kernels: Kernels
+    qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, scale: float, kernels: Kernels, full: bool = False
 ) -> Tensor:
     """Attention of one new token a row over the tokens before it, among which its key and value are written.
 
     qkv (B, 1, 3*C), cache (2, B, H, S, D) of keys and values, lengths (B,) int32: tokens in the cache before this one,
-    below S. Returns (B, 1, C); `lengths` stays as it is. Waits for no device.
+    below S. full: they are S - 1 in every row. Returns (B, 1, C); `lengths` stays as it is. Waits for no device.
     """
     if kernels.attention == "triton":
         return triton_decode_attention(qkv, cache, lengths, n_head, scale=scale)
     B, C = qkv.size(0), qkv.size(2) // 3
     q, kv = qkv.view(B, 3, n_head, 1, C // n_head).split((1, 2), dim=1)
+    if full:  # no mask, and no indices
+        cache[:, :, :, -1:] = kv.transpose(0, 1)
+        keys, values = cache.unbind()
+        return F.scaled_dot_product_attention(q[:, 0], keys, values, scale=scale).view(B, 1, C)
     rows = torch.arange(B, device=qkv.device)
     cache[:, rows, :, lengths.long()] = kv.squeeze(3)  # indexed dimensions come first: (B, 2, H, D)
     keys, values = cache.unbind()
@@ -244,7 +251,7 @@ def mlp(
         if kernels.layer_norm == "triton":
             return triton_mlp(x, fc_weight, fc_bias, proj_weight), proj_bias
         return triton_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias), None
-    return project(F.gelu(linear(x, fc_weight, fc_bias), approximate="tanh"), proj_weight, proj_bias, kernels)
+    return project(linear_gelu(x, fc_weight, fc_bias), proj_weight, proj_bias, kernels)
 
 
 def head_loss(
@@ -255,9 +262,9 @@ def head_loss(
     Negative targets are ignored. The kernel never makes whole logits, so there they are None unless wanted.
     """
     if kernels.cross_entropy == "triton":
-        logits = F.linear(x, weight)[..., :vocab_size] if want_logits else None
+        logits = linear(x, weight)[..., :vocab_size] if want_logits else None
         return logits, triton_linear_cross_entropy(x, weight, targets, vocab_size=vocab_size)
-    logits = F.linear(x, weight)[..., :vocab_size]
+    logits = linear(x, weight)[..., :vocab_size]
     exact = logits if logits.dtype == torch.float64 else logits.float()
     kept = targets.masked_fill(targets < 0, IGNORED_TARGET)
     # A mean over no targets would be NaN: sum, then divide by at least one.
