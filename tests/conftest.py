@@ -41,8 +41,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-        if HAS_GPU:  # warned of because of `fresh_memory_is_poisoned`, not by the code under test
-            item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"))
+        if HAS_GPU:  # warned of because of what the tests do, not by the code under test
+            for words in ("deterministic", "Synchronization debug mode", "TensorFloat32"):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:.*{words}.*:UserWarning"))
 
 
 @pytest.fixture(autouse=True)

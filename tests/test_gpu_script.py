@@ -52,7 +52,7 @@ def test_its_commands_take_what_they_are_given(monkeypatch):
 
 
 def test_its_tests_exist_and_hold_all_that_need_a_gpu():
-    (tests,) = (c[3:] for c in commands() if c[0] == "pytest")
+    (tests,) = (c[5:] for c in commands() if c[0] == "pytest")
     assert len(tests) > 10 and all((ROOT / name).is_file() for name in tests)
     files = (ROOT / "tests").glob("test_*.py")
     marked = {f"tests/{p.name}" for p in files if "\n@pytest.mark.gpu" in p.read_text()}
