@@ -83,7 +83,7 @@ def step_ms(config: GPTConfig, B: int, T: int, gpu: Gpu) -> float:
 
 
 def shown_cases() -> dict[str, cases.Case]:
-    """Every op at GPT-2 124M's sizes: those of a training step as they are there, the others as the registry has them."""
+    """Every op at GPT-2 124M's sizes: those of a training step as they are there, the rest as the registry has them."""
     step = cases.step_cases(B, T, PRESETS["gpt2"]["n_embd"])
     others = (case for case in cases.cases(B * T) if case.dtype == cases.BF16 and case.op not in step)
     first: dict[str, cases.Case] = {}
