@@ -302,9 +302,9 @@ BEFORE_TRITON: dict[tuple[int, int], dict[tuple[str, str], dict[int | str, dict[
         },
         ("attention_bwd", "16x64 dropout"): {90: {"num_stages": 2}},
         ("attention_fwd", "32x64 bounded"): {
-            80: {"num_warps": 8, "num_stages": 3},
-            86: {"num_warps": 8},
-            89: {"num_warps": 8},
+            80: {"BLOCK_M": 16, "num_warps": 8, "num_stages": 3},
+            86: {"BLOCK_M": 16, "num_warps": 8},
+            89: {"BLOCK_M": 16, "num_warps": 8},
         },
         ("layer_norm_fwd", "4096 dropout"): {"default": {"num_warps": 4, "PROGRAMS_PER_SM": 4}},
     },
