@@ -35,8 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BASELINE = "HuggingFace, cache"
 WHOLE_PASSES = ", whole passes"
 NANOGPT = "nanoGPT" + WHOLE_PASSES
-# Whole passes take minutes with more rows on a CPU.
-WHOLE_PASS_ROWS = {"cpu": 1, "cuda": 8}
+WHOLE_PASSES_S = 20.0  # left out where a text would take longer by them
 FIRST = ", first token"
 Write = Callable[[int], Tensor]
 
@@ -90,10 +89,12 @@ def writers(setting: Setting, quick: bool, nanogpt, results: Results) -> dict[st
     if not quick:
         found[f"{ours} + compile{graph}"] = lambda n: generate(model, idx, n, greedy=True, compile=True)
     found[BASELINE] = _huggingface(model, idx)
-    slow_dtype = device.type == "cpu" and setting.dtype != "float32"
-    if setting.B > WHOLE_PASS_ROWS[device.type] or slow_dtype:
-        why = f"in {setting.dtype} on a CPU" if slow_dtype else "with so many rows"
-        results.leave_out(f"{setting.name} whole passes", f"{why} they take minutes")
+    longest = torch.randint(config.vocab_size, (setting.B, setting.T + setting.new), device=device)
+    (one_pass,) = timing.measure(
+        {"one pass": lambda: _whole_passes(model, longest, 1)}, device, budget_s=0, warmup=1, min_rounds=1
+    ).values()
+    if (seconds := one_pass.median_ms * 1e-3 * setting.new) > WHOLE_PASSES_S:
+        results.leave_out(f"{setting.name} whole passes", f"a text would take up to {seconds:.0f} s by them")
         return found
     found[variants.label(model.kernels) + WHOLE_PASSES] = lambda n: _whole_passes(model, idx, n)
     if nanogpt is not None:
