@@ -42,6 +42,7 @@ def audited_cases(rows: int = 4096) -> Iterator[Case]:
     for dtype, D, variants in (
         (BF16, HEAD_SIZE, {**bounds, "window": window, **both}),
         (BF16, 2 * HEAD_SIZE, {"": {}, "documents": documents, **both}),
+        *((BF16, padded, {"": {}, **both}) for padded in (48, 96)),
         (FP32, HEAD_SIZE, bounds),
     ):
         plain = cases.attention_case(B, T, WIDTHS[0], dtype, D)
