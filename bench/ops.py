@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from fastgpt2.bench import cases, gate, peaks, roofline, tables, timing
 from fastgpt2.bench.cases import Case
@@ -61,8 +62,10 @@ def functions(case: Case, device: torch.device, compiled: bool) -> tuple[dict[st
     found: dict[str, Callable] = {PYTORCH: case.eager}
     missing: dict[str, str] = {}
     if compiled:
-        # Static shapes, compiled anew for each case: Dynamo would go over to dynamic ones and then give up.
+        # Static shapes, compiled anew for each case: Dynamo would go over to dynamic ones and then give up. A backward
+        # that is timed alone runs again on what its forward saved, which compiled code would else overwrite.
         torch._dynamo.reset()
+        functorch_config.donated_buffer = False
         found[COMPILED] = torch.compile(case.eager, dynamic=False)
     else:
         missing[COMPILED] = "--quick leaves it out"

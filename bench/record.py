@@ -56,12 +56,21 @@ class Results:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return cls(kind, machine(device), date, commit(), settings)
 
-    def add(self, name: str, *, what: str, time_ms: dict[str, Any] | None, **figures: Any) -> dict[str, Any]:
-        """One row; `what` says in words what was measured. Returns it. Raises ValueError for a name that is there."""
-        if any(row["name"] == name for row in self.rows):
-            raise ValueError(f"results: there is already a row named {name!r}")
+    def add(
+        self, name: str, *, what: str, time_ms: dict[str, Any] | None, replace: bool = False, **figures: Any
+    ) -> dict[str, Any]:
+        """One row; `what` says in words what was measured. Returns it.
+
+        replace: the row takes the place of the one of this name. Else raises ValueError for a name that is there.
+        """
         row = dict(name=name, what=what, time_ms=time_ms, **figures)
-        self.rows.append(row)
+        there = [i for i, other in enumerate(self.rows) if other["name"] == name]
+        if there and not replace:
+            raise ValueError(f"results: there is already a row named {name!r}")
+        if there:
+            self.rows[there[0]] = row
+        else:
+            self.rows.append(row)
         return row
 
     def leave_out(self, name: str, why: str) -> None:

@@ -111,8 +111,8 @@ class TrainBench:
     def compare(self, setting: Setting) -> None:
         """All variants at one setting, in turns; one row each. Raises Disagreement.
 
-        What is compiled comes last, in turns with the baseline again: compiling takes minutes on some machines, and
-        whoever stops it keeps the other rows.
+        Compiling takes minutes on some machines, and whoever stops it keeps the rows of the others: these are timed
+        before, and then anew beside what is compiled.
         """
         weights = GPT(setting.config, kernels="torch")
         try:
@@ -125,20 +125,20 @@ class TrainBench:
             return
         names = list(dict.fromkeys(v.family for v in self.variants))
         for group in [names] if _fit_together(setting, len(names)) else [[name] for name in names]:
-            chosen = [v for v in self.variants if v.family in group]
-            baseline: list[Variant] = []
-            for compiled in (False, True):
-                wanted = [v for v in chosen if v.compiled is compiled]
-                if not wanted:
-                    continue
-                families = {name: self._family(name, setting, weights) for name in group}
-                prepared = [
-                    p for v in baseline + wanted if (p := self._prepare(setting, families[v.family], v, gradient))
-                ]
-                part = dataclasses.replace(setting, budget_s=setting.budget_s * len(wanted) / len(chosen))
-                self._time(part, prepared, known=len(baseline))
-                baseline = [p.variant for p in prepared if p.variant == Variant(OURS)]
-                del families, prepared
+            plain, compiled = (
+                [v for v in self.variants if v.family in group and v.compiled is compiled] for compiled in (False, True)
+            )
+            part = dataclasses.replace(setting, budget_s=setting.budget_s / (2 if plain and compiled else 1))
+            timed: list[Variant] = []
+            for wanted in (plain, compiled):
+                families = {name: self._family(name, setting, weights) for name in group}  # timing trains a model
+                again, new = (
+                    [p for v in variants if (p := self._prepare(setting, families[v.family], v, gradient))]
+                    for variants in (timed, wanted)
+                )
+                if new:
+                    timed = [p.variant for p in self._time(part, again, new)]
+                del families, again, new
                 _forget()
 
     def sweep(self, setting: Setting) -> None:
@@ -152,7 +152,7 @@ class TrainBench:
             while fits and B <= LARGEST_BATCH:
                 at = dataclasses.replace(setting, B=B, budget_s=setting.budget_s / 10)
                 prepared = self._prepare(at, self._family(variant.family, at, weights), variant, None)
-                fits = prepared is not None and self._time(at, [prepared], alone=True)
+                fits = prepared is not None and bool(self._time(at, [], [prepared], alone=True))
                 del prepared
                 _forget()
                 B *= 2
@@ -192,13 +192,12 @@ class TrainBench:
                 )
         return Prepared(variant, family, label, family.step(loss, setting.autocast), first_s)
 
-    def _time(self, setting: Setting, prepared: list[Prepared], alone: bool = False, known: int = 0) -> bool:
-        """Adds a row for each but the first `known`, which have theirs; False where memory ended for one."""
-        new = prepared[known:]
-        if not new:
-            return True
+    def _time(
+        self, setting: Setting, timed: list[Prepared], new: list[Prepared], alone: bool = False
+    ) -> list[Prepared]:
+        """In turns; a row for each, in place of those that `timed` have. Returns all but those where memory ended."""
         peaks: dict[str, int | None] = {}
-        for p in prepared:
+        for p in timed + new:
             try:
                 p.step()  # makes the optimizer's state
                 peaks[p.label] = p.peak_bytes(setting.device)
@@ -208,7 +207,7 @@ class TrainBench:
                 p.family.optimizer.zero_grad(set_to_none=True)
                 if p in new:
                     self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
-        ready = [p for p in prepared if p.label in peaks]
+        ready = [p for p in timed + new if p.label in peaks]
         steps = {p.label: p.step for p in ready}
         try:
             times = timing.measure(steps, setting.device, budget_s=setting.budget_s, warmup=1, min_rounds=3)
@@ -219,11 +218,9 @@ class TrainBench:
                 p.family.optimizer.zero_grad(set_to_none=True)
                 if p in new:
                     self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
-            return False
+            return []
         baseline = next((p.label for p in ready if p.variant == Variant(OURS)), None)
         for p in ready:
-            if p not in new:
-                continue
             taken = times[p.label]
             speedup = None if alone or not baseline else timing.speedup(times[baseline], taken).as_dict()
             self._add_row(
@@ -236,8 +233,9 @@ class TrainBench:
                 peak_bytes=peaks[p.label],
                 speedup=speedup and dict(over=baseline, **speedup),
                 first_s=round(p.first_s, 2),
+                replace=p in timed,
             )
-        return len(ready) == len(prepared)
+        return ready
 
     def _add_row(
         self,
@@ -250,6 +248,7 @@ class TrainBench:
         peak_bytes: int | None = None,
         speedup: dict | None = None,
         first_s: float | None = None,
+        replace: bool = False,
     ) -> None:
         tokens = setting.B * setting.T
         per_s = None
@@ -275,6 +274,7 @@ class TrainBench:
             peak_bytes=peak_bytes,
             speedup=speedup,
             first_s=first_s,
+            replace=replace,
         )
 
 

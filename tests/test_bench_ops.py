@@ -1,5 +1,6 @@
 """`bench ops` reads the registry: every op has rows, the work is the case's, what computes something else is out."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -55,6 +56,14 @@ def test_peers_without_a_gpu_say_why(tmp_path):
     assert left_out["flash-attn"] in ("it needs a GPU", "flash_attn is not installed")
     has_it = hasattr(torch.nn.functional, "linear_cross_entropy")
     assert ("F.linear_cross_entropy" in {row["label"] for row in results.rows}) == has_it
+
+
+def test_compiled_code_is_timed_in_every_direction(tmp_path, monkeypatch):
+    """A LayerNorm's compiled backward would else overwrite what its forward saved, and not run again."""
+    monkeypatch.setattr(ops.Scope, "of", classmethod(lambda *_: dataclasses.replace(SMALL, compiled=True)))
+    results = run(tmp_path, "--op", "layer_norm")
+    assert not [entry for entry in results.left_out if ops.COMPILED in entry["name"]]
+    assert [row["direction"] for row in results.rows if row["label"] == ops.COMPILED] == list(ops.DIRECTIONS)
 
 
 def test_figures_follow_from_the_case(tmp_path):

@@ -126,7 +126,7 @@ def test_a_run_has_a_row_for_every_variant(tmp_path, capsys, nanogpt):
         per_s, ms = row["tokens_per_s"], row["time_ms"]
         assert per_s["median"] == pytest.approx(2 * 16 / ms["median"] * 1e3)
         assert per_s["p20"] <= per_s["median"] <= per_s["p80"] and ms["runs"] >= 3
-        assert "4 variants in turns" in row["what"] and row["mfu"] is None  # compiled: three and the baseline
+        assert "7 variants in turns" in row["what"] and row["mfu"] is None  # the first four once more, beside compiled
     sdpa = results.rows[1]
     assert sdpa["speedup"] == dict(over="PyTorch, SDPA", median=1.0, p20=1.0, p80=1.0)
     (triton,) = (entry for entry in results.left_out if "Triton" in entry["name"])
