@@ -151,6 +151,14 @@ def lengths(results: Results) -> Figure | None:
     panels = {op: rows for op, rows in _by(rows, lambda r: r["op"]).items() if len({row["T"] for row in rows}) > 1}
     if not panels:
         return None
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Labels the same ticks, without exponents."""
+
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
     figure = _figure(results, 4 * columns + 1, 3.2 * height + 0.6)
@@ -168,6 +176,8 @@ def lengths(results: Results) -> Figure | None:
             )  # fmt: skip
         _doubling(axes, {row["T"] for row in rows})
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
         direction = "forward + backward" if op in whole else "forward"
         axes.set(title=f"{op}, C={narrow}", xlabel="T", ylabel=f"{direction}, ms")
         axes.grid(alpha=0.3)
