@@ -167,6 +167,7 @@ OFFSETS = {
     "attention rows": (lambda qkv: causal_attention(qkv[None], 1), (3, 48)),
     "attention batch": (lambda qkv: causal_attention(qkv, 1), (3, 2, 48)),
     "attention over many tiles": (lambda qkv: causal_attention(qkv[None], 1), (300, 48)),
+    "attention in a window far from the first token": (lambda qkv: causal_attention(qkv[None], 1, window=7), (300, 48)),
     "attention of documents": (
         lambda qkv: causal_attention(qkv, 1, cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32)),
         (3, 2, 48),
