@@ -30,7 +30,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastgpt2.bench.traffic import count_launches
 
-__all__ = ["OutOfBounds", "count_launches", "far_apart", "grid_order", "mended", "red_zones"]
+__all__ = ["BackwardToo", "OutOfBounds", "count_launches", "far_apart", "grid_order", "mended", "red_zones"]
 
 REFUSAL = "arithmetic in bfloat16: cast to float32 right after the load (it may be moved, cast and given to tl.dot)"
 
@@ -190,11 +190,25 @@ _ALLOCATORS = {
 }
 
 
+class BackwardToo(TorchFunctionMode):
+    """A mode that sees what backward does too: `torch.autograd.grad` is else handed to a mode as one call, which runs
+    without it."""
+
+    def __enter__(self):
+        self._not_one_call = mock.patch.object(torch.autograd, "has_torch_function", lambda tensors: False)
+        self._not_one_call.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._not_one_call.stop()
+
+
 class OutOfBounds(AssertionError):
     """A kernel wrote outside the tensors that it was given."""
 
 
-class _Zones(TorchFunctionMode):
+class _Zones(BackwardToo):
     def __init__(self):
         super().__init__()
         self.canaries: list[tuple[str, Tensor]] = []

@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from calls import CALLS, Call
-from interpreter import far_apart, grid_order, red_zones
+from interpreter import BackwardToo, far_apart, grid_order, red_zones
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2.bench import cases
@@ -54,7 +53,7 @@ def snapshot(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
-class Fresh(TorchFunctionMode):
+class Fresh(BackwardToo):
     """torch.empty and its kin give `value` instead of the poison: what is never written shows up as a difference."""
 
     ALLOCATORS = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided}
@@ -93,7 +92,7 @@ class NoSync(TorchDispatchMode):
 def no_sync():
     """Also refuses `tolist` and `numpy`, which read a CPU tensor without an operator."""
 
-    class NoLook(TorchFunctionMode):
+    class NoLook(BackwardToo):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if func in (Tensor.tolist, Tensor.numpy):
                 raise HostSync(f"host sync: {func.__name__}")

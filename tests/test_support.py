@@ -147,6 +147,21 @@ def test_canary_is_hit_by_a_write_out_of_bounds(device):
         scale(zone(torch.ones(33, device=device)), mask=False)
 
 
+def test_canary_is_hit_in_backward(device):
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return scale(dy.contiguous(), mask=False)
+
+    x = torch.ones(33, device=device, requires_grad=True)
+    with pytest.raises(OutOfBounds, match=r"empty_like\(33,\)"), red_zones():
+        torch.autograd.grad(Overflow.apply(x).sum(), x)
+
+
 def test_zone_is_read_as_nan_and_keeps_strides(device):
     with red_zones() as zone:
         x = zone(torch.ones(4, 8, device=device)[:, :6])
