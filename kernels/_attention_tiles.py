@@ -143,23 +143,22 @@ def _rows(ptr, first, stride, BLOCK: tl.constexpr):
 def _load_rows(ptrs, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """A (rows, BLOCK_D) tile; with a mask on rows where MASKED, on columns only where the head size is padded."""
     if MASKED and D != BLOCK_D:
-        tile = tl.load(ptrs, mask=mask_row[:, None] & (offs_d[None, :] < D), other=0.0)
+        mask = mask_row[:, None] & (offs_d[None, :] < D)
     elif MASKED:
-        tile = tl.load(ptrs, mask=mask_row[:, None], other=0.0)
+        mask = mask_row[:, None]
     elif D != BLOCK_D:
-        tile = tl.load(ptrs, mask=offs_d[None, :] < D, other=0.0)
+        mask = offs_d[None, :] < D
     else:
-        tile = tl.load(ptrs)
-    return tile
+        mask = None
+    return tl.load(ptrs, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit
 def _store_rows(ptrs, value, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    value = value.to(ptrs.dtype.element_ty)
-    if D == BLOCK_D:
-        tl.store(ptrs, value, mask=mask_row[:, None])
-    else:
-        tl.store(ptrs, value, mask=mask_row[:, None] & (offs_d[None, :] < D))
+    mask = mask_row[:, None]
+    if D != BLOCK_D:
+        mask = mask & (offs_d[None, :] < D)
+    tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -169,9 +168,16 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def variant(dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: bool = False) -> str:
     """Which rows of the table: bits of an element and the padded head size, "16x64" ... "64x128"; what takes registers
-    beside: " bounded" (documents or a window), " dropout" (with or without them)."""
+    beside: " bounded" (documents or a window), " dropout" (with or without them).
+
+    A head that is no whole number of 16-byte pieces is read by narrow loads, whose addresses take the registers that
+    float32 takes for its numbers: it has float32's rows.
+    """
     more = " dropout" if dropout else " bounded" if bounded else ""
-    return f"{torch.finfo(dtype).bits}x{128 if head_size > 64 else 64}{more}"
+    bits = torch.finfo(dtype).bits
+    if head_size * bits % 128:
+        bits = max(bits, 32)
+    return f"{bits}x{128 if head_size > 64 else 64}{more}"
 
 
 def block_d(head_size: int) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastgpt2.kernels import _launch
+from fastgpt2.kernels._attention_tiles import variant
 
 row = _launch._row.__wrapped__  # as if asked for the first time
 
@@ -32,6 +33,12 @@ def test_row_is_that_of_architecture_and_triton(table, monkeypatch, version, arc
     assert row("op", "16", architecture) == expected | {"enable_fp_fusion": True}
 
 
+def test_a_head_read_by_narrow_loads_has_the_rows_of_float32():
+    names = [variant(dtype, D) for dtype, D in ((torch.bfloat16, 72), (torch.bfloat16, 65), (torch.float16, 20))]
+    assert names == ["16x128", "32x128", "32x64"]
+    assert [variant(dtype, 65) for dtype in (torch.float32, torch.float64)] == ["32x128", "64x128"]
+
+
 def test_a_row_of_more_words_is_its_own_or_the_plain_one(table):
     _launch.TABLE["op"]["16 dropout"] = {"default": {"BLOCK": 16}}
     assert row("op", "16 dropout", 90)["BLOCK"] == 16 and row("op", "16 bounded", 90)["BLOCK"] == 128
@@ -41,9 +48,9 @@ def test_a_row_of_more_words_is_its_own_or_the_plain_one(table):
 
 def test_replaced_rows_are_there_and_have_known_names():
     for replaced in _launch.BEFORE_TRITON.values():
-        for (op, variant), rows in replaced.items():
+        for (op, name), rows in replaced.items():
             for numbers in rows.values():
-                assert numbers.keys() <= _launch.TABLE[op][variant]["default"].keys()
+                assert numbers.keys() <= _launch.TABLE[op][name]["default"].keys()
 
 
 @pytest.mark.parametrize(
