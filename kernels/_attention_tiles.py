@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _launch
+
 
 def key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
     """The run of key tiles that queries [start, stop) need, cut at a <= b <= c <= d <= e into what is masked where.
@@ -181,7 +183,7 @@ def variant(dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: 
 
 
 def block_d(head_size: int) -> int:
-    return max(16, triton.next_power_of_2(head_size))
+    return max(16, _launch.next_power_of_2(head_size))
 
 
 def refuse(op_name: str, toggle: str, argument: str, value: object, allowed: str) -> NoReturn:

@@ -141,7 +141,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def padded_vocab(V: int) -> int:
     """Row stride of the logits in elements: V rounded up to 64."""
-    return triton.cdiv(V, 64) * 64
+    return _launch.cdiv(V, 64) * 64
 
 
 def cross_entropy_(

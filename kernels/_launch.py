@@ -47,6 +47,16 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's, which kernels call too, takes ten times as long on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def mixed_matmul(device: torch.device) -> str:
     """How PyTorch multiplies 16-bit matrices into fp32 here: "addmm" (and adds), "mm" (cannot add), "" (cannot)."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))

@@ -263,7 +263,7 @@ def causal_attention_fwd(
     bounded = cu_seqlens is not None or window is not None
     config = _launch.config("attention_fwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
-    _attention_fwd_kernel[(triton.cdiv(T, queries) * B, n_head)](
+    _attention_fwd_kernel[(_launch.cdiv(T, queries) * B, n_head)](
         qkv,
         cu_seqlens,
         seed,

@@ -332,12 +332,12 @@ def causal_attention_bwd(
     sizes = dict(D=D, BLOCK_D=block_d(D))
     delta = torch.empty_like(lse)
     config = _launch.config("attention_delta", qkv.device, variant(qkv.dtype, D))
-    _attention_delta_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B, n_head)](
+    _attention_delta_kernel[(_launch.cdiv(T, config["BLOCK_M"]) * B, n_head)](
         out, dout, delta, *dout.stride()[:2], T, n_head, **sizes, **config
     )
     bounded = cu_seqlens is not None or window is not None
     config = _launch.config("attention_bwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
-    tiles = triton.cdiv(T, config["DKV_BLOCK_N"]) + triton.cdiv(T, config["DQ_BLOCK_M"])
+    tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
     _attention_bwd_kernel[(tiles * B, n_head)](
         qkv,
         dout,

@@ -196,7 +196,7 @@ def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: in
     lengths = lengths.contiguous()
     config = dict(_launch.config("decode_attention", qkv.device, variant(qkv.dtype, D)))
     programs, block_n = config.pop("PROGRAMS_PER_SM") * _launch.sm_count(qkv.device), config["BLOCK_N"]
-    n_splits = max(1, min(programs // (B * n_head), triton.cdiv(S, block_n)))
+    n_splits = max(1, min(programs // (B * n_head), _launch.cdiv(S, block_n)))
     parts, lse = out, None
     if n_splits > 1:
         statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32

@@ -189,7 +189,7 @@ def token_position_embedding_fwd(
         return y
     token_weight, position_weight = _with_rows(token_weight), _with_rows(position_weight)
     options = _launch.config("embedding_fwd", idx.device)
-    grid = (triton.cdiv(B * T, options["ROWS"]), triton.cdiv(C, options["BLOCK_C"]))
+    grid = (_launch.cdiv(B * T, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
     _embedding_fwd_kernel[grid](
         idx, positions, token_weight, position_weight, seed, y,
         *idx.stride(), *((0, 0) if positions is None else positions.stride()),
@@ -246,7 +246,7 @@ def _batch_sum(dy: Tensor, seed: Tensor | None, dropout_p: float, P: int, dtype:
     dweight = dy.new_empty((P, C), dtype=dtype)
     if dweight.numel() > 0:
         options = _launch.config("embedding_batch_sum", dy.device)
-        grid = (triton.cdiv(P, options["ROWS"]), triton.cdiv(C, options["BLOCK_C"]))
+        grid = (_launch.cdiv(P, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
         _batch_sum_kernel[grid](
             dy, seed, dweight, dy.stride(0), dy.stride(1), B, T, P, C, dropout_p, dy.dtype == torch.float64, **options
         )
@@ -264,7 +264,7 @@ def _segment_sum(
     # 32-bit keys halve the passes of the sort; what lies outside the table stays outside.
     keys, order = torch.sort(index.reshape(-1).clamp(-1, V).to(torch.int32), stable=True)
     options = _launch.config("embedding_segment_sum", dy.device)
-    windows, column_blocks = triton.cdiv(B * T, options["WINDOW"]), triton.cdiv(C, options["BLOCK_C"])
+    windows, column_blocks = _launch.cdiv(B * T, options["WINDOW"]), _launch.cdiv(C, options["BLOCK_C"])
     sum_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     partial = dy.new_empty((windows, 2, C), dtype=sum_dtype)
     _segment_sum_kernel[(B * T, column_blocks)](

@@ -115,7 +115,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     x = as_rows(x)
     N, C = x.shape
     options = _launch.config("gelu_fwd", x.device, str(8 * x.element_size()))
-    grid = (triton.cdiv(N, options["ROWS"]) * triton.cdiv(C, options["BLOCK_C"]),)
+    grid = (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),)
     _gelu_fwd_kernel[grid](x, bias, y, x.stride(0), N, C, **options)
     return y
 
@@ -133,11 +133,11 @@ def launch_gelu_bwd(
         return None if dbias_dtype is None else dx.new_zeros(C, dtype=dbias_dtype)
     options = dict(_launch.config("gelu_bwd", x.device, str(8 * x.element_size())))
     programs_per_sm, min_rows = options.pop("PROGRAMS_PER_SM"), options.pop("MIN_ROWS")
-    blocks_c = triton.cdiv(C, options["BLOCK_C"])
-    programs, partials = triton.cdiv(N, options["ROWS"]), None
+    blocks_c = _launch.cdiv(C, options["BLOCK_C"])
+    programs, partials = _launch.cdiv(N, options["ROWS"]), None
     if dbias_dtype is not None:
-        programs = triton.cdiv(_launch.sm_count(x.device) * programs_per_sm, blocks_c)
-        programs = min(programs, triton.cdiv(N, min_rows))
+        programs = _launch.cdiv(_launch.sm_count(x.device) * programs_per_sm, blocks_c)
+        programs = min(programs, _launch.cdiv(N, min_rows))
         partials = x.new_empty(1, programs, C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     _gelu_bwd_kernel[(programs * blocks_c,)](dy, x, bias, y, dx, partials, dy.stride(0), x.stride(0), N, C, **options)
     return None if partials is None or dbias_dtype is None else column_sum(partials, [dbias_dtype])[0]

@@ -240,7 +240,7 @@ def layer_norm_fwd(
     _layer_norm_fwd_kernel[grid](
         x, residual, weight, bias, x_bias, seed, total, y, mean, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), N, C, eps, dropout_p,
-        BLOCK_C=triton.next_power_of_2(C), **options,
+        BLOCK_C=_launch.next_power_of_2(C), **options,
     )  # fmt: skip
     return total, y, mean, rstd
 
@@ -281,7 +281,7 @@ def layer_norm_bwd(
     options = _config("layer_norm_bwd", total, dropout_p > 0.0)
     span = options.pop("SPAN_BYTES") // total.element_size()
     programs = _launch.sm_count(total.device) * options.pop("PROGRAMS_PER_SM")
-    programs = min(programs, triton.cdiv(N, options.pop("MIN_ROWS")))
+    programs = min(programs, _launch.cdiv(N, options.pop("MIN_ROWS")))
     wanted = [t for t in dtypes if t is not None]
     partials = mean.new_empty(len(wanted), programs, C)
     slots = iter(partials)
@@ -289,7 +289,7 @@ def layer_norm_bwd(
         dy, dtotal, total, weight, mean, rstd, seed,
         dx, None if dresidual_dtype is None else dresidual, *(None if t is None else next(slots) for t in dtypes),
         dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), N, C, dropout_p,
-        CHUNKS=triton.next_power_of_2(triton.cdiv(C, span)), SPAN=span, **options,
+        CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span, **options,
     )  # fmt: skip
     sums = iter(column_sum(partials, wanted))
     return dx, dresidual, *(dx.new_empty(0) if t is None else next(sums) for t in dtypes)

@@ -91,8 +91,8 @@ def _scale_gradients_kernel(
 def chunk_rows(N: int, V: int, itemsize: int, chunk_bytes: int) -> int:
     """Rows a chunk: as many as fit into chunk_bytes, then evened out over the chunks in multiples of 128."""
     fit = max(1, min(N, chunk_bytes // (padded_vocab(V) * itemsize)))
-    even = triton.cdiv(N, max(1, triton.cdiv(N, fit)))
-    return max(1, min(fit, triton.cdiv(even, 128) * 128))
+    even = _launch.cdiv(N, max(1, _launch.cdiv(N, fit)))
+    return max(1, min(fit, _launch.cdiv(even, 128) * 128))
 
 
 def _logits_scale(dtype: torch.dtype) -> float:
@@ -204,8 +204,8 @@ def linear_cross_entropy_scale(
     """dx and dweight (V', C) times dloss * factor / logits_scale -> (N, C) and (weight_rows, C), zeros beyond V'."""
     dx_out, dweight_out = _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype)
     options = _launch.config("scale_gradients", dx.device)
-    dx_programs = triton.cdiv(dx.numel(), options["BLOCK"])
-    grid = (dx_programs + triton.cdiv(dweight_out.numel(), options["BLOCK"]),)
+    dx_programs = _launch.cdiv(dx.numel(), options["BLOCK"])
+    grid = (dx_programs + _launch.cdiv(dweight_out.numel(), options["BLOCK"]),)
     if grid[0] > 0:
         _scale_gradients_kernel[grid](
             dloss, factor, dx, dweight, dx_out, dweight_out,

@@ -140,9 +140,10 @@ def test_strides(what, device):
     x = strided(device)[what]
     residual = torch.randn(x.shape, device=device)
     w, b, x_bias = columns(x.shape[-1], 3, torch.float32, device)
-    check(layer_norm, truth_layer_norm, x, w, b, cancelling=cancelling(x.shape[-1]))
-    check(our_add_layer_norm, truth_add_layer_norm, x, residual, w, b, x_bias)
-    check(our_add_layer_norm, truth_add_layer_norm, residual, x, w, b, x_bias)
+    terms = cancelling(x.shape[-1])
+    check(layer_norm, truth_layer_norm, x, w, b, cancelling=terms)
+    check(our_add_layer_norm, truth_add_layer_norm, x, residual, w, b, x_bias, cancelling=terms)
+    check(our_add_layer_norm, truth_add_layer_norm, residual, x, w, b, x_bias, cancelling=terms)
 
 
 @pytest.mark.parametrize("shape", ["scalar", "row", "column", "transposed"])
