@@ -24,7 +24,7 @@ from torch import Tensor
 from fastgpt2.bench import roofline, timing
 from fastgpt2.bench.record import Results
 from fastgpt2.bench.timing import Timing
-from fastgpt2.bench.variants import OURS, Family, Variant
+from fastgpt2.bench.variants import OURS, Backward, Family, Variant
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.model import GPT
@@ -37,6 +37,7 @@ SHARE_FOR_STATE = 0.4  # of the memory: families that need more than this togeth
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 WHAT = "one optimizer step: forward, backward, clipping, fused AdamW"
 NO_MEMORY = "out of memory"
+PLAIN, GRAPHS, COMPILED = (False, False), (True, False), (False, True)
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,14 @@ class Prepared:
     variant: Variant
     family: Family
     label: str
+    backward: Backward
     step: Callable[[], None]
     first_s: float  # of that run, compilation included
 
     def peak_bytes(self, device: torch.device) -> int | None:
         """Of a step, with parameters and optimizer state, without other variants' models."""
         peak = timing.peak_bytes(self.step, device)
-        return None if peak is None else peak + self.family.state_bytes()
+        return None if peak is None else peak + self.family.state_bytes() + self.backward.held_bytes()
 
 
 @dataclass
@@ -112,7 +114,7 @@ class TrainBench:
         """All variants at one setting, in turns; one row each. Raises Disagreement.
 
         Compiling takes minutes on some machines, and whoever stops it keeps the rows of the others: these are timed
-        before, and then anew beside what is compiled.
+        before, and then anew beside what is compiled. So it is with CUDA graphs, whose memory others may need.
         """
         weights = GPT(setting.config, kernels="torch")
         try:
@@ -125,12 +127,12 @@ class TrainBench:
             return
         names = list(dict.fromkeys(v.family for v in self.variants))
         for group in [names] if _fit_together(setting, len(names)) else [[name] for name in names]:
-            plain, compiled = (
-                [v for v in self.variants if v.family in group and v.compiled is compiled] for compiled in (False, True)
-            )
-            part = dataclasses.replace(setting, budget_s=setting.budget_s / (2 if plain and compiled else 1))
+            ours = [v for v in self.variants if v.family in group]
+            parts = [[v for v in ours if (v.graph, v.compiled) == kind] for kind in (PLAIN, GRAPHS, COMPILED)]
+            parts = [wanted for wanted in parts if wanted]
+            part = dataclasses.replace(setting, budget_s=setting.budget_s / len(parts))
             timed: list[Variant] = []
-            for wanted in (plain, compiled):
+            for wanted in parts:
                 families = {name: self._family(name, setting, weights) for name in group}  # timing trains a model
                 again, new = (
                     [p for v in variants if (p := self._prepare(setting, families[v.family], v, gradient))]
@@ -143,10 +145,10 @@ class TrainBench:
 
     def sweep(self, setting: Setting) -> None:
         """Variants alone at 1, 2, 4, ... sequences until memory ends, one row each; without single switches, and
-        without compiled ones, which would be compiled anew for each batch."""
+        without compiled and captured ones, which would be made anew for each batch."""
         weights = GPT(setting.config, kernels="torch")
         for variant in self.variants:
-            if variant.compiled or len(set(dataclasses.astuple(variant.kernels))) > 1:
+            if variant.compiled or variant.graph or len(set(dataclasses.astuple(variant.kernels))) > 1:
                 continue
             B, fits = 1, True
             while fits and B <= LARGEST_BATCH:
@@ -159,7 +161,7 @@ class TrainBench:
 
     def _expected_gradient(self, setting: Setting, weights: GPT) -> Tensor:
         reference = self._family(OURS, setting, weights)
-        return reference.gradient(reference.loss(Variant(OURS), *setting.batch()), setting.autocast)
+        return reference.gradient(reference.backward(Variant(OURS), *setting.batch(), setting.autocast))
 
     def _family(self, name: str, setting: Setting, weights: GPT) -> Family:
         return Family(name, setting.config, weights, self.nanogpt, setting.device)
@@ -170,10 +172,10 @@ class TrainBench:
         gradient: what its own must agree with.
         """
         label = family.label(variant)
-        loss = family.loss(variant, *setting.batch())
+        backward = family.backward(variant, *setting.batch(), setting.autocast)
         start = time.perf_counter()
         try:
-            own = family.gradient(loss, setting.autocast)
+            own = family.gradient(backward)
         except Exception as error:  # a compiler's and a driver's errors share no class
             family.optimizer.zero_grad(set_to_none=True)
             if timing.out_of_memory(error):
@@ -190,7 +192,7 @@ class TrainBench:
                     f"{label} at {setting.name}: its gradient is {difference:.2%} off PyTorch's, allowed are "
                     f"{AGREEMENT[setting.dtype]:.0%}; nothing is reported"
                 )
-        return Prepared(variant, family, label, family.step(loss, setting.autocast), first_s)
+        return Prepared(variant, family, label, backward, family.step(backward), first_s)
 
     def _time(
         self, setting: Setting, timed: list[Prepared], new: list[Prepared], alone: bool = False
@@ -267,6 +269,7 @@ class TrainBench:
             dtype=setting.dtype,
             alone=alone,
             compiled=variant.compiled,
+            cuda_graph=variant.graph,
             kernels=dataclasses.asdict(variant.kernels) if variant.family == OURS else None,
             tokens_per_s=per_s,
             model_ms=setting.model_ms(),

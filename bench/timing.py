@@ -6,9 +6,9 @@
 
 Variants that are compared take turns in one process (A B C, B C A, ...), so that what drifts (clocks, temperature,
 other work) meets all of them alike, and a speed-up is the median over rounds of the ratio within a round. First calls,
-which compile and allocate, are left out. On a GPU a call is timed by CUDA events with L2 flushed before it, elsewhere
-by the wall clock. A call of a few microseconds takes the host longer than the device: with `device_only` the device
-waits before it, until the host has enqueued it all.
+which compile and allocate, are left out. A call is timed by the wall clock until the device is done, as whoever waits
+for its result sees it: what the host takes to launch it counts where the device has to wait for that. With
+`device_only` it is timed by CUDA events, L2 flushed before it, and begins when the host has enqueued it all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every variant once a round, for about `budget_s` seconds in all and at least `min_rounds` rounds.
 
-    The `warmup` first calls of each variant are not timed and not part of the budget. device_only: leaves out what the
-    host takes to launch, on a GPU; waiting for it is part of the budget.
+    The `warmup` first calls of each variant are not timed and not part of the budget. device_only: on a GPU, leaves out
+    what the host takes to launch; waiting for it is part of the budget.
     Raises what a variant raises; ValueError for a number that makes no sense.
     """
     if warmup < 1 or not 1 <= min_rounds <= max_rounds:
@@ -98,8 +99,8 @@ def measure(
         for _ in range(warmup):
             start_s = time.perf_counter()
             call()
-            waits_s[name] = min(2 * (time.perf_counter() - start_s), LONGEST_WAIT_S) if device_only else 0.0
-    timer = _GpuTimer(device, waits_s) if device.type == "cuda" else _CpuTimer()
+            waits_s[name] = min(2 * (time.perf_counter() - start_s), LONGEST_WAIT_S)
+    timer = _DeviceTimer(device, waits_s) if device_only and device.type == "cuda" else _WallTimer(device)
     names = list(variants)
     collects = gc.isenabled()
     gc.disable()  # a collection in the middle of a call would be counted as its time
@@ -115,14 +116,17 @@ def measure(
     return {name: Timing(tuple(times)) for name, times in timer.results().items()}
 
 
-class _CpuTimer:
-    def __init__(self) -> None:
+class _WallTimer:
+    def __init__(self, device: torch.device) -> None:
+        self.wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         self.times_ms: dict[str, list[float]] = {}
 
     def time(self, name: str, call: Callable[[], object]) -> float:
         """Runs and notes it; -> seconds."""
+        self.wait()
         start = time.perf_counter()
         call()
+        self.wait()
         seconds = time.perf_counter() - start
         self.times_ms.setdefault(name, []).append(seconds * 1e3)
         return seconds
@@ -131,8 +135,8 @@ class _CpuTimer:
         return self.times_ms
 
 
-class _GpuTimer:
-    """Events are read at the end, so that the host runs ahead of the device as it does in use."""
+class _DeviceTimer:
+    """Events are read at the end, so that the host runs ahead of the device."""
 
     def __init__(self, device: torch.device, waits_s: Mapping[str, float]) -> None:
         self.device, self.waits_s = device, waits_s
@@ -145,8 +149,7 @@ class _GpuTimer:
             torch.cuda.synchronize(self.device)
         start_s = time.perf_counter()
         self.cache.zero_()
-        if self.waits_s[name]:
-            torch.cuda._sleep(int(self.waits_s[name] * CLOCK_HZ))
+        torch.cuda._sleep(int(self.waits_s[name] * CLOCK_HZ))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(self.device)
         start.record(stream)

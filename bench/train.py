@@ -2,8 +2,9 @@
 
 Every variant starts from the same weights and takes the same step on the same random tokens: forward, backward,
 clipping, fused AdamW. Before anything is timed, `fastgpt2 verify` must be green and every variant's gradient must agree
-with PyTorch's. Then all variants take turns, what is compiled afterwards among itself and with the baseline, and a
-speed-up is the median of the ratio within a round.
+with PyTorch's. Then all variants take turns, and a speed-up is the median of the ratio within a round. A step's time is
+the wall clock's until the device is done: where Python is slower than the GPU, that is Python's, unless forward and
+backward are one CUDA graph.
 
 MFU is `GPTConfig.flops_per_token` (PaLM's appendix B as nanoGPT counts: 6 N + 12 L H D T, causality not discounted)
 times tokens a second over the data sheet's dense bf16 peak, and unknown in other dtypes and on unknown hardware.
@@ -55,7 +56,7 @@ def select(device: torch.device, quick: bool, with_nanogpt: bool, results: Resul
     chosen = []
     skipped_triton = device.type != "cuda" or not ops.TRITON_INSTALLED
     for variant in variants.all_variants(with_nanogpt):
-        if variants.on_triton(variant) and skipped_triton:
+        if (variants.on_triton(variant) and skipped_triton) or (variant.graph and device.type != "cuda"):
             continue
         if quick and variant.compiled and variant.family != OURS:
             results.leave_out(f"{variant.family} + compile", "--quick leaves it out")
@@ -66,6 +67,8 @@ def select(device: torch.device, quick: bool, with_nanogpt: bool, results: Resul
             "Triton's kernels run on a GPU; a CPU can only interpret them, which says nothing about their speed"
         )  # fmt: skip
         results.leave_out("all variants with Triton kernels", why)
+    if device.type != "cuda":
+        results.leave_out("all variants as CUDA graphs", "there is no GPU")
     if not with_nanogpt:
         results.leave_out(NANOGPT, "--nanogpt PATH/model.py was not given")
     return chosen

@@ -8,6 +8,7 @@ model's `Kernels` and from what the other models say of themselves.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -22,13 +23,16 @@ from torch import Tensor, nn
 
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import GPTConfig
+from fastgpt2.gpt2.gradient_graph import GradientGraph
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.optim import adamw
 
 OURS, HUGGINGFACE, NANOGPT = "fastgpt2", "HuggingFace", "nanoGPT"
+GRAPH = " + CUDA graph"
 LR = 1e-4
 GRAD_CLIP = 1.0
+Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Variant:
     kernels: Kernels = ALL_TORCH
     compiled: bool = False
     naive_attention: bool = False
+    graph: bool = False  # forward and backward replayed as one CUDA graph
 
 
 def label(kernels: Kernels, compiled: bool = False, naive_attention: bool = False) -> str:
@@ -61,7 +66,9 @@ def all_variants(with_nanogpt: bool) -> list[Variant]:
         ours += [Variant(OURS, Kernels.parse(op)) for op in Kernels.names()]
         ours += [Variant(OURS, triton), Variant(OURS, triton, compiled=True)]
     others = [HUGGINGFACE, NANOGPT] if with_nanogpt else [HUGGINGFACE]
-    return ours + [Variant(family, compiled=compiled) for family in others for compiled in (False, True)]
+    ours += [Variant(family, compiled=compiled) for family in others for compiled in (False, True)]
+    graphs = [v for v in ours if len(set(dataclasses.astuple(v.kernels))) == 1 and not v.compiled | v.naive_attention]
+    return ours + [dataclasses.replace(v, graph=True) for v in graphs if v.family != HUGGINGFACE]
 
 
 def on_triton(variant: Variant) -> bool:
@@ -103,6 +110,26 @@ def naive_attention(active: bool) -> Iterator[None]:
         yield
 
 
+class Backward:
+    """Makes every parameter's gradient on one batch; compiles or captures at its first call."""
+
+    def __init__(self, compute: Callable[[], Tensor], model: nn.Module, graph: bool):
+        self.compute, self.model, self.captures = compute, model, graph
+        self.graph: GradientGraph | None = None
+
+    def __call__(self) -> None:
+        if not self.captures:
+            self.compute()
+            return
+        if self.graph is None:
+            self.graph = GradientGraph(self.compute, self.model.parameters())
+        self.graph()
+
+    def held_bytes(self) -> int:
+        """GPU memory that stays between calls, beside gradients."""
+        return self.graph.pool_bytes if self.graph else 0
+
+
 class Family:
     """One model with its optimizer: `step(variant)` and `gradient(variant)` make what is timed and what is checked."""
 
@@ -117,12 +144,13 @@ class Family:
         """Derived from the live model."""
         if self.name == OURS:
             with self.model.use_kernels(variant.kernels):
-                return label(self.model.kernels, variant.compiled, variant.naive_attention)
+                name = label(self.model.kernels, variant.compiled, variant.naive_attention)
+            return name + GRAPH * variant.graph
         if self.name == HUGGINGFACE:
             attention = self.model.config._attn_implementation
         else:
             attention = "SDPA" if self.model.transformer.h[0].attn.flash else "naive attention"
-        return f"{self.name}, {attention}" + " + compile" * variant.compiled
+        return f"{self.name}, {attention}" + " + compile" * variant.compiled + GRAPH * variant.graph
 
     def state_bytes(self) -> int:
         """Of parameters and the optimizer's state, which stay between steps; gradients do not."""
@@ -144,26 +172,31 @@ class Family:
 
         return ours
 
-    def step(
-        self, loss: Callable[[], Tensor], autocast: Callable[[], contextlib.AbstractContextManager]
-    ) -> Callable[[], None]:
-        """One optimizer step on one batch: forward, backward, clipping, fused AdamW."""
+    def backward(self, variant: Variant, idx: Tensor, targets: Tensor, autocast: Autocast) -> Backward:
+        loss = self.loss(variant, idx, targets)
 
-        def step() -> None:
+        def compute() -> Tensor:
             with autocast():
                 value = loss()
             value.backward()
+            return value.detach()
+
+        return Backward(compute, self.model, variant.graph)
+
+    def step(self, backward: Backward) -> Callable[[], None]:
+        """One optimizer step on one batch: forward, backward, clipping, fused AdamW."""
+
+        def step() -> None:
+            backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
         return step
 
-    def gradient(self, loss: Callable[[], Tensor], autocast: Callable[[], contextlib.AbstractContextManager]) -> Tensor:
+    def gradient(self, backward: Backward) -> Tensor:
         """Of the position table, which everything above it goes into; (block_size, C) float32 on the CPU."""
-        with autocast():
-            value = loss()
-        value.backward()
+        backward()
         weight = self.model.transformer.wpe.weight
         gradient = weight.grad.detach().float().cpu()
         self.optimizer.zero_grad(set_to_none=True)

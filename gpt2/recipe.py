@@ -49,6 +49,9 @@ class TrainConfig(Settings):
             allowed, value = [a for a in get_args(hint) if isinstance(a, str)], getattr(self, name)
             if allowed and value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+        for name in ("compile", "recompute", "document_mask"):
+            if self.cuda_graph and getattr(self, name):
+                raise ValueError(f"cuda_graph and {name} are both set, allowed is one of them")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}, allowed are 0..{MAX_SEED}")
         self.model_config(vocab_size=1)

@@ -39,7 +39,7 @@ from fastgpt2.gpt2.trainer import Trainer
 # What may differ where a run goes on: where its data lies (what it is, the saved position knows), where and how it is
 # computed, and what is kept of it.
 WATCHING = ("keep", "hellaswag", "tensorboard", "wandb")
-COMPUTING = ("device", "kernels", "compile", "recompute", "parallel", "bad_steps", "spike")
+COMPUTING = ("device", "kernels", "compile", "cuda_graph", "recompute", "parallel", "bad_steps", "spike")
 FREE_TO_CHANGE = ("data", "out", *COMPUTING, *WATCHING)
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 from fastgpt2.gpt2 import data, hardware
 from fastgpt2.gpt2.evaluate import total_loss
+from fastgpt2.gpt2.gradient_graph import GradientGraph
 from fastgpt2.gpt2.hellaswag import Example, plain_scores
 from fastgpt2.gpt2.loss_watch import LossWatch
 from fastgpt2.gpt2.model import GPT
@@ -47,6 +48,10 @@ class Trainer:
         self.device = self.ranks.device
         self.peak_flops = hardware.peak_flops(self.device)
         self.passes = config.passes(self.ranks.size)
+        if config.cuda_graph and (self.device.type != "cuda" or self.ranks.size > 1):
+            where = self.device if self.ranks.size == 1 else f"{self.ranks.size} ranks"
+            raise ValueError(f"cuda_graph is set and the run is on {where}, allowed is one GPU")
+        self.graph: GradientGraph | None = None
         self.model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels).to(self.device)
         self.model.transformer.recompute = config.recompute
         # Validation and sampling use the module itself, which shares its weights with the compiled one.
@@ -74,7 +79,7 @@ class Trainer:
         lr = self.learning_rate(step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses = [self._accumulate_gradient(last=i == self.passes - 1) for i in range(self.passes)]
+        losses = [self._accumulate_gradient(i) for i in range(self.passes)]
         self.scaler.unscale_(self.optimizer)
         grad_norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         if config.parallel == "fsdp" and self.ranks.size > 1:
@@ -123,13 +128,22 @@ class Trainer:
             return wsd_schedule(step, **sizes, decay=round(config.steps * config.decay_fraction))
         return cosine_schedule(step, **sizes)
 
-    def _accumulate_gradient(self, last: bool) -> torch.Tensor:
-        """One forward and backward pass -> its loss. Gradients add up to the mean over the passes of a step."""
+    def _accumulate_gradient(self, i: int) -> torch.Tensor:
+        """Forward and backward pass number `i` of a step, from 0 -> its loss."""
         idx, targets = self.windows.next_batch(self.config.batch_size)
         more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
-        set_gradient_sync(self.spread, last)
+        idx, targets = idx.to(self.device), targets.to(self.device)
+        set_gradient_sync(self.spread, i == self.passes - 1)
+        if not self.config.cuda_graph:
+            return self._add_gradient(idx, targets, **more)
+        if self.graph is None:
+            self.graph = GradientGraph(self._add_gradient, self.model.parameters(), idx, targets)
+        return self.graph(idx, targets, add=i > 0)
+
+    def _add_gradient(self, idx: torch.Tensor, targets: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        """One forward and backward pass -> its loss. Gradients add up to the mean over the passes of a step."""
         with self.autocast():
-            _, loss = self.spread(idx.to(self.device), targets.to(self.device), **more)
+            _, loss = self.spread(idx, targets, **more)
         self.scaler.scale(loss / self.passes).backward()
         return loss.detach()
 

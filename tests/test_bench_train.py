@@ -73,9 +73,14 @@ def test_labels_derive_from_what_is_active():
     assert variants.label(Kernels.all("torch"), naive_attention=True) == "PyTorch, naive attention"
     assert variants.label(Kernels.all("triton"), compiled=True) == "Triton + compile"
     assert variants.label(attention) == "Triton: attention"
+    captured = [v for v in variants.all_variants(True) if v.graph]
+    assert [(v.family, v.kernels) for v in captured] == [
+        (OURS, Kernels.all("torch")), (OURS, Kernels.all("triton")), (NANOGPT, Kernels.all("torch")),
+    ]  # fmt: skip
     setting = steps.Setting("tiny", 1, 8, "float32", CPU, 0.1)
     weights = GPT(setting.config)
     assert Family(OURS, setting.config, weights, None, CPU).label(Variant(OURS, attention)) == "Triton: attention"
+    assert Family(OURS, setting.config, weights, None, CPU).label(captured[1]) == "Triton + CUDA graph"
     hf = Family(HUGGINGFACE, setting.config, weights, None, CPU)
     hf.model.config._attn_implementation = "eager"
     assert hf.label(Variant(HUGGINGFACE, compiled=True)) == "HuggingFace, eager + compile"
@@ -92,11 +97,13 @@ def test_every_variant_computes_the_same_gradient(nanogpt, device):
     weights = GPT(setting.config)
     module = variants.nanogpt_module(nanogpt)
     gradients = {}
-    for variant in variants.all_variants(True):
+    possible = [v for v in variants.all_variants(True) if device.type == "cuda" or not v.graph]
+    for variant in possible:
         family = Family(variant.family, setting.config, weights, module, device)
-        loss = family.loss(variant, *setting.batch())
-        gradients[family.label(variant)] = family.gradient(loss, setting.autocast)
-    assert len(gradients) == len(variants.all_variants(True))
+        backward = family.backward(variant, *setting.batch(), setting.autocast)
+        gradients[family.label(variant)] = family.gradient(backward)
+        assert (backward.held_bytes() > 0) is variant.graph
+    assert len(gradients) == len(possible)
     first = next(iter(gradients.values()))
     for gradient in gradients.values():
         torch.testing.assert_close(gradient, first, rtol=1e-3, atol=1e-6)
@@ -129,8 +136,7 @@ def test_a_run_has_a_row_for_every_variant(tmp_path, capsys, nanogpt):
         assert "7 variants in turns" in row["what"] and row["mfu"] is None  # the first four once more, beside compiled
     sdpa = results.rows[1]
     assert sdpa["speedup"] == dict(over="PyTorch, SDPA", median=1.0, p20=1.0, p80=1.0)
-    (triton,) = (entry for entry in results.left_out if "Triton" in entry["name"])
-    assert "GPU" in triton["why"]
+    assert ["GPU" in entry["why"] for entry in results.left_out if entry["name"].startswith("all")] == [True, True]
     out = capsys.readouterr().out
     assert all(label in out for label in labels) and "left out: all variants with Triton" in out and "unknown" in out
     line = json.loads(out.strip().splitlines()[-1])
@@ -197,10 +203,10 @@ def test_a_red_verify_prints_no_numbers(tmp_path, capsys, monkeypatch):
 def test_memory_that_ends_is_a_row(tmp_path, monkeypatch):
     gradient = Family.gradient
 
-    def no_memory(self, loss, autocast):
+    def no_memory(self, backward):
         if self.name == HUGGINGFACE:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradient(self, loss, autocast)
+        return gradient(self, backward)
 
     monkeypatch.setattr(Family, "gradient", no_memory)
     assert run(tmp_path) == 0

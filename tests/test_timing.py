@@ -1,5 +1,7 @@
 """Timings take turns, leave warm-up out and say how they spread; memory is counted above what was there before."""
 
+import time
+
 import pytest
 import torch
 
@@ -99,7 +101,24 @@ def test_out_of_memory_is_recognised():
 
 
 @pytest.mark.gpu
-def test_events_see_the_device_not_the_host(device):
+@pytest.mark.parametrize("device_only", [False, True])
+def test_what_the_device_does_is_timed(device, device_only):
     x = torch.randn(4096, 4096, device=device)
-    times = measure({"one": lambda: x @ x, "four": lambda: [x @ x for _ in range(4)]}, device, budget_s=0.2)
+    calls = {"one": lambda: x @ x, "four": lambda: [x @ x for _ in range(4)]}
+    times = measure(calls, device, budget_s=0.2, device_only=device_only)
     assert 3.0 < speedup(times["four"], times["one"]).median < 5.0
+
+
+@pytest.mark.gpu
+def test_the_host_counts_but_for_device_only(device):
+    """A host that is slower than the device, which nothing before the call hides."""
+    x = torch.ones(4, device=device)
+
+    def slow():
+        for _ in range(10):
+            time.sleep(0.0005)
+            x.add_(0)
+
+    calls = {"slow": slow, "busy": lambda: torch.cuda._sleep(20_000_000)}
+    assert measure(calls, device, budget_s=0.1)["slow"].median_ms > 5.0
+    assert measure(calls, device, budget_s=0.1, device_only=True)["slow"].median_ms < 1.0
