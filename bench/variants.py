@@ -29,7 +29,6 @@ from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.optim import adamw
 
 OURS, HUGGINGFACE, NANOGPT = "fastgpt2", "HuggingFace", "nanoGPT"
-GRAPH = " + CUDA graph"
 LR = 1e-4
 GRAD_CLIP = 1.0
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -46,7 +45,7 @@ class Variant:
     graph: bool = False  # forward and backward replayed as one CUDA graph
 
 
-def label(kernels: Kernels, compiled: bool = False, naive_attention: bool = False) -> str:
+def label(kernels: Kernels, compiled: bool = False, naive_attention: bool = False, graph: bool = False) -> str:
     """What a variant of our model is called, by what is active in it."""
     on_triton = [op for op in Kernels.names() if getattr(kernels, op) == "triton"]
     if not on_triton:
@@ -55,7 +54,11 @@ def label(kernels: Kernels, compiled: bool = False, naive_attention: bool = Fals
         name = "Triton"
     else:
         name = "Triton: " + ", ".join(on_triton)
-    return name + " + compile" * compiled
+    return name + _suffix(compiled, graph)
+
+
+def _suffix(compiled: bool, graph: bool) -> str:
+    return " + compile" * compiled + " + CUDA graph" * graph
 
 
 def all_variants(with_nanogpt: bool) -> list[Variant]:
@@ -144,13 +147,12 @@ class Family:
         """Derived from the live model."""
         if self.name == OURS:
             with self.model.use_kernels(variant.kernels):
-                name = label(self.model.kernels, variant.compiled, variant.naive_attention)
-            return name + GRAPH * variant.graph
+                return label(self.model.kernels, variant.compiled, variant.naive_attention, variant.graph)
         if self.name == HUGGINGFACE:
             attention = self.model.config._attn_implementation
         else:
             attention = "SDPA" if self.model.transformer.h[0].attn.flash else "naive attention"
-        return f"{self.name}, {attention}" + " + compile" * variant.compiled + GRAPH * variant.graph
+        return f"{self.name}, {attention}" + _suffix(variant.compiled, variant.graph)
 
     def state_bytes(self) -> int:
         """Of parameters and the optimizer's state, which stay between steps; gradients do not."""

@@ -29,28 +29,25 @@ class GradientGraph:
         """gradients: of tensors like `inputs`, adds the gradients of a loss to `parameters` and returns the loss,
         detached. Waits for no device and reads nothing else that changes, but for random numbers, which go on.
 
-        Leaves no gradients, and random numbers where they were. Raises RuntimeError for what cannot be captured.
+        Leaves no gradients, and random numbers where they were, also where it raises RuntimeError: for what cannot be
+        captured, or does not fit into memory.
         """
         self.gradients, self.parameters = gradients, list(parameters)
         self.inputs = [t.clone() for t in inputs]
         self.device = self.parameters[0].device
         before = torch.cuda.get_rng_state(self.device)
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    gradients(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
-        self._forget_gradients()  # so that the graph writes gradients, not adds to them
-        torch.cuda.empty_cache()
-        reserved = torch.cuda.memory_reserved(self.device)
-        self._first, self._first_loss = _capture(self._work, self.device)
+        try:
+            self._warm_up()
+            self._forget_gradients()  # so that the graph writes gradients, not adds to them
+            torch.cuda.empty_cache()
+            reserved = torch.cuda.memory_reserved(self.device)
+            self._first, self._first_loss = _capture(self._work, self.device)
+            self.pool_bytes = torch.cuda.memory_reserved(self.device) - reserved
+            self._grads = [p.grad for p in self.parameters]
+        finally:
+            self._forget_gradients()
+            torch.cuda.set_rng_state(before, self.device)
         self._add: Any = None
-        self.pool_bytes = torch.cuda.memory_reserved(self.device) - reserved
-        self._grads = [p.grad for p in self.parameters]
-        self._forget_gradients()
-        torch.cuda.set_rng_state(before, self.device)
 
     def __call__(self, *inputs: Tensor, add: bool = False) -> Tensor:
         """-> the loss. add: to the gradients of the call before, which are still there."""
@@ -66,6 +63,15 @@ class GradientGraph:
         with torch.cuda.device(self.device):
             graph.replay()
         return loss.clone()
+
+    def _warm_up(self) -> None:
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._work()
+            torch.cuda.current_stream().wait_stream(side)
 
     def _work(self) -> Tensor:
         return self.gradients(*self.inputs)

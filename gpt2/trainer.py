@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,7 @@ class Trainer:
         self.device = self.ranks.device
         self.peak_flops = hardware.peak_flops(self.device)
         self.passes = config.passes(self.ranks.size)
-        if config.cuda_graph and (self.device.type != "cuda" or self.ranks.size > 1):
-            where = self.device if self.ranks.size == 1 else f"{self.ranks.size} ranks"
-            raise ValueError(f"cuda_graph is set and the run is on {where}, allowed is one GPU")
+        self.captures = config.as_cuda_graph(self.ranks.size)
         self.graph: GradientGraph | None = None
         self.model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels).to(self.device)
         self.model.transformer.recompute = config.recompute
@@ -134,11 +133,21 @@ class Trainer:
         more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
         idx, targets = idx.to(self.device), targets.to(self.device)
         set_gradient_sync(self.spread, i == self.passes - 1)
-        if not self.config.cuda_graph:
-            return self._add_gradient(idx, targets, **more)
-        if self.graph is None:
-            self.graph = GradientGraph(self._add_gradient, self.model.parameters(), idx, targets)
-        return self.graph(idx, targets, add=i > 0)
+        if self.captures and self.graph is None:
+            self.graph = self._capture(idx, targets)
+        if self.graph is not None:
+            return self.graph(idx, targets, add=i > 0)
+        return self._add_gradient(idx, targets, **more)
+
+    def _capture(self, idx: torch.Tensor, targets: torch.Tensor) -> GradientGraph | None:
+        try:
+            return GradientGraph(self._add_gradient, self.model.parameters(), idx, targets)
+        except RuntimeError as error:
+            if self.config.cuda_graph == "on":
+                raise
+            warnings.warn(f"no CUDA graph of forward and backward, training goes on without: {error}", stacklevel=2)
+            self.captures = False
+            return None
 
     def _add_gradient(self, idx: torch.Tensor, targets: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """One forward and backward pass -> its loss. Gradients add up to the mean over the passes of a step."""

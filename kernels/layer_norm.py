@@ -271,9 +271,7 @@ def layer_norm_bwd(
     """-> dx, dresidual (..., C), dweight, dbias, dx_bias (C,); one whose dtype is None is (0,)."""
     N, C = mean.shape[0], total.shape[-1]
     dtypes = (dweight_dtype, dbias_dtype, dx_bias_dtype)
-    dx, dresidual, *_ = _layer_norm_bwd_fake(
-        dy, dtotal, total, weight, mean, rstd, seed, dropout_p, dx_dtype, dresidual_dtype, *dtypes
-    )
+    dx, dresidual = _rows_like(total, dx_dtype), _rows_like(total, dresidual_dtype)
     if N == 0:
         return dx, dresidual, *(dx.new_zeros(0 if t is None else C, dtype=t) for t in dtypes)
     dy, total = as_rows(dy), as_rows(total)
@@ -295,16 +293,19 @@ def layer_norm_bwd(
     return dx, dresidual, *(dx.new_empty(0) if t is None else next(sums) for t in dtypes)
 
 
+def _rows_like(total: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return total.new_empty(0 if dtype is None else total.shape, dtype=dtype)
+
+
 def _layer_norm_bwd_fake(
     dy, dtotal, total, weight, mean, rstd, seed, dropout_p,
     dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype,
 ):  # fmt: skip
-    rows = [total.new_empty(0 if t is None else total.shape, dtype=t) for t in (dx_dtype, dresidual_dtype)]
     columns = [
         weight.new_empty(0 if t is None else total.shape[-1], dtype=t)
         for t in (dweight_dtype, dbias_dtype, dx_bias_dtype)
     ]
-    return *rows, *columns
+    return _rows_like(total, dx_dtype), _rows_like(total, dresidual_dtype), *columns
 
 
 def _setup_context(ctx, inputs, output):

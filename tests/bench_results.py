@@ -28,7 +28,7 @@ def train_results() -> Results:
     results = begin("train", MFU="a formula")
     ours = [v for v in variants.all_variants(False) if v.family == variants.OURS]
     for i, v in enumerate(ours):
-        label, step = variants.label(v.kernels, v.compiled, v.naive_attention), 100.0 / (1 + 0.13 * i)
+        label, step = variants.label(v.kernels, v.compiled, v.naive_attention, v.graph), 100.0 / (1 + 0.13 * i)
         whole = len(set(vars(v.kernels).values())) == 1
         for batch, alone in ((16, False), *((b, True) for b in (1, 2, 4) if whole)):
             time = step * batch / 16

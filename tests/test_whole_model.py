@@ -112,6 +112,23 @@ def test_compiled_model_is_the_eager_one(device):
     assert compiled["loss"].requires_grad is False and len(compiled) == len(eager)
 
 
+def test_inductor_knows_the_operators(device, monkeypatch):
+    """What it has to find out by itself, PyTorch before 2.13 describes in a text that grows exponentially in depth."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config, graph, lowering
+
+    model, batch, said = make(device), tokens(2, 5, device), []
+    monkeypatch.setattr(lowering, "FALLBACK_ALLOW_LIST", type(lowering.FALLBACK_ALLOW_LIST)())
+    monkeypatch.setattr(graph, "FALLBACK_ALLOW_LIST", lowering.FALLBACK_ALLOW_LIST)
+    for operator in [o for o in lowering.lowerings if str(o).startswith("fastgpt2")]:
+        monkeypatch.delitem(lowering.lowerings, operator)
+    monkeypatch.setattr(graph.log, "info", lambda message, *args: said.append(message % args if args else message))
+    with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        gradients(torch.compile(model, fullgraph=True), *batch)
+    assert any(str(o).startswith("fastgpt2") for o in lowering.lowerings), "nothing was compiled here"
+    assert not [line for line in said if "fallback" in line and "fastgpt2" in line]
+
+
 def test_compiled_evaluation_is_the_eager_one(device):
     model, batch = make(device).eval(), tokens(2, 5, device)
     with torch.no_grad():
