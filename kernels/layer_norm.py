@@ -273,7 +273,8 @@ def layer_norm_bwd(
     dtypes = (dweight_dtype, dbias_dtype, dx_bias_dtype)
     dx, dresidual = _rows_like(total, dx_dtype), _rows_like(total, dresidual_dtype)
     if N == 0:
-        return dx, dresidual, *(dx.new_zeros(0 if t is None else C, dtype=t) for t in dtypes)
+        dweight, dbias, dx_bias = (dx.new_zeros(0 if t is None else C, dtype=t) for t in dtypes)
+        return dx, dresidual, dweight, dbias, dx_bias
     dy, total = as_rows(dy), as_rows(total)
     dtotal = None if dtotal is None else as_rows(dtotal)
     options = _config("layer_norm_bwd", total, dropout_p > 0.0)
@@ -290,7 +291,8 @@ def layer_norm_bwd(
         CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span, **options,
     )  # fmt: skip
     sums = iter(column_sum(partials, wanted))
-    return dx, dresidual, *(dx.new_empty(0) if t is None else next(sums) for t in dtypes)
+    dweight, dbias, dx_bias = (dx.new_empty(0) if t is None else next(sums) for t in dtypes)
+    return dx, dresidual, dweight, dbias, dx_bias
 
 
 def _rows_like(total: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -301,11 +303,12 @@ def _layer_norm_bwd_fake(
     dy, dtotal, total, weight, mean, rstd, seed, dropout_p,
     dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype,
 ):  # fmt: skip
+    rows = [_rows_like(total, t) for t in (dx_dtype, dresidual_dtype)]
     columns = [
         weight.new_empty(0 if t is None else total.shape[-1], dtype=t)
         for t in (dweight_dtype, dbias_dtype, dx_bias_dtype)
     ]
-    return _rows_like(total, dx_dtype), _rows_like(total, dresidual_dtype), *columns
+    return *rows, *columns
 
 
 def _setup_context(ctx, inputs, output):
