@@ -271,10 +271,11 @@ def layer_norm_bwd(
     """-> dx, dresidual (..., C), dweight, dbias, dx_bias (C,); one whose dtype is None is (0,)."""
     N, C = mean.shape[0], total.shape[-1]
     dtypes = (dweight_dtype, dbias_dtype, dx_bias_dtype)
-    dx, dresidual = _rows_like(total, dx_dtype), _rows_like(total, dresidual_dtype)
+    dx, dresidual, *_ = _layer_norm_bwd_fake(
+        dy, dtotal, total, weight, mean, rstd, seed, dropout_p, dx_dtype, dresidual_dtype, *dtypes
+    )
     if N == 0:
-        dweight, dbias, dx_bias = (dx.new_zeros(0 if t is None else C, dtype=t) for t in dtypes)
-        return dx, dresidual, dweight, dbias, dx_bias
+        return dx, dresidual, *(dx.new_zeros(0 if t is None else C, dtype=t) for t in dtypes)
     dy, total = as_rows(dy), as_rows(total)
     dtotal = None if dtotal is None else as_rows(dtotal)
     options = _config("layer_norm_bwd", total, dropout_p > 0.0)
@@ -291,19 +292,14 @@ def layer_norm_bwd(
         CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span, **options,
     )  # fmt: skip
     sums = iter(column_sum(partials, wanted))
-    dweight, dbias, dx_bias = (dx.new_empty(0) if t is None else next(sums) for t in dtypes)
-    return dx, dresidual, dweight, dbias, dx_bias
-
-
-def _rows_like(total: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return total.new_empty(0 if dtype is None else total.shape, dtype=dtype)
+    return dx, dresidual, *(dx.new_empty(0) if t is None else next(sums) for t in dtypes)
 
 
 def _layer_norm_bwd_fake(
     dy, dtotal, total, weight, mean, rstd, seed, dropout_p,
     dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype,
 ):  # fmt: skip
-    rows = [_rows_like(total, t) for t in (dx_dtype, dresidual_dtype)]
+    rows = [total.new_empty(0 if t is None else total.shape, dtype=t) for t in (dx_dtype, dresidual_dtype)]
     columns = [
         weight.new_empty(0 if t is None else total.shape[-1], dtype=t)
         for t in (dweight_dtype, dbias_dtype, dx_bias_dtype)
