@@ -127,8 +127,8 @@ class TrainBench:
             return
         names = list(dict.fromkeys(v.family for v in self.variants))
         for group in [names] if _fit_together(setting, len(names)) else [[name] for name in names]:
-            ours = [v for v in self.variants if v.family in group]
-            parts = [[v for v in ours if (v.graph, v.compiled) == kind] for kind in (PLAIN, GRAPHS, COMPILED)]
+            members = [v for v in self.variants if v.family in group]
+            parts = [[v for v in members if (v.graph, v.compiled) == kind] for kind in (PLAIN, GRAPHS, COMPILED)]
             parts = [wanted for wanted in parts if wanted]
             part = dataclasses.replace(setting, budget_s=setting.budget_s / len(parts))
             timed: list[Variant] = []

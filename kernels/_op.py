@@ -117,8 +117,8 @@ def _autograd_function(
 def _let_inductor_call(operator: str) -> None:
     """Tells torch.compile's Inductor, which has been imported when it runs fakes, that this operator is to be called.
 
-    Else it finds that out by itself, and before PyTorch 2.13 it then writes all that the operator's arguments were
-    computed from into a text that no log takes: for the loss of 12 layers that never ended.
+    Else it finds that out by itself, and in PyTorch 2.11 (not in 2.13) it then writes all that the operator's arguments
+    were computed from into a text that no log takes, exponentially long in the depth of the model.
     """
     lowering = sys.modules.get("torch._inductor.lowering")
     called = getattr(lowering, "FALLBACK_ALLOW_LIST", None)

@@ -113,7 +113,7 @@ def test_compiled_model_is_the_eager_one(device):
 
 
 def test_inductor_knows_the_operators(device, monkeypatch):
-    """What it has to find out by itself, PyTorch before 2.13 describes in a text that grows exponentially in depth."""
+    """What it has to find out by itself, PyTorch 2.11 describes in a text that grows exponentially in depth."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config, graph, lowering
 
