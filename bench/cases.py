@@ -15,95 +15,28 @@ products of matrices by PyTorch left out.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2.kernels import attention, decode_attention, embedding, gelu, layer_norm, linear_cross_entropy, mlp
+from fastgpt2.bench.case import Case, New
+from fastgpt2.kernels import (
+    attention,
+    decode_attention,
+    decode_linear,
+    embedding,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    mlp,
+)
 
 WIDTHS = (768, 1024, 1280, 1600)  # gpt2, -medium, -large, -xl
 VOCABULARY = 50257
 HEAD_SIZE = 64
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-# new(*shape, dtype=None, below=None, mean=0, std=1): what a case makes its inputs with, of the scale that GPT-2's have.
-New = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """`op`: a function of fastgpt2.kernels, `toggle`: its switch. `ours`, `reference`, `eager` take the same inputs."""
-
-    op: str
-    toggle: str
-    shape: str
-    dtype: torch.dtype
-    make_inputs: Callable[[New], tuple]
-    ours: Callable
-    reference: Callable  # the truth, when inputs are fp64
-    eager: Callable  # what PyTorch users write
-    forward_bytes: int
-    backward_bytes: int | None  # None: a function without gradients
-    rows: int  # a tensor that has more elements than this and a multiple of them grows with the batch
-    forward_flops: int = 0
-    backward_flops: int = 0
-    autocast: bool = False  # parameters and residual in fp32, run under autocast to `dtype`
-
-    @property
-    def name(self) -> str:
-        dtype = "autocast" if self.autocast else str(self.dtype).removeprefix("torch.")
-        return f"{self.op}[{self.shape}-{dtype}]"
-
-    def inputs(self, device: torch.device | str = "cpu", fill: Callable[..., Tensor] = torch.randn) -> tuple:
-        """Tensors that require gradients where the case has any, except integer ones."""
-
-        def new(
-            *shape, dtype: torch.dtype | None = None, below: int | None = None, mean: float = 0.0, std: float = 1.0
-        ) -> Tensor:
-            if below is not None:
-                return (torch.arange(math.prod(shape), device=device) * 7919 % below).view(shape)  # scattered, distinct
-            values = fill(*shape, device=device)
-            if fill is torch.randn:
-                values = values.mul_(std).add_(mean)
-            return values.to(dtype or self.dtype).requires_grad_(self.backward_bytes is not None)
-
-        return self.make_inputs(new)
-
-    def forward(self, inputs: tuple, function: Callable | None = None) -> tuple[Tensor, ...]:
-        """The outputs of `function`, by default ours."""
-        device = next(t.device.type for t in inputs if isinstance(t, Tensor))
-        with torch.autocast(device, dtype=self.dtype, enabled=self.autocast):
-            outputs = (function or self.ours)(*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def backward(
-        self,
-        inputs: tuple,
-        outputs: tuple[Tensor, ...],
-        upstream: tuple[Tensor, ...] | None = None,
-        again: bool = False,
-    ) -> tuple:
-        """Gradients of every floating input, () without gradients; upstream ones are ones unless given. `again` keeps
-        what the forward saved, for another backward."""
-        if self.backward_bytes is None:
-            return ()
-        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-        upstream = upstream or tuple(torch.ones_like(o) for o in outputs)
-        return torch.autograd.grad(outputs, wanted, upstream, retain_graph=again)
-
-    def work(self, direction: str) -> tuple[int, int]:
-        """(minimum bytes, FLOPs) of "forward", "backward" or "both"; FLOPs are 0 where there are none, or where they
-        cannot be told apart: our loss makes gradients in its forward, others in their backward."""
-        wide = self.backward_bytes or 0
-        moved = {"forward": self.forward_bytes, "backward": wide, "both": self.forward_bytes + wide}[direction]
-        forward, backward = self.forward_flops, self.backward_flops
-        if direction != "both" and self.backward_bytes is not None and forward and not backward:
-            return moved, 0
-        return moved, {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
 def cases(rows: int = 4096) -> Iterator[Case]:
@@ -117,11 +50,16 @@ def cases(rows: int = 4096) -> Iterator[Case]:
     for dtype in (BF16, FP16, FP32):
         yield attention_case(4, rows // 4, WIDTHS[0], dtype)
         yield _decode_attention(8, min(rows // 2, 1024), WIDTHS[0], dtype)
+        yield from _decode_linear(8, WIDTHS[0], dtype)
         yield _linear_cross_entropy(rows // 8, WIDTHS[0], dtype)
         yield embedding_case(4, rows // 4, WIDTHS[0], dtype)
         yield _mlp(rows, WIDTHS[0], dtype)
     yield attention_case(4, rows // 4, WIDTHS[-1], BF16)
     yield _decode_attention(8, min(rows // 2, 1024), WIDTHS[-1], BF16)
+    yield from _decode_linear(8, WIDTHS[-1], BF16)
+    for C in (WIDTHS[0], WIDTHS[-1]):
+        yield from _decode_linear(1, C, BF16)
+    yield from _decode_linear(1, WIDTHS[0], FP32)
     yield _linear_cross_entropy(rows // 8, WIDTHS[-1], BF16)
     yield embedding_case(4, rows // 4, WIDTHS[-1], BF16)
     yield _mlp(rows, WIDTHS[-1], BF16)
@@ -136,6 +74,7 @@ def sized_cases(T: int, C: int, dtype: torch.dtype, tokens: int = 0, V: int | No
     yield from elementwise_cases(T, C, dtype)
     yield attention_case(B, T, C, dtype)
     yield _decode_attention(8, T, C, dtype)
+    yield from _decode_linear(1, C, dtype)
     yield _linear_cross_entropy(T, C, dtype, V=V)
     yield embedding_case(B, T, C, dtype, V)
     yield _mlp(T, C, dtype)
@@ -275,6 +214,38 @@ def _decode_attention(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
     )
 
 
+def _decode_linear(M: int, C: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The MLP's two layers for one token in each of M rows of text, with all that a layer can have around it."""
+    e = dtype.itemsize
+
+    def case(name: str, K: int, N: int, around: Callable[[New], tuple[Tensor, ...]], bytes_around: int, names, **more):
+        def make_inputs(new: New) -> tuple:
+            return new(M, K), new(N, K, std=K**-0.5), new(N, std=0.5), *around(new)
+
+        def function(f: Callable) -> Callable:
+            return lambda x, w, b, *rest: f(x, w, b, **dict(zip(names, rest, strict=True)), **more)
+
+        return Case(
+            op="decode_linear",
+            toggle="layer_norm",
+            shape=f"{M}x{K}x{N} {name}",
+            dtype=dtype,
+            make_inputs=make_inputs,
+            ours=function(decode_linear.decode_linear),
+            reference=function(decode_linear.decode_linear_reference),
+            eager=function(decode_linear.decode_linear_reference),
+            forward_bytes=(N * K + M * K + M * N + N) * e + bytes_around,
+            backward_bytes=None,
+            rows=N * K * C,  # nothing grows with the batch
+            forward_flops=2 * M * N * K,
+        )
+
+    norms = "norm_weight", "norm_bias"
+    columns = lambda new: (new(C, mean=1.0, std=0.2), new(C, std=0.2))  # noqa: E731
+    yield case("norm, gelu", C, 4 * C, columns, 2 * C * e, norms, gelu=True)
+    yield case("residual", 4 * C, C, lambda new: (new(M, C, std=3.0),), M * C * e, ("residual",))
+
+
 def _linear_cross_entropy(N: int, C: int, dtype: torch.dtype, autocast: bool = False, V: int | None = None) -> Case:
     V, e = V or VOCABULARY, dtype.itemsize
     parameter = FP32 if autocast else dtype
@@ -352,7 +323,7 @@ def chosen(wanted: str | None) -> tuple[str, ...]:
 
 def operations() -> dict[str, Callable]:
     """Every public kernel function by name: those that have a `<name>_reference` in their file."""
-    modules = (attention, decode_attention, embedding, gelu, layer_norm, linear_cross_entropy, mlp)
+    modules = (attention, decode_attention, decode_linear, embedding, gelu, layer_norm, linear_cross_entropy, mlp)
     return {
         name.removesuffix("_reference"): getattr(module, name.removesuffix("_reference"))
         for module in modules

@@ -87,6 +87,13 @@ def _decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def _decode_linear(x: Tensor, weight: Tensor, bias: Tensor, *around: Tensor) -> Tensor:
+    """HuggingFace's c_fc with the LayerNorm and GELU around it, or its c_proj and the sum after."""
+    if len(around) == 1:
+        return around[0] + F.linear(x, weight, bias)
+    return _gelu(F.linear(F.layer_norm(x, around[0].shape, *around, LAYER_NORM_EPS), weight, bias))
+
+
 def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(x, weight)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
@@ -106,6 +113,7 @@ HUGGINGFACE: dict[str, Callable] = {
     "mlp": lambda x, w, b, v, c: F.linear(_gelu(F.linear(x, w, b)), v, c),
     "causal_attention": _attention,
     "decode_attention": _decode_attention,
+    "decode_linear": _decode_linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "token_position_embedding": _embedding,
 }

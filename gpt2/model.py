@@ -105,6 +105,14 @@ class Block(nn.Module):
         x, x_bias = self.mlp(h, kernels)
         return x, x_bias, residual
 
+    def few_rows(self, x: Tensor, kernels: Kernels, cache: KVCache) -> Tensor:
+        """The whole stream (B, T, C) through the block, where `ops.few_rows` says so: in five launches."""
+        qkv = ops.few_rows_linear(x, self.attn.c_attn, self.ln_1)
+        y = cache.attention(self.attn.layer, qkv, self.attn.n_head, self.attn.scale, kernels)
+        x = ops.few_rows_linear(y, self.attn.c_proj, residual=x)
+        h = ops.few_rows_linear(x, self.mlp.c_fc, self.ln_2, gelu=True)
+        return ops.few_rows_linear(h, self.mlp.c_proj, residual=x)
+
 
 class Transformer(nn.Module):
     """Everything below the head. `recompute`: training keeps the blocks' inputs only and computes the rest twice."""
@@ -128,13 +136,17 @@ class Transformer(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if cache is not None and cache.continues(idx):
             # One token a row, at positions of their own: as if they were one row of B tokens.
-            positions = self.wpe.weight[cache.lengths]  # (B, C)
+            positions = nn.functional.embedding(cache.lengths, self.wpe.weight)  # (B, C)
             x = ops.embedding(idx.mT, self.wte.weight, positions, dropout_p, kernels).transpose(0, 1)
         else:
             x = ops.embedding(idx, self.wte.weight, self.wpe.weight, dropout_p, kernels)
         x_bias, residual = None, None
         recompute = self.recompute and self.training and torch.is_grad_enabled()
+        few_rows = cache is not None and ops.few_rows(x, kernels)
         for block in self.h:
+            if few_rows:
+                x = block.few_rows(x, kernels, cache)
+                continue
             run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
             x, x_bias, residual = run(x, x_bias, residual, kernels, cache, documents)
         _, h = self.ln_f(x, residual, x_bias, self.dropout, kernels=kernels)
@@ -236,7 +248,9 @@ class GPT(nn.Module):
         V = self.config.vocab_size
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
-            return ops.linear(x, self.lm_head.weight)[..., :V], None
+            few_rows = cache is not None and ops.few_rows(x, kernels)
+            logits = ops.few_rows_linear(x, self.lm_head) if few_rows else ops.linear(x, self.lm_head.weight)
+            return logits[..., :V], None
         want_logits = not (self.training and torch.is_grad_enabled())
         return ops.head_loss(x, self.lm_head.weight, targets, V, want_logits, kernels)
 
@@ -253,16 +267,16 @@ class GPT(nn.Module):
         if tokens.size(1) > self.config.block_size:
             raise ValueError(f"{name} has {tokens.size(1)} tokens a row, block_size is {self.config.block_size}")
         V = self.config.vocab_size
-        wrong = tokens >= V if name == "targets" else (tokens >= V) | (tokens < 0)
+        right = tokens == tokens.clamp(min=None if name == "targets" else 0, max=V - 1)
         allowed = f"vocab_size is {V}: allowed are 0..{V - 1}"
         out_of_range = f"{name} holds a token out of range, {allowed}"
         if torch.compiler.is_compiling():
-            torch._assert_async(~wrong.any(), out_of_range)
+            torch._assert_async(right.all(), out_of_range)
             return
         try:
-            torch._assert_async(~wrong.any(), out_of_range)  # waits for no GPU
+            torch._assert_async(right.all(), out_of_range)  # waits for no GPU
         except RuntimeError:
-            raise ValueError(f"{name} holds token {int(tokens[wrong][0])}, {allowed}") from None
+            raise ValueError(f"{name} holds token {int(tokens[~right][0])}, {allowed}") from None
 
     def _check_documents(self, documents: Tensor, idx: Tensor, cache: KVCache | None) -> None:
         if cache is not None:

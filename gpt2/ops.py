@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt2.gpt2.linear import linear, linear_gelu
 
 try:
     from fastgpt2.kernels.attention import causal_attention as triton_causal_attention
     from fastgpt2.kernels.decode_attention import decode_attention as triton_decode_attention
+    from fastgpt2.kernels.decode_linear import MOST_ROWS
+    from fastgpt2.kernels.decode_linear import decode_linear as triton_decode_linear
     from fastgpt2.kernels.embedding import token_position_embedding as triton_embedding
     from fastgpt2.kernels.layer_norm import add_layer_norm as triton_add_layer_norm
     from fastgpt2.kernels.layer_norm import layer_norm as triton_layer_norm
@@ -252,6 +254,31 @@ def mlp(
             return triton_mlp(x, fc_weight, fc_bias, proj_weight), proj_bias
         return triton_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias), None
     return project(linear_gelu(x, fc_weight, fc_bias), proj_weight, proj_bias, kernels)
+
+
+def few_rows(x: Tensor, kernels: Kernels) -> bool:
+    """Whether `few_rows_linear` computes on x (B, T, C): where LayerNorm and GELU are Triton's, no gradients are
+    recorded, and rows are so few that launches cost more than their work."""
+    return (
+        kernels.layer_norm == kernels.gelu == "triton"
+        and x.size(0) * x.size(1) <= MOST_ROWS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def few_rows_linear(
+    x: Tensor,
+    layer: nn.Linear,
+    norm: nn.LayerNorm | None = None,
+    *,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + gelu(layer(norm(x))) in one launch, where `few_rows` says so. The layer's weight must have been there
+    before x was, which holds for a model's: it may be read while x is made."""
+    norms = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    return triton_decode_linear(x, layer.weight, layer.bias, **norms, gelu=gelu, residual=residual, overlap=True)
 
 
 def head_loss(

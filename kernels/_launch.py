@@ -39,12 +39,19 @@ def check_device(*tensors: Tensor) -> None:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; (8, 0) for the interpreter, which ignores the numbers chosen by it."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return _properties(device)[0] if device.type == "cuda" else (8, 0)
 
 
 def sm_count(device: torch.device) -> int:
     """Multiprocessors (compute units on ROCm); 2 for the interpreter, so that small grids still loop."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return _properties(device)[1] if device.type == "cuda" else 2
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors, kept because asking PyTorch takes as long as a launch."""
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def cdiv(a: int, b: int) -> int:
@@ -55,6 +62,11 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one before it has ended (_overlap.py)."""
+    return not INTERPRETED and not torch.version.hip and (9, 0) <= capability(device) != (9, 4)
 
 
 def mixed_matmul(device: torch.device) -> str:
@@ -226,18 +238,37 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
     },
     # A tile is 8 to 16 KiB of keys and as many of values, all in flight at once.
     "decode_attention": {
-        "16x64": {"default": {"BLOCK_N": 64, "num_warps": 4, "PROGRAMS_PER_SM": 2}},
-        "16x128": {"default": {"BLOCK_N": 32, "num_warps": 4, "PROGRAMS_PER_SM": 2}},
-        "32x64": {"default": {"BLOCK_N": 32, "num_warps": 4, "PROGRAMS_PER_SM": 2}},
-        "32x128": {"default": {"BLOCK_N": 32, "num_warps": 4, "PROGRAMS_PER_SM": 2}},
-        "64x64": {"default": {"BLOCK_N": 16, "num_warps": 4, "PROGRAMS_PER_SM": 2}},
-        "64x128": {"default": {"BLOCK_N": 16, "num_warps": 4, "PROGRAMS_PER_SM": 2}},
+        "16x64": {"default": {"BLOCK_N": 64, "num_warps": 4, "STAGES": 3, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
+        "16x128": {"default": {"BLOCK_N": 32, "num_warps": 4, "STAGES": 3, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
+        "32x64": {"default": {"BLOCK_N": 32, "num_warps": 4, "STAGES": 3, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
+        "32x128": {"default": {"BLOCK_N": 32, "num_warps": 4, "STAGES": 2, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
+        "64x64": {"default": {"BLOCK_N": 16, "num_warps": 4, "STAGES": 1, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
+        "64x128": {"default": {"BLOCK_N": 16, "num_warps": 4, "STAGES": 1, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
     },
     "decode_merge": {
         "32x64": {"default": {"BLOCK_P": 16, "num_warps": 4}},
         "32x128": {"default": {"BLOCK_P": 16, "num_warps": 4}},
         "64x64": {"default": {"BLOCK_P": 16, "num_warps": 4}},
         "64x128": {"default": {"BLOCK_P": 16, "num_warps": 4}},
+    },
+    # Variants: bits of an element x rows of a program. A program takes as many of the weight's rows as makes
+    # PER_SM of them, from MIN_N to BLOCK_N. A thread's part of one row of the weight is one or two 128-bit accesses.
+    "decode_linear": {
+        "16x1": {"default": {"BLOCK_N": 16, "MIN_N": 4, "PER_SM": 4, "BLOCK_K": 1024, "num_stages": 1, "num_warps": 4}},
+        "16x16": {
+            "default": {"BLOCK_N": 32, "MIN_N": 8, "PER_SM": 1, "BLOCK_K": 256, "num_stages": 3, "num_warps": 4},
+            90: {"BLOCK_N": 32, "MIN_N": 8, "PER_SM": 1, "BLOCK_K": 256, "num_stages": 4, "num_warps": 4},
+        },
+        "16x32": {
+            "default": {"BLOCK_N": 32, "MIN_N": 8, "PER_SM": 1, "BLOCK_K": 256, "num_stages": 3, "num_warps": 4},
+            120: {"BLOCK_N": 32, "MIN_N": 8, "PER_SM": 1, "BLOCK_K": 256, "num_stages": 2, "num_warps": 4},
+        },
+        "32x1": {"default": {"BLOCK_N": 4, "MIN_N": 4, "PER_SM": 4, "BLOCK_K": 512, "num_stages": 1, "num_warps": 4}},
+        "32x16": {"default": {"BLOCK_N": 32, "MIN_N": 8, "PER_SM": 1, "BLOCK_K": 64, "num_stages": 3, "num_warps": 4}},
+        "32x32": {"default": {"BLOCK_N": 32, "MIN_N": 8, "PER_SM": 1, "BLOCK_K": 64, "num_stages": 3, "num_warps": 4}},
+        "64x1": {"default": {"BLOCK_N": 8, "MIN_N": 4, "PER_SM": 4, "BLOCK_K": 256, "num_stages": 1, "num_warps": 4}},
+        "64x16": {"default": {"BLOCK_N": 16, "MIN_N": 16, "PER_SM": 1, "BLOCK_K": 64, "num_stages": 1, "num_warps": 4}},
+        "64x32": {"default": {"BLOCK_N": 16, "MIN_N": 16, "PER_SM": 1, "BLOCK_K": 64, "num_stages": 1, "num_warps": 4}},
     },
     # Variants: bytes of a row at most. SPAN_BYTES: what the warps of one row take in one go, 512 each. MIN_ROWS: for a
     # program; at 64 the partial sums that backward writes and reads stay below 5% of its traffic.
@@ -325,6 +356,9 @@ BEFORE_TRITON: dict[tuple[int, int], dict[tuple[str, str], dict[int | str, dict[
     (3, 7): {
         ("attention_fwd", "16x64"): {86: {"BLOCK_N": 32}, 89: {"BLOCK_N": 32}},
         ("gelu_bwd", "16"): {"default": {"ROWS": 4}},
+    },
+    (3, 6): {  # it multiplies no fewer than 16 columns
+        ("decode_linear", variant): {"default": {"MIN_N": 16}} for variant in ("16x16", "16x32", "32x16", "32x32")
     },
     (3, 5): {("attention_bwd", "16x64"): {80: {"num_stages": 3}}},
 }

@@ -27,6 +27,7 @@ from torch import Tensor
 from . import _launch
 from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, variant
 from ._op import check_dtypes, op
+from ._overlap import start_next, wait_for_previous
 
 OP = "decode_attention"
 TOGGLE = "attention"
@@ -96,11 +97,16 @@ def _decode_attention_kernel(
     n_splits,
     scale: tl.float64,
     D: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Split `split` of one head: out (B, H, n_splits, D) and lse (B, H, n_splits); one split is not merged: no lse."""
     ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if OVERLAP:
+        start_next()
+        wait_for_previous()
     split = tl.program_id(0) % n_splits
     row = (tl.program_id(0) // (n_splits * H)).to(tl.int64)
     head = tl.program_id(0) // n_splits % H
@@ -126,7 +132,7 @@ def _decode_attention_kernel(
     l_i = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N) + offs_d[None, :]
-    for start in range(first, last, BLOCK_N):
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         mask_n = start + tl.arange(0, BLOCK_N) < last
         k = _load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, True)
         v = _load_rows(k_ptrs + stride_cw, mask_n, offs_d, D, BLOCK_D, True)
@@ -156,11 +162,15 @@ def _decode_merge_kernel(
     H,
     n_splits,
     D: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """out (B, H, D) = the splits' outputs weighted with exp2(lse); a program takes one head."""
+    if OVERLAP:
+        start_next()
+        wait_for_previous()
     ACC: tl.constexpr = parts_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64)
     cached, size = _split_size(tl.load(lengths_ptr + place // H), n_splits, S, BLOCK_N)
@@ -196,7 +206,11 @@ def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: in
     lengths = lengths.contiguous()
     config = dict(_launch.config("decode_attention", qkv.device, variant(qkv.dtype, D)))
     programs, block_n = config.pop("PROGRAMS_PER_SM") * _launch.sm_count(qkv.device), config["BLOCK_N"]
-    n_splits = max(1, min(programs // (B * n_head), _launch.cdiv(S, block_n)))
+    splits = 1 if S <= config.pop("ONE_SPLIT") else _launch.cdiv(S, block_n)
+    n_splits = max(1, min(programs // (B * n_head), splits))
+    overlap: dict[str, bool] = {"OVERLAP": B == 1 and _launch.can_overlap(qkv.device)}  # as its neighbours' launches
+    if overlap["OVERLAP"]:
+        overlap["launch_pdl"] = True
     parts, lse = out, None
     if n_splits > 1:
         statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
@@ -216,13 +230,14 @@ def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: in
         scale,
         D=D,
         BLOCK_D=block_d(D),
+        **overlap,
         **config,
     )
     if lse is not None:
         config = _launch.config("decode_merge", qkv.device, variant(parts.dtype, D))
         sizes = (S, n_head, n_splits)
         _decode_merge_kernel[(B * n_head,)](
-            parts, lse, lengths, out, *sizes, D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, **config
+            parts, lse, lengths, out, *sizes, D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, **overlap, **config
         )
     return out
 

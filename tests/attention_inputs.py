@@ -1,5 +1,6 @@
 """What the attention tests share: inputs, small tiles, the 2x rule."""
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -52,3 +53,16 @@ def rule(qkv: Tensor, n_head: int, upstream=None, **options):
         names=("qkv",),
         upstream=upstream,
     )
+
+
+@contextlib.contextmanager
+def multiprocessors(n: int):
+    """That many, and a short cache is split too."""
+    config = _launch.config
+
+    def split(op: str, *args) -> dict[str, int]:
+        row = config(op, *args)
+        return {**row, "ONE_SPLIT": 0} if op == "decode_attention" else row
+
+    with mock.patch.object(_launch, "sm_count", lambda device: n), mock.patch.object(_launch, "config", split):
+        yield

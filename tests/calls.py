@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgpt2.kernels.attention import causal_attention
 from fastgpt2.kernels.decode_attention import decode_attention
+from fastgpt2.kernels.decode_linear import decode_linear
 from fastgpt2.kernels.embedding import token_position_embedding
 from fastgpt2.kernels.gelu import bias_gelu, gelu
 from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
@@ -84,6 +85,7 @@ def _calls() -> Iterator[Call]:
     yield from _elementwise()
     yield from _attention()
     yield from _decode_attention()
+    yield from _decode_linear()
     yield from _loss()
     yield from _embedding()
 
@@ -164,6 +166,22 @@ def _decode_attention() -> Iterator[Call]:
     yield decode("one-split", 2, 37, 20, 0, 36)
     yield decode("splits", 1, 131, 16, 130)
     yield decode("full-cache", 1, 70, 128, 70)
+
+
+def _decode_linear() -> Iterator[Call]:
+    def call(what: str, M: int, K: int, N: int) -> Call:
+        def make(new):
+            return new.sliced(M, K), new.sliced(N, K), new(N), new(K), new(K), new.sliced(M, N)
+
+        def function(x, weight, bias, norm_weight, norm_bias, residual):
+            norm = dict(norm_weight=norm_weight, norm_bias=norm_bias)
+            return decode_linear(x, weight, bias, **norm, gelu=True, residual=residual)
+
+        return Call("decode_linear", what, make, function, differentiable=False)
+
+    yield call("one-row", 1, 1100, 9)
+    yield call("rows", 3, 300, 35)
+    yield Call("decode_linear", "plain", lambda new: (new(40, 33), new(17, 33)), decode_linear, differentiable=False)
 
 
 def _loss() -> Iterator[Call]:

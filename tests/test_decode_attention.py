@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_inputs import DTYPES, interpreted, lengths_of, token_and_cache
+from attention_inputs import DTYPES, interpreted, lengths_of, multiprocessors, token_and_cache
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import count_launches, far_apart, grid_order, red_zones
@@ -24,7 +24,7 @@ def unfilled(cache: Tensor, lengths: Tensor) -> Tensor:
 
 def splits(n: int):
     """As many programs a head as `n` where the cache is long enough, whatever the machine."""
-    return mock.patch.object(_launch, "sm_count", lambda device: n * 1000)
+    return multiprocessors(n * 1000)
 
 
 def rule(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, scale: float | None = None) -> None:
@@ -90,7 +90,7 @@ def test_any_number_of_splits(device, n_splits, dtype):
     In float64 as many splits as the merge takes in two steps.
     """
     qkv, cache = token_and_cache(6, 1, 300, 16, dtype, device)
-    with mock.patch.object(_launch, "sm_count", lambda device: 3 * n_splits):
+    with multiprocessors(3 * n_splits):
         rule(qkv, cache, lengths_of(0, 1, 63, 64, 65, 299, device=device), 1)
 
 
@@ -154,10 +154,10 @@ def test_fuzz(device, data):
     D = data.draw(st.sampled_from((16, 20, 32, 64, 80, 128)), "D")
     dtype = data.draw(st.sampled_from((*DTYPES, torch.float64)), "dtype")
     lengths = data.draw(st.lists(st.integers(-2, S + 2), min_size=B, max_size=B), "lengths")
-    multiprocessors = data.draw(st.integers(1, 40), "multiprocessors")
+    n = data.draw(st.integers(1, 40), "multiprocessors")
     scale = data.draw(st.sampled_from((None, 0.5)), "scale")
     torch.manual_seed(data.draw(st.integers(0, 9), "seed"))
-    with mock.patch.object(_launch, "sm_count", lambda device: multiprocessors):
+    with multiprocessors(n):
         rule(*token_and_cache(B, H, S, D, dtype, device), lengths_of(*lengths, device=device), H, scale)
 
 
@@ -230,13 +230,22 @@ def test_empty_batch(device):
     assert decode_attention(qkv, cache, lengths_of(device=device), 2).shape == (0, 1, 32)
 
 
+def test_a_short_cache_is_not_split(device):
+    """Merging would take longer than reading a few tiles one after another."""
+    for S, launches in ((256, 1), (257, 2)):
+        qkv, cache = token_and_cache(1, 1, S, 16, torch.float16, device)
+        with mock.patch.object(_launch, "sm_count", lambda device: 1000), count_launches() as log:
+            rule(qkv, cache, lengths_of(S - 1, device=device), 1)
+        assert len(log) == launches
+
+
 def test_launches(device):
     """One where one split does, else two, and the grid follows from shapes alone."""
     qkv, cache = token_and_cache(2, 3, 200, 16, torch.float16, device)
     seen = {}
-    for name, multiprocessors in (("one", 2), ("two", 6), ("all", 1000)):
+    for name, n in (("one", 2), ("two", 6), ("all", 1000)):
         for length in (0, 199):
-            with mock.patch.object(_launch, "sm_count", lambda device, n=multiprocessors: n), count_launches() as log:
+            with multiprocessors(n), count_launches() as log:
                 decode_attention(qkv, cache, lengths_of(length, 5, device=device), 3)
             seen[name, length] = [(launch.name, launch.grid[0]) for launch in log]
     for name, programs in (("one", 6), ("two", 12), ("all", 24)):
@@ -252,7 +261,7 @@ def test_bytes(device):
     element, merged = 2 * B * H * D, 4 * B * H * (D + 1)
     for n_splits in (1, 2):
         lengths = torch.full((B,), L, dtype=torch.int32, device=device)
-        with mock.patch.object(_launch, "sm_count", lambda device, n=n_splits: n * B * H // 2):
+        with multiprocessors(n_splits * B * H // 2):
             with count_launches() as log:
                 decode_attention(qkv, cache, lengths, H)
         least = element * (2 * L + 3 + 2 + 1)

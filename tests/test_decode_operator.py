@@ -13,7 +13,7 @@ from fastgpt2.kernels.decode_attention import decode_attention, decode_attention
 
 @pytest.mark.parametrize("multiprocessors", (1, 100))
 def test_opcheck(device, multiprocessors):
-    qkv, cache = token_and_cache(2, 2, 70, 16, torch.float32, device)
+    qkv, cache = token_and_cache(2, 2, 270, 16, torch.float32, device)
     lengths = lengths_of(3, 69, device=device)
     with mock.patch.object(_launch, "sm_count", lambda device: multiprocessors):
         torch.library.opcheck(torch.ops.fastgpt2.decode_attention_fwd.default, (qkv, cache, lengths, 2, 0.25))

@@ -41,6 +41,7 @@ def triton_calls(monkeypatch):
     for toggle, name in [
         ("attention", "triton_causal_attention"),
         ("attention", "triton_decode_attention"),
+        ("layer_norm, gelu", "triton_decode_linear"),
         ("layer_norm", "triton_layer_norm"),
         ("layer_norm", "triton_add_layer_norm"),
         ("gelu", "triton_mlp"),

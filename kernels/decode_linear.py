@@ -1,0 +1,308 @@
+"""A linear layer for the few rows that writing text has, with what GPT-2 does before and after it in the same launch.
+
+    h = LayerNorm(x) or x,    p = h W^T,    y = residual + gelu(p + bias)        each part but the product optional
+
+Shapes: x (..., K) = (M, K) rows, weight (N, K), bias (N,), norm_weight and norm_bias (K,), residual, y (..., N). Four
+such launches and attention's are a block of GPT-2.
+
+HBM traffic: the weight is read once, by programs that take some of its rows and all of x, up to 32 rows, which are few
+enough to stay in L2; every program takes the LayerNorm's statistics anew, which costs less than a launch.
+Numerics: products, sums and statistics in fp32 (fp64 for fp64). Rounded to x's dtype on the way are h and, where more
+than a bias comes after it, p: as by the separate kernels, so that a token's numbers are those of a whole pass. A large
+mean does not cancel: see `_statistics`.
+One row is multiplied element by element, the weight going from memory to registers; more go to the tensor cores. For
+one row on sm_90 and newer the weight is asked for while the kernel before still runs: see _overlap.py.
+
+Sources: as of layer_norm.py and gelu.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, _op
+from ._overlap import start_next, wait_for_previous
+from .gelu import _sigmoid_2u
+
+OP = "decode_linear"
+TOGGLE = "layer_norm"
+TO_TORCH = f" (toggle: {TOGGLE}='torch')"
+MOST_ROWS = 32  # of a program
+
+
+def decode_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The truth for `decode_linear`: (..., K) -> (..., N)."""
+    h = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    y = F.linear(h, weight, bias)
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else residual + y
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _statistics(x, x_ptrs, mask_m, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """-> pivot, shift and 1 / sqrt(var + eps) of each row, (BLOCK_M, 1): its mean is pivot + shift.
+
+    x: the rows' first BLOCK_K elements, whose mean is the pivot. It is no more than sqrt(K / BLOCK_K) standard
+    deviations from that of all, so that the difference of squares below loses no more than K / BLOCK_K last bits.
+    """
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    pivot = tl.sum(x.to(ACC), 1, keep_dims=True) / min(K, BLOCK_K)
+    apart = tl.where(offs_k < K, x.to(ACC) - pivot, 0.0)
+    squares = apart * apart
+    for start in tl.static_range(BLOCK_K, K, BLOCK_K):
+        here = start + offs_k < K
+        more = tl.load(x_ptrs + start, mask=mask_m & here, other=0.0).to(ACC)
+        more = tl.where(here, more - pivot, 0.0)
+        apart += more
+        squares += more * more
+    shift = tl.sum(apart, 1, keep_dims=True) / K
+    var = tl.maximum(tl.sum(squares, 1, keep_dims=True) / K - shift * shift, 0.0)
+    return pivot, shift, tl.rsqrt(var + eps)
+
+
+@triton.jit
+def _fetch(row_ptrs, mask_n, K: tl.constexpr):
+    """Asks for the weight's rows, of K elements, to be brought into L2."""
+    LINE: tl.constexpr = 1024 // row_ptrs.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    LINES: tl.constexpr = triton.next_power_of_2((K + LINE - 1) // LINE)
+    lines = tl.arange(0, LINES)[None, :] * LINE
+    ask = mask_n[:, None] & (lines < K)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [(row_ptrs + lines).to(tl.int64), ask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _columns(ptr, offs_k, otherwise: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """(1, BLOCK_K) of a parameter of the LayerNorm, or what stands for one that there is not."""
+    columns = tl.full(offs_k.shape, otherwise, ACC)
+    if ptr is not None:
+        columns = tl.load(ptr + offs_k, mask=offs_k < K, other=0.0).to(ACC)
+    return columns[None, :]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _decode_linear_kernel(
+    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr, stride_xm, stride_wn, stride_rm,
+    M, N, K: tl.constexpr, eps: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y (BLOCK_M, BLOCK_N) of as many rows of x and of the weight."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n, mask_m = offs_n < N, (offs_m < M)[:, None]
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
+    weight_ptrs = weight_ptr + offs_n[:, None] * stride_wn + offs_k[None, :]
+    pivot, shift, rstd = 0.0, 0.0, 1.0
+
+    # Before the wait parameters only: they are under way while the kernel before ends.
+    if OVERLAP:
+        start_next()
+        _fetch(weight_ptr + offs_n[:, None] * stride_wn, mask_n, K)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+    if BLOCK_M == 1:
+        weight = tl.load(weight_ptrs, mask=mask_n[:, None] & (offs_k < K)[None, :], other=0.0)
+        scale, offset = _columns(norm_weight_ptr, offs_k, 1.0, K, ACC), _columns(norm_bias_ptr, offs_k, 0.0, K, ACC)
+    if OVERLAP:
+        wait_for_previous()
+
+    mask = mask_m & mask_n[None, :]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :]
+        residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
+    x = tl.load(x_ptrs, mask=mask_m & (offs_k < K)[None, :], other=0.0)
+    if norm_weight_ptr is not None:
+        pivot, shift, rstd = _statistics(x, x_ptrs, mask_m, eps, K, BLOCK_K, ACC)
+    if BLOCK_M == 1:
+        acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+        for start in tl.static_range(0, K, BLOCK_K):
+            if start > 0:
+                here = (start + offs_k < K)[None, :]
+                weight = tl.load(weight_ptrs + start, mask=mask_n[:, None] & here, other=0.0)
+                x = tl.load(x_ptrs + start, mask=mask_m & here, other=0.0)
+                scale = _columns(norm_weight_ptr, start + offs_k, 1.0, K, ACC)
+                offset = _columns(norm_bias_ptr, start + offs_k, 0.0, K, ACC)
+            h = x
+            if norm_weight_ptr is not None:
+                h = ((x.to(ACC) - pivot - shift) * rstd * scale + offset).to(DTYPE)
+            acc += weight.to(ACC) * h.to(ACC)
+        y = tl.sum(acc, 1)[None, :]
+    else:
+        y = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for start in range(0, K, BLOCK_K):
+            here = (start + offs_k < K)[None, :]
+            weight = tl.load(weight_ptrs + start, mask=mask_n[:, None] & here, other=0.0)
+            h = tl.load(x_ptrs + start, mask=mask_m & here, other=0.0)
+            if norm_weight_ptr is not None:
+                normed = (h.to(ACC) - pivot - shift) * rstd * _columns(norm_weight_ptr, start + offs_k, 1.0, K, ACC)
+                h = (normed + _columns(norm_bias_ptr, start + offs_k, 0.0, K, ACC)).to(DTYPE)
+            y = tl.dot(h, tl.trans(weight), y, input_precision="ieee", out_dtype=ACC)
+
+    if GELU or residual_ptr is not None:
+        y = y.to(DTYPE).to(ACC)
+    if bias_ptr is not None:
+        y += bias
+    if GELU:
+        y *= _sigmoid_2u(y, y * y)
+    if residual_ptr is not None:
+        y += residual
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------- fake and launcher
+
+
+def decode_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    residual: Tensor | None,
+    overlap: bool,
+) -> Tensor:
+    """x (..., K), weight (N, K) -> y (..., N)."""
+    y = _fwd_fake(x, weight, bias, norm_weight, norm_bias, eps, gelu, residual, overlap)
+    if y.numel() == 0:
+        return y
+    x = _op.as_rows(x)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    residual = None if residual is None else _op.as_rows(residual)
+    (M, K), N = x.shape, weight.shape[0]
+    grid, config = _launch_of(x.device, x.itemsize, M, N, K, overlap)
+    _decode_linear_kernel[grid](
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        residual,
+        y,
+        x.stride(0),
+        weight.stride(0),
+        0 if residual is None else residual.stride(0),
+        M,
+        N,
+        K=K,
+        eps=eps,
+        GELU=gelu,
+        **config,
+    )
+    return y
+
+
+def _launch_of(
+    device: torch.device, itemsize: int, M: int, N: int, K: int, overlap: bool
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid, block sizes and launch options."""
+    block_m = 1 if M == 1 else min(max(_launch.next_power_of_2(M), 16), MOST_ROWS)
+    config = dict(_launch.config("decode_linear", device, f"{8 * itemsize}x{block_m}"))
+    multiprocessors = _launch.sm_count(device)
+    most, least = config["BLOCK_N"], config.pop("MIN_N")
+    wanted = _launch.next_power_of_2(_launch.cdiv(N, config.pop("PER_SM") * multiprocessors))
+    config["BLOCK_M"] = block_m
+    config["BLOCK_N"] = min(max(wanted, least), most)
+    block_k = min(max(_launch.next_power_of_2(K), 16), config["BLOCK_K"])
+    while M > 1 and block_k > 64 and 0 < K % block_k < block_k // 2:  # the last tile would be half empty and more
+        block_k //= 2
+    config["BLOCK_K"] = block_k
+    programs = _launch.cdiv(N, config["BLOCK_N"])
+    # Programs that find no room yet cannot begin early, and with more rows than one a program keeps so much of a
+    # multiprocessor while it waits that the kernel before suffers: slower, both (H200).
+    config["OVERLAP"] = overlap and M == 1 and programs <= 8 * multiprocessors and _launch.can_overlap(device)
+    if config["OVERLAP"]:
+        config["launch_pdl"] = True
+    return (programs, _launch.cdiv(M, block_m)), config
+
+
+def _fwd_fake(x, weight, bias, norm_weight, norm_bias, eps, gelu, residual, overlap):
+    return (x if residual is None else residual).new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_decode_linear = _op.op(decode_linear_fwd, _fwd_fake, toggle=TOGGLE)
+
+
+# ---------------------------------------------------------------------------------------------------------- public
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    """residual + gelu(LayerNorm(x) weight^T + bias): x (..., K) -> (..., N), for few rows; without gradients.
+
+    weight (N, K), of x's dtype; bias (N,). norm_weight, norm_bias (K,), eps: of the LayerNorm, which needs norm_weight.
+    residual (..., N): what is added, in its dtype, which the result then has. Weights are read once for 32 rows.
+    overlap: the weight may be read while the kernel launched before this one still runs, because it was written before
+        that one was launched (see _overlap.py; without effect before sm_90).
+
+    There are no gradients: an input that requires one is refused where gradients are recorded.
+    """
+    _op.check_dtypes(
+        OP, TOGGLE, x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual
+    )
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1] or not weight.shape[1]:
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(
+            f"{OP}: x and weight have shapes {shapes}, expected (..., K) and (N, K), K at least 1{TO_TORCH}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{OP}: weight is {weight.dtype}, expected x's {x.dtype}{TO_TORCH}")
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(
+            f"{OP}: norm_bias is given without norm_weight: allowed are both, or norm_weight alone{TO_TORCH}"
+        )
+    N, K = weight.shape
+    _op.check_shape(OP, TOGGLE, "bias", bias, (N,))
+    _op.check_shape(OP, TOGGLE, "norm_weight", norm_weight, (K,))
+    _op.check_shape(OP, TOGGLE, "norm_bias", norm_bias, (K,))
+    _op.check_shape(OP, TOGGLE, "residual", residual, (*x.shape[:-1], N))
+    if torch.is_grad_enabled():
+        _refuse_gradients(
+            x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual
+        )
+    columns = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
+    return _decode_linear(x, weight, *columns, float(eps), bool(gelu), residual, bool(overlap))
+
+
+def _refuse_gradients(**tensors: Tensor | None) -> None:
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            wanted = "allowed is a call under torch.no_grad()"
+            raise ValueError(f"{OP}: {argument} is a tensor that requires grad, {wanted}{TO_TORCH}")
