@@ -23,8 +23,10 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -85,9 +87,10 @@ class Results:
 
     @contextlib.contextmanager
     def kept_if_cut_short(self, folder: Path) -> Iterator[None]:
-        """Saves what there is where an error or Ctrl-C ends the block, and lets it pass."""
+        """Saves what there is where an error, Ctrl-C or a polite kill (SIGTERM) ends the block, and lets it pass."""
         try:
-            yield
+            with _ended_by_sigterm():
+                yield
         except BaseException:
             if self.rows:
                 self.leave_out("the rest", "the run was cut short")
@@ -107,6 +110,23 @@ class Results:
         if content["format"] != FORMAT:
             raise ValueError(f"{file} has format {content['format']!r}, this version reads {FORMAT}")
         return cls(**{name: content[name] for name in names})
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM (`timeout`, a batch system) raises SystemExit; only the main thread may ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def summary_line(results: Results, file: Path, figures: dict[str, Any]) -> str:

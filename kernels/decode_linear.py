@@ -56,20 +56,25 @@ def decode_linear_reference(
 
 
 @triton.jit
+def _tile(row_ptrs, mask_rows, offs_k, K: tl.constexpr):
+    """(rows, BLOCK_K) of a matrix at columns offs_k; row_ptrs, mask_rows (rows, 1)."""
+    return tl.load(row_ptrs + offs_k[None, :], mask=mask_rows & (offs_k < K)[None, :], other=0.0)
+
+
+@triton.jit
 def _statistics(x, x_ptrs, mask_m, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
     """-> pivot, shift and 1 / sqrt(var + eps) of each row, (BLOCK_M, 1): its mean is pivot + shift.
 
     x: the rows' first BLOCK_K elements, whose mean is the pivot. It is no more than sqrt(K / BLOCK_K) standard
     deviations from that of all, so that the difference of squares below loses no more than K / BLOCK_K last bits.
     """
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)
     pivot = tl.sum(x.to(ACC), 1, keep_dims=True) / min(K, BLOCK_K)
-    apart = tl.where(offs_k < K, x.to(ACC) - pivot, 0.0)
+    apart = tl.where((offs_k < K)[None, :], x.to(ACC) - pivot, 0.0)
     squares = apart * apart
     for start in tl.static_range(BLOCK_K, K, BLOCK_K):
-        here = start + offs_k < K
-        more = tl.load(x_ptrs + start, mask=mask_m & here, other=0.0).to(ACC)
-        more = tl.where(here, more - pivot, 0.0)
+        more = _tile(x_ptrs, mask_m, start + offs_k, K).to(ACC)
+        more = tl.where((start + offs_k < K)[None, :], more - pivot, 0.0)
         apart += more
         squares += more * more
     shift = tl.sum(apart, 1, keep_dims=True) / K
@@ -116,18 +121,18 @@ def _decode_linear_kernel(
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_m = offs_n < N, (offs_m < M)[:, None]
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
-    weight_ptrs = weight_ptr + offs_n[:, None] * stride_wn + offs_k[None, :]
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm
+    weight_ptrs = weight_ptr + offs_n[:, None] * stride_wn
     pivot, shift, rstd = 0.0, 0.0, 1.0
 
     # Before the wait parameters only: they are under way while the kernel before ends.
     if OVERLAP:
         start_next()
-        _fetch(weight_ptr + offs_n[:, None] * stride_wn, mask_n, K)
+        _fetch(weight_ptrs, mask_n, K)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
     if BLOCK_M == 1:
-        weight = tl.load(weight_ptrs, mask=mask_n[:, None] & (offs_k < K)[None, :], other=0.0)
+        weight = _tile(weight_ptrs, mask_n[:, None], offs_k, K)
         scale, offset = _columns(norm_weight_ptr, offs_k, 1.0, K, ACC), _columns(norm_bias_ptr, offs_k, 0.0, K, ACC)
     if OVERLAP:
         wait_for_previous()
@@ -136,16 +141,16 @@ def _decode_linear_kernel(
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :]
         residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
-    x = tl.load(x_ptrs, mask=mask_m & (offs_k < K)[None, :], other=0.0)
+    if BLOCK_M == 1 or norm_weight_ptr is not None:
+        x = _tile(x_ptrs, mask_m, offs_k, K)
     if norm_weight_ptr is not None:
         pivot, shift, rstd = _statistics(x, x_ptrs, mask_m, eps, K, BLOCK_K, ACC)
     if BLOCK_M == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
         for start in tl.static_range(0, K, BLOCK_K):
             if start > 0:
-                here = (start + offs_k < K)[None, :]
-                weight = tl.load(weight_ptrs + start, mask=mask_n[:, None] & here, other=0.0)
-                x = tl.load(x_ptrs + start, mask=mask_m & here, other=0.0)
+                weight = _tile(weight_ptrs, mask_n[:, None], start + offs_k, K)
+                x = _tile(x_ptrs, mask_m, start + offs_k, K)
                 scale = _columns(norm_weight_ptr, start + offs_k, 1.0, K, ACC)
                 offset = _columns(norm_bias_ptr, start + offs_k, 0.0, K, ACC)
             h = x
@@ -156,9 +161,8 @@ def _decode_linear_kernel(
     else:
         y = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for start in range(0, K, BLOCK_K):
-            here = (start + offs_k < K)[None, :]
-            weight = tl.load(weight_ptrs + start, mask=mask_n[:, None] & here, other=0.0)
-            h = tl.load(x_ptrs + start, mask=mask_m & here, other=0.0)
+            weight = _tile(weight_ptrs, mask_n[:, None], start + offs_k, K)
+            h = _tile(x_ptrs, mask_m, start + offs_k, K)
             if norm_weight_ptr is not None:
                 normed = (h.to(ACC) - pivot - shift) * rstd * _columns(norm_weight_ptr, start + offs_k, 1.0, K, ACC)
                 h = (normed + _columns(norm_bias_ptr, start + offs_k, 0.0, K, ACC)).to(DTYPE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 
 import pytest
@@ -256,18 +257,20 @@ def test_memory_that_ends_with_all_variants_in_turns_is_told(tmp_path, monkeypat
     assert {row["what"] for row in read(tmp_path).rows} == {"out of memory"}
 
 
-def test_what_was_measured_is_kept_when_a_run_is_cut_short(tmp_path, monkeypatch, capsys):
-    compare, names = steps.TrainBench.compare, iter(("first", "second"))
+@pytest.mark.parametrize("stop, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=str)
+def test_what_was_measured_is_kept_when_a_run_is_cut_short(tmp_path, monkeypatch, capsys, stop, error):
+    compare, names, before = steps.TrainBench.compare, iter(("first", "second")), signal.getsignal(signal.SIGTERM)
 
     def cut_short(self, setting):
         if next(names) == "second":
-            raise KeyboardInterrupt
+            signal.raise_signal(stop)
         compare(self, setting)
 
     monkeypatch.setattr(steps.TrainBench, "compare", cut_short)
     monkeypatch.setitem(config.PRESETS, "tiny2", TINY)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         run(tmp_path, "--size", "tiny,tiny2")
+    assert signal.getsignal(signal.SIGTERM) is before
     results = read(tmp_path)
     assert {row["size"] for row in results.rows} == {"tiny"}
     assert dict(name="the rest", why="the run was cut short") in results.left_out
