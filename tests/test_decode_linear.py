@@ -108,9 +108,10 @@ def test_hard_rows_of_a_layer_norm(device, row, M, dtype):
         rule(tensors, gelu, rows=True, cancelling=1.0)
 
 
-def test_roundings_are_those_of_the_separate_ops(device):
+@pytest.mark.parametrize("M", (1, 2))
+def test_roundings_are_those_of_the_separate_ops(device, M):
     """In 16 bits a token's numbers are those of a pass over all: h and the product are rounded where it rounds them."""
-    tensors, _ = inputs_of(2, 64, 512, PARTS["all"], torch.float16, device)
+    tensors, _ = inputs_of(M, 64, 1024, PARTS["all"], torch.float16, device)
     x, w, b = tensors["x"], tensors["weight"], tensors["bias"].float()
     h = F.layer_norm(x.float(), (64,), tensors["norm_weight"].float(), tensors["norm_bias"].float()).half()
     p = (h.double() @ w.double().T).half().float()
