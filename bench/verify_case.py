@@ -91,7 +91,8 @@ def _decode_linear(x: Tensor, weight: Tensor, bias: Tensor, *around: Tensor) -> 
     """HuggingFace's c_fc with the LayerNorm and GELU around it, or its c_proj and the sum after."""
     if len(around) == 1:
         return around[0] + F.linear(x, weight, bias)
-    return _gelu(F.linear(F.layer_norm(x, around[0].shape, *around, LAYER_NORM_EPS), weight, bias))
+    norm_weight, norm_bias = around
+    return _gelu(F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, LAYER_NORM_EPS), weight, bias))
 
 
 def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

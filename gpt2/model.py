@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,8 @@ class Transformer(nn.Module):
         x_bias, residual = None, None
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         few_rows = cache is not None and ops.few_rows(x, kernels)
-        for block in self.h:
-            if few_rows:
+        for block in cast("Iterable[Block]", self.h):
+            if cache is not None and few_rows:
                 x = block.few_rows(x, kernels, cache)
                 continue
             run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block

@@ -277,8 +277,16 @@ def few_rows_linear(
 ) -> Tensor:
     """residual + gelu(layer(norm(x))) in one launch, where `few_rows` says so. The layer's weight must have been there
     before x was, which holds for a model's: it may be read while x is made."""
-    norms = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
-    return triton_decode_linear(x, layer.weight, layer.bias, **norms, gelu=gelu, residual=residual, overlap=True)
+    weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return triton_decode_linear(
+        *(x, layer.weight, layer.bias),
+        norm_weight=weight,
+        norm_bias=bias,
+        eps=eps,
+        gelu=gelu,
+        residual=residual,
+        overlap=True,
+    )
 
 
 def head_loss(
