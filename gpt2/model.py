@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,21 +97,27 @@ class Block(nn.Module):
         kernels: Kernels,
         cache: KVCache | None,
         documents: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The branch before (x, x_bias) and the stream so far -> this block's last branch and the stream before it."""
+        if cache is not None and residual is None and ops.few_rows(x, kernels) and not self._hooked():
+            return self._few_rows(x, kernels, cache), None, None
         residual, h = self.ln_1(x, residual, x_bias, self.dropout, kernels=kernels)
         x, x_bias = self.attn(h, kernels, cache, documents)
         residual, h = self.ln_2(x, residual, x_bias, self.dropout, kernels=kernels)
         x, x_bias = self.mlp(h, kernels)
         return x, x_bias, residual
 
-    def few_rows(self, x: Tensor, kernels: Kernels, cache: KVCache) -> Tensor:
-        """The whole stream (B, T, C) through the block, where `ops.few_rows` says so: in five launches."""
+    def _few_rows(self, x: Tensor, kernels: Kernels, cache: KVCache) -> Tensor:
+        """The whole stream (B, T, C) through the block in five launches."""
         qkv = ops.few_rows_linear(x, self.attn.c_attn, self.ln_1)
         y = cache.attention(self.attn.layer, qkv, self.attn.n_head, self.attn.scale, kernels)
         x = ops.few_rows_linear(y, self.attn.c_proj, residual=x)
         h = ops.few_rows_linear(x, self.mlp.c_fc, self.ln_2, gelu=True)
         return ops.few_rows_linear(h, self.mlp.c_proj, residual=x)
+
+    def _hooked(self) -> bool:
+        """Whether somebody listens to a module that `_few_rows` does not call."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in (self.ln_1, self.attn, self.ln_2, self.mlp))
 
 
 class Transformer(nn.Module):
@@ -142,11 +148,7 @@ class Transformer(nn.Module):
             x = ops.embedding(idx, self.wte.weight, self.wpe.weight, dropout_p, kernels)
         x_bias, residual = None, None
         recompute = self.recompute and self.training and torch.is_grad_enabled()
-        few_rows = cache is not None and ops.few_rows(x, kernels)
-        for block in cast("Iterable[Block]", self.h):
-            if cache is not None and few_rows:
-                x = block.few_rows(x, kernels, cache)
-                continue
+        for block in self.h:
             run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
             x, x_bias, residual = run(x, x_bias, residual, kernels, cache, documents)
         _, h = self.ln_f(x, residual, x_bias, self.dropout, kernels=kernels)

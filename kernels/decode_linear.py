@@ -198,7 +198,8 @@ def decode_linear_fwd(
     if y.numel() == 0:
         return y
     x = _op.as_rows(x)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    if weight.stride(1) != 1:
+        weight, overlap = weight.contiguous(), False  # the copy is what runs before
     residual = None if residual is None else _op.as_rows(residual)
     (M, K), N = x.shape, weight.shape[0]
     grid, config = _launch_of(x.device, x.itemsize, M, N, K, overlap)
@@ -273,8 +274,8 @@ def decode_linear(
 
     weight (N, K), of x's dtype; bias (N,). norm_weight, norm_bias (K,), eps: of the LayerNorm, which needs norm_weight.
     residual (..., N): what is added, in its dtype, which the result then has. Weights are read once for 32 rows.
-    overlap: the weight may be read while the kernel launched before this one still runs, because it was written before
-        that one was launched (see _overlap.py; without effect before sm_90).
+    overlap: the weight, the bias and the LayerNorm's may be read while the kernel launched before this one still runs,
+        because they were written before that one was launched (see _overlap.py; without effect before sm_90).
 
     There are no gradients: an input that requires one is refused where gradients are recorded.
     """
@@ -301,7 +302,9 @@ def decode_linear(
         _refuse_gradients(
             x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual
         )
-    columns = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
+    columns = [bias, norm_weight, norm_bias]
+    if not all(t is None or t.is_contiguous() for t in columns):
+        columns, overlap = [None if t is None else t.contiguous() for t in columns], False
     return _decode_linear(x, weight, *columns, float(eps), bool(gelu), residual, bool(overlap))
 
 

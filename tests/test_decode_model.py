@@ -123,6 +123,23 @@ def test_few_rows_of_other_kernels_are_not_fused(kernels):
     assert not any("decode_linear" in launch.name for launch in log)
 
 
+@torch.no_grad()
+def test_hooks_are_called_for_few_rows_too():
+    model = tiny(block_size=20, n_embd=32, n_layer=3).to(DEVICE).eval()
+    model.kernels = "triton"
+    idx, seen = prompts(1, 3), []
+    expected = model(idx, cache=KVCache(model, 1, 20))[0]
+    for block, module in ((model.transformer.h[1], "mlp"), (model.transformer.h[0], "attn")):
+        handle = getattr(block, module).register_forward_hook(lambda module, args, output: seen.append(module))
+        with count_launches() as log:
+            logits = model(idx, cache=KVCache(model, 1, 20))[0]
+        handle.remove()
+        assert seen.pop() is getattr(block, module) and not seen
+        fused = {"mlp": 1, "attn": 0}[module]  # the blocks before it
+        assert [launch.name for launch in log].count("_decode_linear_kernel") == 4 * fused + 1
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_through_a_cache_are_refused():
     model = tiny(block_size=S, n_embd=32).to(DEVICE).eval()
     model.kernels = "triton"
