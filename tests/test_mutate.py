@@ -29,9 +29,12 @@ def test_every_keyword_selects_tests():
         assert any(selects(lambda word, id=id: word.lower() in id) for id in ids), f"{test} -k {keyword!r}"
 
 
+NOT_INTERPRETED = ("_overlap.py",)  # what it does is in the compiled code alone: test_overlap.py
+
+
 def test_every_kernel_file_has_at_least_five():
     for path in (mutate.ROOT / "kernels").glob("*.py"):
-        if "@triton.jit" in path.read_text(encoding="utf-8"):
+        if "@triton.jit" in path.read_text(encoding="utf-8") and path.name not in NOT_INTERPRETED:
             count = sum(m.file == f"kernels/{path.name}" for m in MUTATIONS)
             assert count >= 5, f"{path.name} has {count}"
 
