@@ -99,7 +99,7 @@ class Block(nn.Module):
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The branch before (x, x_bias) and the stream so far -> this block's last branch and the stream before it."""
-        if cache is not None and residual is None and ops.few_rows(x, kernels) and not self._hooked():
+        if cache is not None and residual is None and ops.few_rows(x, kernels) and self._plain():
             return self._few_rows(x, kernels, cache), None, None
         residual, h = self.ln_1(x, residual, x_bias, self.dropout, kernels=kernels)
         x, x_bias = self.attn(h, kernels, cache, documents)
@@ -109,15 +109,16 @@ class Block(nn.Module):
 
     def _few_rows(self, x: Tensor, kernels: Kernels, cache: KVCache) -> Tensor:
         """The whole stream (B, T, C) through the block in five launches."""
-        qkv = ops.few_rows_linear(x, self.attn.c_attn, self.ln_1)
+        qkv = ops.decode_linear(x, self.attn.c_attn, self.ln_1)
         y = cache.attention(self.attn.layer, qkv, self.attn.n_head, self.attn.scale, kernels)
-        x = ops.few_rows_linear(y, self.attn.c_proj, residual=x)
-        h = ops.few_rows_linear(x, self.mlp.c_fc, self.ln_2, gelu=True)
-        return ops.few_rows_linear(h, self.mlp.c_proj, residual=x)
+        x = ops.decode_linear(y, self.attn.c_proj, residual=x)
+        h = ops.decode_linear(x, self.mlp.c_fc, self.ln_2, gelu=True)
+        return ops.decode_linear(h, self.mlp.c_proj, residual=x)
 
-    def _hooked(self) -> bool:
-        """Whether somebody listens to a module that `_few_rows` does not call."""
-        return any(m._forward_hooks or m._forward_pre_hooks for m in (self.ln_1, self.attn, self.ln_2, self.mlp))
+    def _plain(self) -> bool:
+        """Whether `_few_rows`, which calls no module inside, may: they are ours, and nobody listens to them."""
+        ours = (self.ln_1, LayerNorm), (self.attn, CausalSelfAttention), (self.ln_2, LayerNorm), (self.mlp, MLP)
+        return all(type(m) is kind and not m._forward_hooks and not m._forward_pre_hooks for m, kind in ours)
 
 
 class Transformer(nn.Module):
@@ -251,7 +252,7 @@ class GPT(nn.Module):
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
             few_rows = cache is not None and ops.few_rows(x, kernels)
-            logits = ops.few_rows_linear(x, self.lm_head) if few_rows else ops.linear(x, self.lm_head.weight)
+            logits = ops.decode_linear(x, self.lm_head) if few_rows else ops.linear(x, self.lm_head.weight)
             return logits[..., :V], None
         want_logits = not (self.training and torch.is_grad_enabled())
         return ops.head_loss(x, self.lm_head.weight, targets, V, want_logits, kernels)

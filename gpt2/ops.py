@@ -257,7 +257,7 @@ def mlp(
 
 
 def few_rows(x: Tensor, kernels: Kernels) -> bool:
-    """Whether `few_rows_linear` computes on x (B, T, C): where LayerNorm and GELU are Triton's, no gradients are
+    """Whether `decode_linear` computes on x (B, T, C): where LayerNorm and GELU are Triton's, no gradients are
     recorded, and rows are so few that launches cost more than their work."""
     return (
         kernels.layer_norm == kernels.gelu == "triton"
@@ -267,7 +267,7 @@ def few_rows(x: Tensor, kernels: Kernels) -> bool:
     )
 
 
-def few_rows_linear(
+def decode_linear(
     x: Tensor,
     layer: nn.Linear,
     norm: nn.LayerNorm | None = None,
@@ -275,8 +275,8 @@ def few_rows_linear(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + gelu(layer(norm(x))) in one launch, where `few_rows` says so. The layer's weight must have been there
-    before x was, which holds for a model's: it may be read while x is made."""
+    """residual + gelu(layer(norm(x))) in one launch, where `few_rows` says so. The parameters are
+    read early: in a model they were there before the embedding, an ordinary launch, began."""
     weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     return triton_decode_linear(
         *(x, layer.weight, layer.bias),

@@ -66,7 +66,8 @@ def next_power_of_2(n: int) -> int:
 
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel may begin before the one before it has ended (_overlap.py)."""
-    return not INTERPRETED and not torch.version.hip and (9, 0) <= capability(device) != (9, 4)
+    number = architecture(device)
+    return not INTERPRETED and isinstance(number, int) and number >= 90
 
 
 def mixed_matmul(device: torch.device) -> str:
@@ -236,7 +237,8 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
             },
         },
     },
-    # A tile is 8 to 16 KiB of keys and as many of values, all in flight at once.
+    # A tile is 8 to 16 KiB of keys and as many of values, STAGES of them under way. A cache of up to ONE_SPLIT places is
+    # not split: merging takes longer than reading its few tiles one after another.
     "decode_attention": {
         "16x64": {"default": {"BLOCK_N": 64, "num_warps": 4, "STAGES": 3, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
         "16x128": {"default": {"BLOCK_N": 32, "num_warps": 4, "STAGES": 3, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},

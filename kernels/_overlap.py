@@ -1,12 +1,13 @@
 """Programmatic dependent launch: a kernel begins while the one before it ends, on sm_90 and newer.
 
     if OVERLAP: start_next()               # the kernel launched after this one may begin
-    ...                                    # reads only what was written before the kernel before this one was launched
+    (reads of what the last launch without OVERLAP found already written: neither its own writes nor the chain's)
     if OVERLAP: wait_for_previous()        # the kernel before has ended, and with it all before; its writes are seen
 
 A kernel with OVERLAP is launched with `launch_pdl=True`, and waits in every program before it reads what others have
-written or writes anything. Kernels without it wait for all before them, as ever. So a chain of them is in order, and
-what a kernel can do early is ask for weights: for one token, most of its time.
+written or writes anything. Kernels without it wait for all before them, as ever. So a chain of them is in order; but
+before its wait a kernel may run beside any of the chain, not only the one before. What it can do then is ask for
+weights: for one token, most of its time.
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, griddepcontrol.
 """

@@ -6,9 +6,9 @@
 qkv (B, 1, 3*C) = (B, 1, [q | k | v], H, D), cache (2, B, H, S, D) = [keys | values], lengths (B,) -> out (B, 1, C).
 
 HBM traffic: the part of the cache that is filled and qkv are read once, k, v and out written once. The tokens of a head
-are split over programs, as many as fill the GPU, a number that depends on shapes alone, so that a CUDA graph holds for
-every length; how many tokens each takes follows from the length, on the device. Splits leave an output and its lse in
-float32, D + 1 numbers, that a second launch merges; with one split there is one launch.
+are split over programs, as many as fill the GPU (those of a short cache are not), a number that depends on shapes
+alone, so that a CUDA graph holds for every length; how many tokens each takes follows from the length, on the device.
+Splits leave an output and its lse in float32, D + 1 numbers, that a second launch merges; with one there is one launch.
 Numerics: products and the softmax's state in float32 (float64 for float64 inputs), one rounding at the store.
 Tiles: every row of a tile keeps a softmax of its own (maximum, sum, sum of values) until the end, so that threads
 exchange nothing in the loop but the products q . k. The new token is not read from the cache: the first split, which
@@ -132,6 +132,7 @@ def _decode_attention_kernel(
     l_i = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N) + offs_d[None, :]
+    # Named at the loop, because Triton lets loads that feed no tl.dot run ahead only where that is asked for.
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         mask_n = start + tl.arange(0, BLOCK_N) < last
         k = _load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, True)

@@ -274,8 +274,8 @@ def decode_linear(
 
     weight (N, K), of x's dtype; bias (N,). norm_weight, norm_bias (K,), eps: of the LayerNorm, which needs norm_weight.
     residual (..., N): what is added, in its dtype, which the result then has. Weights are read once for 32 rows.
-    overlap: the weight, the bias and the LayerNorm's may be read while the kernel launched before this one still runs,
-        because they were written before that one was launched (see _overlap.py; without effect before sm_90).
+    overlap: the weight, the bias and the LayerNorm's may be read while kernels launched before still run. The caller
+        knows that an ordinary launch lies between what wrote them and this (see _overlap.py; no effect before sm_90).
 
     There are no gradients: an input that requires one is refused where gradients are recorded.
     """

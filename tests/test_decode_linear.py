@@ -181,6 +181,7 @@ def test_same_bits_every_time_for_every_order_and_inside_its_memory(device, M):
     args = tensors.pop("x"), tensors.pop("weight"), tensors.pop("bias")
     first = decode_linear(*args, gelu=gelu, **tensors)
     assert torch.equal(decode_linear(*args, gelu=gelu, **tensors), first)
+    assert torch.equal(decode_linear(*args, gelu=gelu, overlap=True, **tensors), first)
     with red_zones() as zone:
         within = decode_linear(*map(zone, args), gelu=gelu, **{k: zone(t) for k, t in tensors.items()})
     assert torch.equal(within, first)

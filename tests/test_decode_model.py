@@ -140,6 +140,20 @@ def test_hooks_are_called_for_few_rows_too():
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_module_of_ones_own_is_called_for_few_rows_too():
+    class Silent(torch.nn.Module):
+        def forward(self, h, kernels):
+            return torch.zeros_like(h), None
+
+    model = tiny(block_size=20, n_embd=32).to(DEVICE).eval()
+    model.kernels, idx = "triton", prompts(1, 3)
+    model.transformer.h[1].mlp = Silent()
+    logits = model(idx, cache=KVCache(model, 1, 20))[0]
+    model.kernels = "torch"
+    torch.testing.assert_close(logits, model(idx)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_through_a_cache_are_refused():
     model = tiny(block_size=S, n_embd=32).to(DEVICE).eval()
     model.kernels = "triton"
