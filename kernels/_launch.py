@@ -237,8 +237,8 @@ TABLE: dict[str, dict[str, dict[int | str, dict[str, int]]]] = {
             },
         },
     },
-    # A tile is 8 to 16 KiB of keys and as many of values, STAGES of them under way. A cache of up to ONE_SPLIT places is
-    # not split: merging takes longer than reading its few tiles one after another.
+    # A tile is 8 to 16 KiB of keys and as many of values, STAGES of them under way. A cache of up to ONE_SPLIT places
+    # is not split: merging takes longer than reading its few tiles one after another.
     "decode_attention": {
         "16x64": {"default": {"BLOCK_N": 64, "num_warps": 4, "STAGES": 3, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
         "16x128": {"default": {"BLOCK_N": 32, "num_warps": 4, "STAGES": 3, "PROGRAMS_PER_SM": 2, "ONE_SPLIT": 256}},
