@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastgpt2.gpt2.stock import is_stock, is_watched
+
 Model = TypeVar("Model", bound=nn.Module)
 Fingerprint = tuple[int, int, int]
+Laid = dict[str, tuple[Fingerprint, Tensor]]  # a module's name -> of what, and the weight laid out
 
 # Laying a weight out takes as long as some ten products with it, so it is kept while its model lives: a model that is
-# in eval mode, because in training weights change. Module's name -> (fingerprint of the weight, the weight laid out).
-_KEPT: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Fingerprint, Tensor]]] = weakref.WeakKeyDictionary()
+# in eval mode, because in training weights change.
+_KEPT: weakref.WeakKeyDictionary[nn.Module, Laid] = weakref.WeakKeyDictionary()
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `packed` works here: plain float32 or bfloat16 parameters on a CPU for which oneDNN has products."""
+    """Whether `packed` works here: plain float32 or bfloat16 parameters on a CPU for which oneDNN has products, and no
+    hooks, which would be given modules of the copy."""
     plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
     if not plain or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    if any(is_watched(module) for module in model.modules()):
+        return False
+    weights = [module.weight for module in model.modules() if is_stock(module, nn.Linear)]
     if not all(_is_words(weight) for weight in weights):
         return False
     dtypes = {p.dtype for p in model.parameters()}
@@ -35,22 +41,27 @@ def can_pack(model: nn.Module) -> bool:
 def packed(model: Model) -> Model:
     """A copy of `model` in eval mode, its linear layers laid out for products with few rows, which `ops.linear` takes.
 
-    It shares all other parameters. The laid-out weights are as many bytes again, and follow no change of the model's:
-    after one, ask again.
+    It shares all that is not a stock linear layer's weight: other parameters, and whatever hangs on a module. The
+    laid-out weights are as many bytes again, and follow no change of the model's: after one, ask again.
     """
-    shared = {id(p): p for p in model.parameters()}
-    twin = copy.deepcopy(model, shared).eval()
-    kept = _KEPT.pop(model, {})
-    for name, module in twin.named_modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight.detach()
-            fingerprint = _fingerprint(weight)
-            if name not in kept or kept[name][0] != fingerprint:
-                kept[name] = fingerprint, torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-            del module.weight
-            module.weight = kept[name][1]
+    before, kept = _KEPT.pop(model, {}), Laid()
+    twin = _twin(model, "", before, kept)
     if not model.training:
         _KEPT[model] = kept
+    return twin
+
+
+def _twin(module: Any, name: str, before: Laid, kept: Laid) -> Any:
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {child: _twin(m, f"{name}.{child}", before, kept) for child, m in module._modules.items()}
+    if is_stock(module, nn.Linear):
+        weight = module.weight.detach()
+        fingerprint = _fingerprint(weight)
+        if name not in before or before[name][0] != fingerprint:
+            before[name] = fingerprint, torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        kept[name] = before[name]
+        twin._parameters = {**module._parameters, "weight": kept[name][1]}
     return twin
 
 

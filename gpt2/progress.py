@@ -114,7 +114,7 @@ def announce(
 
 
 def _mfu_in_words(model: GPT) -> str:
-    device = model.lm_head.weight.device
+    device = model.device
     peak = hardware.peak_flops(device)
     formula = (
         f"(6 N + 12 L H D T) x tokens/s / peak (PaLM, appendix B), {model.config.flops_per_token():.3g} FLOPs a token"
