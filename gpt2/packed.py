@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgpt2.gpt2.model import GPT, MLP, Block, CausalSelfAttention, Transformer
 from fastgpt2.gpt2.stock import is_stock, is_watched
 
-Model = TypeVar("Model", bound=nn.Module)
+CONTAINERS = (Transformer, nn.ModuleList, Block, CausalSelfAttention, MLP)  # whose linear layers `ops.linear` computes
 Fingerprint = tuple[int, int, int]
 Laid = dict[str, tuple[Fingerprint, Tensor]]  # a module's name -> of what, and the weight laid out
 
@@ -31,18 +32,15 @@ def can_pack(model: nn.Module) -> bool:
         return False
     if any(is_watched(module) for module in model.modules()):
         return False
-    weights = [module.weight for module in model.modules() if is_stock(module, nn.Linear)]
-    if not all(_is_words(weight) for weight in weights):
-        return False
     dtypes = {p.dtype for p in model.parameters()}
     return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def packed(model: Model) -> Model:
+def packed(model: GPT) -> GPT:
     """A copy of `model` in eval mode, its linear layers laid out for products with few rows, which `ops.linear` takes.
 
-    It shares all that is not a stock linear layer's weight: other parameters, and whatever hangs on a module. The
-    laid-out weights are as many bytes again, and follow no change of the model's: after one, ask again.
+    It shares all else: other parameters, modules that are not of this package, whatever hangs on a module. The laid-out
+    weights are as many bytes again, and follow no change of the model's: after one, ask again.
     """
     before, kept = _KEPT.pop(model, {}), Laid()
     twin = _twin(model, "", before, kept)
@@ -52,16 +50,20 @@ def packed(model: Model) -> Model:
 
 
 def _twin(module: Any, name: str, before: Laid, kept: Laid) -> Any:
-    twin = copy.copy(module)
-    twin.training = False
-    twin._modules = {child: _twin(m, f"{name}.{child}", before, kept) for child, m in module._modules.items()}
-    if is_stock(module, nn.Linear):
+    if is_stock(module, nn.Linear) and _is_words(module.weight):
         weight = module.weight.detach()
         fingerprint = _fingerprint(weight)
         if name not in before or before[name][0] != fingerprint:
             before[name] = fingerprint, torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         kept[name] = before[name]
-        twin._parameters = {**module._parameters, "weight": kept[name][1]}
+        twin = copy.copy(module)
+        twin._parameters = dict[str, Any](module._parameters, weight=kept[name][1])
+    elif isinstance(module, GPT) or type(module) in CONTAINERS:
+        twin = copy.copy(module)
+        twin._modules = {child: _twin(m, f"{name}.{child}", before, kept) for child, m in module._modules.items()}
+    else:  # it calls what is inside, and PyTorch's linear layer takes no laid-out weight
+        return module
+    twin.training = False
     return twin
 
 
