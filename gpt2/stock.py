@@ -29,24 +29,31 @@ def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """
     if type(module) is not kind or is_watched(module):
         return False
+    parameters = module._parameters  # a fifth of the time of asking for the attributes
     if kind is nn.Linear or kind is nn.LayerNorm:
-        return type(module.weight) in PLAIN and (module.bias is None or type(module.bias) in PLAIN)
+        bias = parameters.get("bias")
+        return type(parameters.get("weight")) in PLAIN and (bias is None or type(bias) in PLAIN)
     if kind is nn.Embedding:
         options = module.padding_idx, module.max_norm, module.scale_grad_by_freq, module.sparse
-        return type(module.weight) in PLAIN and options == (None, None, False, False)
+        return type(parameters.get("weight")) in PLAIN and options == (None, None, False, False)
     return True
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's `forward`: by a hook of any kind, global ones included, by
     a `forward` of its own, or by code that its method `compile` made."""
+    code = module._compiled_call_impl
+    compiled = code is not None and not getattr(code, "is_transparent", False)  # `graphed` put there what calls it
+    return compiled or "forward" in module.__dict__ or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook of any kind is called with the module, global ones included."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
         or every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
         or every_module._global_backward_hooks
