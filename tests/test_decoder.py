@@ -101,11 +101,17 @@ def test_few_tokens_and_other_kernels_are_not_prepared(laid_out):
     with torch.autocast("cpu", torch.bfloat16):
         generate(model, idx, NEW)
     generate(copy.deepcopy(model).double(), idx, NEW)
-    weight = model.transformer.h[0].attn.c_proj.weight  # (16, 16)
-    for odd in (weight.detach().t(), torch.randn(257)[1:].view(16, 16)):
-        model.transformer.h[0].attn.c_proj.weight = torch.nn.Parameter(odd)
-        generate(model, idx, NEW)
     assert not laid_out
+
+
+def test_a_weight_that_cannot_be_laid_out_is_not(laid_out):
+    model, idx = tiny(block_size=64).eval(), torch.randint(50, (1, 4))
+    weight = model.transformer.h[0].attn.c_proj.weight  # (16, 16)
+    for odd, others in ((weight.detach().t(), 8), (torch.randn(257)[1:].view(16, 16), 0)):
+        model.transformer.h[0].attn.c_proj.weight = torch.nn.Parameter(odd)
+        assert torch.equal(generate(model, idx, NEW, greedy=True), unprepared(model, idx, greedy=True))
+        assert len(laid_out) == others, "of the other eight, which the second time are there"
+        laid_out.clear()
 
 
 # ------------------------------------------------------------------------------------------- compiled and captured
