@@ -67,6 +67,10 @@ def test_laid_out_weights_are_kept_until_they_change(laid_out):
         lambda: weight.data.mul_(-1.0),  # counted by no version
         lambda: weight.data[0, :2].add_(1.0),
         lambda: weight.data.copy_(weight.data.roll(1, 0)),
+        lambda: weight.data.copy_(weight.data.flip(1)),
+        lambda: weight.data[:, 1::2].neg_(),
+        lambda: weight.data[:, ::2].neg_(),
+        lambda: weight.data[3:5, 7].neg_(),
         lambda: torch.nn.init.normal_(weight, std=0.3),
         lambda: setattr(model.transformer.h[1].mlp.c_proj, "weight", torch.nn.Parameter(weight * 2)),
     ]
