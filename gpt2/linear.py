@@ -35,6 +35,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # the operator has arguments that no trace can hold
         and all(t.dtype == torch.float32 and type(t) in PLAIN for t in (x, weight, bias) if t is not None)
         and x.numel() >= MIN_ROWS * x.size(-1) > 0
         and torch.backends.mkldnn.is_available()

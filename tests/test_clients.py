@@ -177,6 +177,22 @@ def test_compiled_models_write_text(kernels):
     assert torch.equal(generate(compiled, idx, 3, greedy=True), model.generate(idx, 3, greedy=True))
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor:torch.jit.TracerWarning", "ignore:.*torch.jit.*deprecated")
+def test_traced_and_exported_models_are_the_model():
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = make().eval()
+
+        def forward(self, idx):
+            return self.model(idx)[0]
+
+    module = Logits()
+    first, second = torch.randint(50, (2, 2, 20), device=DEVICE)  # rows enough for oneDNN's road
+    for made in (torch.jit.trace(module, first), torch.export.export(module, (first,)).module()):
+        torch.testing.assert_close(made(second), module(second))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_gradients_of_single_samples(kernels):
