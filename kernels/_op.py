@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _launch
 
@@ -77,15 +78,19 @@ def op(
         torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(_one_by_one, registered), lib=_LIBRARY)
 
     if flops is not None:
-        register_flop_formula(getattr(torch.ops.fastgpt2, name))(lambda *shapes, out_shape=None, **_: flops(*shapes))
+        flop_counter.register_flop_formula(getattr(torch.ops.fastgpt2, name))(
+            lambda *shapes, out_shape=None, **_: flops(*shapes)
+        )
 
-    def seen_by_modes() -> bool:  # FlopCounterMode among them
-        return flops is not None and torch._C._len_torch_dispatch_stack() > 0
+    def flops_are_counted() -> bool:
+        if flops is None or not torch._C._len_torch_dispatch_stack():
+            return False
+        return any(type(mode).__module__ == flop_counter.__name__ for mode in _get_current_dispatch_mode_stack())
 
     if backward is None or setup_context is None:
 
         def call(*args):
-            seen = _dispatched(args) or torch._C._are_functorch_transforms_active() or seen_by_modes()
+            seen = _dispatched(args) or torch._C._are_functorch_transforms_active() or flops_are_counted()
             return registered(*args) if seen else launch(*args)
 
         return call
@@ -97,7 +102,7 @@ def op(
     transformed = _transformed_function(name, registered, setup_context, backward)
 
     def call_with_gradient(*args):
-        if _dispatched(args) or seen_by_modes():
+        if _dispatched(args) or flops_are_counted():
             return registered(*args)
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)
