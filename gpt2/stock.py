@@ -40,13 +40,18 @@ def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
 def is_watched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's `forward`: by a hook of any kind, global ones included, by
     a `forward` of its own, or by code that its method `compile` made."""
+    code = module._compiled_call_impl
+    compiled = code is not None and not getattr(code, "is_transparent", False)  # `graphed` put there what calls it
+    return compiled or "forward" in module.__dict__ or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook of any kind is called with the module, global ones included."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
         or every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
         or every_module._global_backward_hooks
