@@ -6,6 +6,8 @@ import contextlib
 
 import torch
 
+from fastgpt2.gpt2 import step_graphs
+
 
 class Recorder:
     """Captured work changes no value; a replay computes again, as at the capture, into the memory of the capture, which
@@ -42,3 +44,18 @@ class Recorder:
                         own.copy_(new.detach())
 
         return replay, static
+
+
+def count_replays(monkeypatch, device) -> list[str]:
+    """A list that grows by one at each replayed forward; without a GPU what stands for graphs is put in."""
+    if device.type != "cuda":
+        monkeypatch.setattr(step_graphs, "Recorder", Recorder)
+    replays = []
+    original = step_graphs.StepGraphs.__call__
+
+    def call(self, **inputs):
+        replays.append("forward")
+        return original(self, **inputs)
+
+    monkeypatch.setattr(step_graphs.StepGraphs, "__call__", call)
+    return replays
