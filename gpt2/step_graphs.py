@@ -27,9 +27,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 Out = TypeVar("Out")
+ONLY_ONCE = (
+    "whose graphs hold the loss's backward alone, once after each forward: take such a step from a copy of the model "
+    "(copy.deepcopy), or after fastgpt2.gpt2.graphed.release(model)"
+)
 WARM_UP = 2  # passes that compile, and allocate what a capture may not
 
 
@@ -168,10 +171,7 @@ class StepGraphs:
     def replay_backward(self, i: int, turn: Turn, upstream: Tensor | None) -> None:
         """Of segment i: the last one first. upstream: the gradient of the loss, for the last one."""
         if turn.left != i + 1:
-            raise RuntimeError(
-                "backward goes through a graphed step a second time: its graphs compute it once after each forward. "
-                "Sum the losses first, or take such a step from a copy of the model (copy.deepcopy) or after release()"
-            )
+            raise RuntimeError(f"backward goes through a graphed step a second time, {ONLY_ONCE}")
         if upstream is not None:
             self._upstream.copy_(upstream)
         self.segments[i].replay()
@@ -265,13 +265,11 @@ class _Replay(torch.autograd.Function):
         return graphs.loss.clone(), None if graphs.logits is None else graphs.logits.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, of_logits):  # type: ignore[override]
         if of_logits is not None:
-            raise RuntimeError(
-                "a gradient comes through the logits of a graphed step, and its graphs hold the backward of the loss "
-                "alone: compute such a loss with a copy of the model (copy.deepcopy) or after release(model)"
-            )
+            raise RuntimeError(f"a gradient comes through the logits of a graphed step, {ONLY_ONCE}")
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"create_graph asks for the backward of a graphed step's backward, {ONLY_ONCE}")
         ctx.graphs.replay_backward(ctx.i, ctx.turn, upstream)
         segment = ctx.graphs.segments[ctx.i]
         nodes = [node for node, _ in ctx.next_functions][0 if ctx.is_first else 1 :]

@@ -51,22 +51,26 @@ def loop(model: nn.Module, pairs, to_none: bool, passes: int = 3, n_steps: int =
     return [*found, *model.parameters()]
 
 
-TRITON = ["triton"] if ops.TRITON_INSTALLED else []
-
-
-@pytest.mark.parametrize("kernels", ["torch", *TRITON])
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("segments", [1, 2, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_three_passes_a_step_train_alike(device, replays, segments, dropout, to_none, kernels):
-    if kernels == "triton" and device.type == "cpu" and not (to_none and segments == 2):
-        pytest.skip("slow in the interpreter")
-    model, plain = pair_of_models(device, kernels, dropout=dropout)
+def test_three_passes_a_step_train_alike(device, replays, segments, dropout, to_none):
+    model, plain = pair_of_models(device, dropout=dropout)
     pairs = batches(device, 9)
     expected = loop(plain, pairs, to_none)
     assert graphed(model, *pairs[0], segments=segments) is model
     torch.testing.assert_close(loop(model, pairs, to_none), expected)
     assert len(replays) == 9 and len(graphs_of(model).segments) == segments
+
+
+@pytest.mark.skipif(not ops.TRITON_INSTALLED, reason="needs Triton")
+def test_kernels_train_alike(device, replays):
+    model, plain = pair_of_models(device, "triton", dropout=0.2, n_layer=2)
+    pairs = batches(device, 4, rows=1)
+    expected = loop(plain, pairs, True, passes=2, n_steps=2)
+    graphed(model, *pairs[0], segments=2)
+    torch.testing.assert_close(loop(model, pairs, True, passes=2, n_steps=2), expected)
+    assert len(replays) == 4
 
 
 @pytest.mark.parametrize("segments", [1, 3])
@@ -182,6 +186,7 @@ def test_what_graphs_cannot_give_is_refused(device, replays, segments):
     logits, loss = model(*pair)
     with pytest.raises(RuntimeError, match="a gradient comes through the logits of a graphed step"):
         (loss + logits.square().sum()).backward()
+    del logits, loss
     loss = model(*pair)[1]
     loss.backward(retain_graph=True)
     before = gradients(model)
@@ -192,9 +197,9 @@ def test_what_graphs_cannot_give_is_refused(device, replays, segments):
     torch.autograd.grad(loss, [model.transformer.ln_f.bias], retain_graph=True)
     with pytest.raises(RuntimeError, match="a graphed step a second time"):
         loss.backward()
-    (gradient,) = torch.autograd.grad(model(*pair)[1], [model.transformer.ln_f.bias], create_graph=True)
-    with pytest.raises(RuntimeError, match="twice differentiate|once_differentiable"):
-        gradient.sum().backward()
+    del loss
+    with pytest.raises(RuntimeError, match="create_graph asks for the backward of a graphed step's backward"):
+        torch.autograd.grad(model(*pair)[1], [model.transformer.ln_f.bias], create_graph=True)
 
 
 def test_other_calls_run_as_before(device, replays):
@@ -231,9 +236,10 @@ def test_autocast_around_the_call(device, replays, dtype):
     """Weights are cast anew in each replay, also where autocast stays on for the whole run."""
     model, plain = pair_of_models(device)
     pairs = batches(device, 9)
-    with torch.autocast(device.type, dtype):
+    with torch.autocast(device.type, dtype, cache_enabled=False):  # PyTorch's cache would keep the first step's weights
         expected = loop(plain, pairs, True)
-        plain(*pairs[0])  # fills autocast's cache
+    with torch.autocast(device.type, dtype):
+        model(*pairs[0])  # fills that cache
         graphed(model, *pairs[0])
         found = loop(model, pairs, True)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
