@@ -66,7 +66,7 @@ def graphed(
         raise ValueError(f"segments is {segments}, allowed are whole numbers of at least 1")
     release(model)
     if problem := _problem(model):
-        _say(problem, required)
+        _say(problem, required, stacklevel=3)
         return model
     module, whole = _called(model), _whole(model)
     if missing := [name for name in NAMES[:2] if name not in inspect.signature(whole.forward).parameters]:
@@ -186,7 +186,11 @@ class Graphed:
             "its parameters": [(id(t), t.data_ptr(), t.requires_grad) for t in tensors],
             "model.kernels": getattr(self.whole, "kernels", None),
             "a module's settings": [
-                (type(m), m.__dict__.get("forward"), [v for v in m.__dict__.values() if type(v) in SETTINGS])
+                (
+                    type(m),
+                    m.__dict__.get("forward"),
+                    [v for k, v in m.__dict__.items() if type(v) in SETTINGS and k[0] != "_"],
+                )
                 for m in modules
             ],
             "autocast": autocast and torch.get_autocast_dtype(kind),
@@ -196,7 +200,7 @@ class Graphed:
     def _say(self, problem: str) -> None:
         if problem not in self.said:
             self.said.add(problem)
-            _say(problem, self.required)
+            _say(problem, self.required, stacklevel=5)
 
 
 def _called(model: nn.Module) -> nn.Module:
@@ -230,8 +234,8 @@ def _problem(model: nn.Module) -> str | None:
     return None
 
 
-def _say(problem: str, required: bool) -> None:
+def _say(problem: str, required: bool, stacklevel: int) -> None:
     said = f"graphed: the step runs without CUDA graphs, as before: {problem}"
     if required:
         raise RuntimeError(said)
-    warnings.warn(said, stacklevel=5)
+    warnings.warn(said, stacklevel=stacklevel)

@@ -154,7 +154,9 @@ class Transformer(nn.Module):
                 stream = block.extend(stream, context)
                 continue
             x = ops.total(stream, dropout_p)
-            if recompute:  # a capture may not read where random numbers are: `StepGraphs` takes care that none are drawn
+            if (
+                recompute
+            ):  # a capture may not read where random numbers are: `StepGraphs` takes care that none are drawn
                 kept = not hardware.is_capturing()
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=kept)
             else:

@@ -157,7 +157,9 @@ class StepGraphs:
     def __call__(self, **inputs: Tensor) -> tuple[Tensor | None, Tensor]:
         """-> (logits or None, loss), copies. Raises RuntimeError where `busy`."""
         if self.busy:
-            raise RuntimeError("the forward before has not had its backward yet, whose activations this would overwrite")
+            raise RuntimeError(
+                "the forward before has not had its backward yet, whose activations this would overwrite"
+            )
         for name, own in self.inputs.items():
             own.copy_(inputs[name])
         self._replay_forward()

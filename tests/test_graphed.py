@@ -132,7 +132,9 @@ def test_a_scaler_and_backward_to_some_parameters(device, replays, segments):
 
 
 @pytest.mark.parametrize("segments", [1, 3])
-@pytest.mark.parametrize("frozen", ["transformer.w", "transformer.h.1", "transformer.h.2.mlp.c_proj.bias", "transformer.h.0"])
+@pytest.mark.parametrize(
+    "frozen", ["transformer.w", "transformer.h.1", "transformer.h.2.mlp.c_proj.bias", "transformer.h.0"]
+)
 def test_frozen_parameters_stay_without_gradients(device, replays, segments, frozen):
     model, plain = pair_of_models(device)
     (pair,) = batches(device, 1)
