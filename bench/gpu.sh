@@ -35,8 +35,8 @@ if ! $dry_run && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_a
 fi
 
 tests=(attention attention_masks cases column_sum decode_attention decode_linear decode_model decode_operator decoder
-    embedding gelu gradient_graph layer_norm layer_norm_dropout linear_cross_entropy matmul mlp parity timing train
-    whole_model)
+    embedding gelu graphed graphed_changes graphed_training layer_norm layer_norm_dropout linear_cross_entropy matmul
+    mlp parity timing train whole_model)
 tests=("${tests[@]/#/tests/test_}")
 step "$python" -m pytest -q -x -n 8 "${tests[@]/%/.py}"
 step "$python" -m fastgpt2.gpt2 verify

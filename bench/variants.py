@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.gradient_graph import GradientGraph
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.optim import adamw
+from fastgpt2.gpt2.step_graphs import StepGraphs
 
 OURS, HUGGINGFACE, NANOGPT = "fastgpt2", "HuggingFace", "nanoGPT"
 LR = 1e-4
@@ -42,7 +42,7 @@ class Variant:
     kernels: Kernels = ALL_TORCH
     compiled: bool = False
     naive_attention: bool = False
-    graph: bool = False  # forward and backward replayed as one CUDA graph
+    graph: bool = False  # forward and backward replayed as CUDA graphs
 
 
 def label(kernels: Kernels, compiled: bool = False, naive_attention: bool = False, graph: bool = False) -> str:
@@ -116,21 +116,21 @@ def naive_attention(active: bool) -> Iterator[None]:
 class Backward:
     """Makes every parameter's gradient on one batch; compiles or captures at its first call."""
 
-    def __init__(self, compute: Callable[[], Tensor], model: nn.Module, graph: bool):
-        self.compute, self.model, self.captures = compute, model, graph
-        self.graph: GradientGraph | None = None
+    def __init__(self, loss: Callable[[], Tensor], model: nn.Module, graph: bool):
+        self.loss, self.model, self.captures = loss, model, graph
+        self.graphs: StepGraphs | None = None
 
     def __call__(self) -> None:
         if not self.captures:
-            self.compute()
+            self.loss().backward()
             return
-        if self.graph is None:
-            self.graph = GradientGraph(self.compute, self.model.parameters())
-        self.graph()
+        if self.graphs is None:
+            self.graphs = StepGraphs(lambda: (None, self.loss()), self.model, {})
+        self.graphs()[1].backward()
 
     def held_bytes(self) -> int:
         """GPU memory that stays between calls, beside gradients."""
-        return self.graph.pool_bytes if self.graph else 0
+        return self.graphs.pool_bytes if self.graphs else 0
 
 
 class Family:
@@ -175,15 +175,13 @@ class Family:
         return ours
 
     def backward(self, variant: Variant, idx: Tensor, targets: Tensor, autocast: Autocast) -> Backward:
-        loss = self.loss(variant, idx, targets)
+        compute = self.loss(variant, idx, targets)
 
-        def compute() -> Tensor:
+        def loss() -> Tensor:
             with autocast():
-                value = loss()
-            value.backward()
-            return value.detach()
+                return compute()
 
-        return Backward(compute, self.model, variant.graph)
+        return Backward(loss, self.model, variant.graph)
 
     def step(self, backward: Backward) -> Callable[[], None]:
         """One optimizer step on one batch: forward, backward, clipping, fused AdamW."""

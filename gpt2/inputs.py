@@ -47,12 +47,15 @@ def check_tokens(name: str, tokens: Tensor, config: GPTConfig, shape: torch.Size
 
 
 def check_documents(documents: Tensor, idx: Tensor, cache: KVCache | None) -> None:
-    """`documents` must be (n + 1,) int32, rise from 0 to the number of tokens of `idx`, and come without a cache."""
+    """`documents` must be (n + 1,) int32, rise from 0 to the number of tokens of `idx`, which it may repeat at its end,
+    and come without a cache."""
     if cache is not None:
         raise ValueError("documents cannot be used together with a cache: allowed is one of them")
     if documents.dtype != torch.int32 or documents.dim() != 1 or documents.numel() < 2:
         raise ValueError(f"documents is {documents.dtype} {tuple(documents.shape)}, expected int32 (n + 1,)")
-    right = (documents[0] == 0) & (documents[-1] == idx.numel()) & (documents.diff() > 0).all()
+    steps = documents.diff()
+    rises = (steps > 0) | ((steps == 0) & (documents[1:] == idx.numel()))
+    right = (documents[0] == 0) & (documents[-1] == idx.numel()) & rises.all()
     if torch.compiler.is_compiling():
         torch._assert_async(right, "documents is expected to rise from 0 to the number of tokens of idx")
         return

@@ -152,9 +152,16 @@ class Transformer(nn.Module):
         for block in self.h:
             if is_stock(block, Block) and not recompute:
                 stream = block.extend(stream, context)
+                continue
+            x = ops.total(stream, dropout_p)
+            if (
+                recompute
+            ):  # a capture may not read where random numbers are: `StepGraphs` takes care that none are drawn
+                kept = not hardware.is_capturing()
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=kept)
             else:
-                x = ops.total(stream, dropout_p)
-                stream = Stream(checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context))
+                x = block(x, context)
+            stream = Stream(x)
         return ops.add_layer_norm(stream, self.ln_f, dropout_p, kernels)[1]
 
 
