@@ -54,7 +54,7 @@ TRAIN: tuple[Column, ...] = (
     ("ms a step", _ms),
     ("speed-up", _speedup),
     ("over", lambda r: _optional(r["speedup"], lambda s: s["over"])),
-    ("over it launched", lambda r: _speedup(r, "speedup_over_launched")),
+    ("over PyTorch, SDPA launched", lambda r: _speedup(r, "speedup_over_launched")),
     ("roofline model, ms", _model_ms),
     ("MFU", lambda r: _optional(r["mfu"], lambda m: f"{m:.1%}", UNKNOWN)),
     ("peak memory", _mebibytes),
