@@ -31,9 +31,13 @@ def _ms_spread(row: Row) -> str:
     return _optional(row["time_ms"], lambda t: f"{t['p20']:,.3f}..{t['p80']:,.3f}")
 
 
-def _speedup(row: Row, key: str = "speedup") -> str:
+def _speedup(row: Row) -> str:
+    return _times(row.get("speedup"))
+
+
+def _times(speedup: dict[str, Any] | None) -> str:
     """A baseline over itself is 1 and has no spread."""
-    if (speedup := row.get(key)) and speedup["p20"] == speedup["median"] == speedup["p80"]:
+    if speedup and speedup["p20"] == speedup["median"] == speedup["p80"]:
         return f"{speedup['median']:.2f}x"
     return _optional(speedup, lambda s: f"{s['median']:.2f}x ({s['p20']:.2f}..{s['p80']:.2f})")
 
@@ -54,7 +58,8 @@ TRAIN: tuple[Column, ...] = (
     ("ms a step", _ms),
     ("speed-up", _speedup),
     ("over", lambda r: _optional(r["speedup"], lambda s: s["over"])),
-    ("over PyTorch, SDPA launched", lambda r: _speedup(r, "speedup_over_launched")),
+    # Files of before had this one only.
+    ("over PyTorch, SDPA launched", lambda r: _times(r.get("speedup_over_launched", r["speedup"]))),
     ("roofline model, ms", _model_ms),
     ("MFU", lambda r: _optional(r["mfu"], lambda m: f"{m:.1%}", UNKNOWN)),
     ("peak memory", _mebibytes),
