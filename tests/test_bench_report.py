@@ -131,7 +131,9 @@ def test_the_ladder_of_graphs_comes_first():
 def test_results_of_before_say_which_ladder_was_not_measured():
     """The committed ones of the H200: one base for all, and no switch alone in a graph."""
     old = Results.load(COMMITTED / "train-nvidia-h200.json")
-    empty, launched = panels(plots.ladder(old)).values()
+    found = panels(plots.ladder(old))
+    empty, launched = found.values()
+    assert list(found)[1] == "All over PyTorch launched from Python", "the one in a graph too"
     assert empty[2] == [] and "not measured" in empty[3]
     assert launched[0].startswith("times as fast as PyTorch, SDPA (") and len(launched[1]) == 7
     assert launched[1][-1] == "Triton + CUDA graph" and launched[2][-1] == pytest.approx(1.6945, abs=1e-4)
