@@ -33,6 +33,7 @@ TEST = [
     "tensorboard>=2.14",
     "wheel",
 ]
+CLIENTS = ["opacus>=1.5", "peft>=0.15", "torchao>=0.10", "torchinfo>=1.8"]  # tools that tests put on the model
 
 setup(
     name="fastgpt2",
@@ -61,9 +62,10 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "clients": CLIENTS,
         "data": DATA,
         "watch": WATCH,
-        "dev": [*TEST, *DATA, *WATCH, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
+        "dev": [*TEST, *CLIENTS, *DATA, *WATCH, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["fastgpt2=fastgpt2.gpt2.cli:main"]},
 )

@@ -49,8 +49,8 @@ fi
 
 run_tests() {
     local tests=(attention attention_masks cases column_sum decode_attention decode_linear decode_model decode_operator
-        decoder embedding gelu gradient_graph layer_norm layer_norm_dropout linear_cross_entropy matmul mlp parity timing
-        train whole_model)
+        decoder embedding gelu graphed graphed_changes graphed_training layer_norm layer_norm_dropout linear_cross_entropy
+        matmul mlp parity timing train whole_model)
     tests=("${tests[@]/#/tests/test_}")
     step "$python" -m pytest -q -x -n 8 "${tests[@]/%/.py}"
 }

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from fastgpt2.bench import flash_gpt
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.gradient_graph import GradientGraph
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.optim import adamw
+from fastgpt2.gpt2.step_graphs import StepGraphs
 
 OURS, HUGGINGFACE, NANOGPT, FLASH_ATTN = "fastgpt2", "HuggingFace", "nanoGPT", "flash-attn"
 LR = 1e-4
@@ -157,24 +157,26 @@ def naive_attention(active: bool) -> Iterator[None]:
 class Backward:
     """Makes every parameter's gradient on one batch; compiles or captures at its first call."""
 
-    def __init__(self, compute: Callable[[], Tensor], model: nn.Module, road: str):
-        self.compute, self.model, self.road = compute, model, road
-        self.graph: GradientGraph | None = None
+    def __init__(self, loss: Callable[[], Tensor], model: nn.Module, road: str):
+        self.loss, self.model, self.road = loss, model, road
+        self.graphs: StepGraphs | None = None
 
     def __call__(self) -> None:
-        if self.road != GRAPH:
-            self.compute()
+        if self.road == GRAPH:
+            if self.graphs is None:
+                self.graphs = StepGraphs(lambda: (None, self.loss()), self.model, {})
+            self.graphs()[1].backward()
             return
-        if self.graph is None:
-            self.graph = GradientGraph(self.compute, self.model.parameters())
-        self.graph()
+        if self.road in CUDAGRAPH_TREES:  # what the step before has returned may be overwritten: nothing of it is kept
+            torch.compiler.cudagraph_mark_step_begin()
+        self.loss().backward()
 
     def held_bytes(self) -> int | None:
         """GPU memory that stays between calls, beside gradients; None where nobody can tell: cudagraph trees keep it
         in one pool for all that is compiled."""
         if self.road in CUDAGRAPH_TREES:
             return None
-        return self.graph.pool_bytes if self.graph else 0
+        return self.graphs.pool_bytes if self.graphs else 0
 
 
 class Family:
@@ -223,19 +225,13 @@ class Family:
         return ours
 
     def backward(self, variant: Variant, idx: Tensor, targets: Tensor, autocast: Autocast) -> Backward:
-        loss = self.loss(variant, idx, targets)
+        compute = self.loss(variant, idx, targets)
 
-        trees = variant.road in CUDAGRAPH_TREES
-
-        def compute() -> Tensor:
-            if trees:  # what the step before has returned may now be overwritten
-                torch.compiler.cudagraph_mark_step_begin()
+        def loss() -> Tensor:
             with autocast():
-                value = loss()
-            value.backward()
-            return value.detach().clone() if trees else value.detach()
+                return compute()
 
-        return Backward(compute, self.model, variant.road)
+        return Backward(loss, self.model, variant.road)
 
     def step(self, backward: Backward) -> Callable[[], None]:
         """One optimizer step on one batch: forward, backward, clipping, fused AdamW."""

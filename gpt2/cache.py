@@ -32,15 +32,15 @@ class KVCache:
     """
 
     def __init__(self, model: GPT, B: int, S: int, whole: bool = False):
-        config, weight = model.config, model.transformer.wte.weight
+        config, device = model.config, model.device
         if B < 1:
             raise ValueError(f"B is {B}, a cache has at least 1 row")
         if not 1 <= S <= config.block_size:
             raise ValueError(f"S is {S}, allowed are 1..{config.block_size} (block_size)")
         # Zeros, because attention multiplies what is not yet written by 0, and 0 * NaN is NaN.
         shape = (config.n_layer, 2, B, config.n_head, S, config.head_size)
-        self.keys_values = torch.zeros(shape, dtype=self.dtype_for(model), device=weight.device)
-        self.lengths = torch.zeros(B, dtype=torch.int32, device=weight.device)
+        self.keys_values = torch.zeros(shape, dtype=self.dtype_for(model), device=device)
+        self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
         self.longest = 0
         self.whole = whole
         self._prompt_lengths: Tensor | None = None
@@ -49,9 +49,8 @@ class KVCache:
     @staticmethod
     def dtype_for(model: GPT) -> torch.dtype:
         """What a cache made now would have."""
-        weight = model.transformer.wte.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        kind = model.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
     def start(self, lengths: Tensor | None = None) -> None:
         """Empties the cache. lengths (B,): how many tokens of each row of the next prompts are real; the rest, at the

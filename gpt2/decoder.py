@@ -22,6 +22,7 @@ from fastgpt2.gpt2.cache import KVCache
 from fastgpt2.gpt2.evaluate import evaluating
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.packed import can_pack, packed
+from fastgpt2.gpt2.stock import is_watched
 
 # With fewer tokens to come, preparing (laying weights out, capturing a graph) does not pay.
 WORTH_PREPARING = 16
@@ -104,9 +105,10 @@ class Decoder:
 
 
 def _has_graphs(model: GPT) -> bool:
-    """Not inside autocast, which frees the weights that it has cast when it ends, nor where weights are sharded."""
+    """Not inside autocast, which frees the weights that it has cast when it ends, nor where weights are sharded, nor
+    with hooks, which a replay would not call."""
     on_gpu = all(type(p) is nn.Parameter and p.device.type == "cuda" for p in model.parameters())
-    return on_gpu and not torch.is_autocast_enabled("cuda")
+    return on_gpu and not torch.is_autocast_enabled("cuda") and not any(is_watched(m) for m in model.modules())
 
 
 def _with_own_strides(read: Forward) -> Forward:

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt2.gpt2.decoder import Decoder
-from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.model import GPT, unwrap
 from fastgpt2.gpt2.sampling import Sampling, next_token
 
 # On a GPU, asking whether all rows have stopped waits for it: asked once in so many tokens.
@@ -27,7 +27,7 @@ Prompts = Tensor | Sequence[Sequence[int] | Tensor]
 
 
 def generate(
-    model: GPT,
+    model: nn.Module,
     idx: Prompts,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -42,6 +42,7 @@ def generate(
 ) -> Tensor:
     """idx and up to max_new_tokens more: (B, T + n) int64; fewer only where every row has met a stop token.
 
+    model: a GPT, also compiled, in DistributedDataParallel or inside peft's wrapper; the GPT itself computes.
     idx: (B, T) int64; or B prompts of different lengths, which are then padded on the left to the longest.
     generator: on the model's device; None is the device's default one.
     temperature, top_k, top_p, min_p, repetition_penalty, greedy: see `Sampling`.
@@ -69,7 +70,7 @@ class Generation(Iterator[Tensor]):
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
         idx: Prompts,
         max_new_tokens: int,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
@@ -82,7 +83,8 @@ class Generation(Iterator[Tensor]):
         compile: bool = False,
         cuda_graph: bool = True,
     ):
-        device, V = model.lm_head.weight.device, model.config.vocab_size
+        model = unwrap(model)
+        device, V = model.device, model.config.vocab_size
         if not isinstance(idx, Tensor):
             idx, prompt_lengths = _left_padded(idx, prompt_lengths, device)
         pads = _checked_prompts(idx, prompt_lengths, model, crop)
@@ -179,7 +181,7 @@ def _left_padded(
 
 def _checked_prompts(idx: Tensor, prompt_lengths: Sequence[int] | Tensor | None, model: GPT, crop: bool) -> Tensor:
     """How many tokens on the left of each row are padding: (B,) int64."""
-    V, S, device = model.config.vocab_size, model.config.block_size, model.lm_head.weight.device
+    V, S, device = model.config.vocab_size, model.config.block_size, model.device
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"idx is {idx.dtype}, expected int64 tokens")
     if idx.dim() != 2:

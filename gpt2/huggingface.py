@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
-from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.model import GPT, unwrap
 from fastgpt2.gpt2.ops import Kernels
 
 if TYPE_CHECKING:
@@ -263,17 +263,6 @@ def huggingface_state(model: GPT) -> dict[str, Tensor]:
         else:
             state[name] = own[name].t() if name.endswith(CONV1D) else own[name]
     return state
-
-
-def unwrap(model: nn.Module) -> GPT:
-    """The GPT inside torch.compile's and DistributedDataParallel's wrappers."""
-    inner: Any = model
-    while not isinstance(inner, GPT):
-        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if wrapped is None:
-            raise TypeError(f"expected a GPT, compiled or in DistributedDataParallel or neither, not {type(model)}")
-        inner = wrapped
-    return inner
 
 
 # ---------------------------------------------------------------------------------------------------- live models

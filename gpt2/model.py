@@ -4,8 +4,9 @@
     x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))        in every block
     logits = ln_f(x) wte^T
 
-The sum `x + ...` that ends a branch is computed together with the LayerNorm that follows it, so a block receives the
-branch before it (x, and the bias of its projection if that is still to add) beside the residual stream.
+Every module is one of PyTorch's or of this file, and calling it does what its class says: hooks, adapters and
+replacements work. Where modules are stock (see `is_stock`), what lies between two matrix products is fused: the sum
+that ends a branch is computed together with the LayerNorm that follows it, also across the border of two blocks.
 
 Shapes: B batch, T sequence, C = H * D channels, H heads, D head size, V vocabulary.
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; openai/gpt-2, src/model.py.
@@ -15,24 +16,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt2.gpt2 import hardware, ops
+from fastgpt2.gpt2 import fused_decode, hardware, inputs, ops
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
-from fastgpt2.gpt2.ops import Kernels
+from fastgpt2.gpt2.ops import Kernels, Stream
+from fastgpt2.gpt2.stock import is_stock
+from fastgpt2.gpt2.tying import same_values, share_again, shared_parameters
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
     from fastgpt2.gpt2.cache import KVCache
+
+
+class Context(NamedTuple):
+    """How one call of the model is computed; every block gets the same.
+
+    documents: of `ops.document_mask`.
+    """
+
+    kernels: Kernels
+    cache: KVCache | None = None
+    documents: Tensor | None = None
 
 
 class CausalSelfAttention(nn.Module):
@@ -45,17 +58,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(
-        self, h: Tensor, kernels: Kernels, cache: KVCache | None, documents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """h (B, T, C) -> (B, T, C), and c_proj's bias if it is still to add. documents: of `ops.document_mask`."""
-        qkv = ops.linear(h, self.c_attn.weight, self.c_attn.bias)  # (B, T, 3C)
-        if cache is None:
-            dropout_p = self.dropout if self.training else 0.0
-            y = ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, kernels, documents)
-        else:
-            y = cache.attention(self.layer, qkv, self.n_head, self.scale, kernels)
-        return ops.project(y, self.c_proj.weight, self.c_proj.bias, kernels)
+    def forward(self, h: Tensor, context: Context) -> Tensor:
+        """h (B, T, C) -> (B, T, C)."""
+        return ops.linear(self.attend(h, context), self.c_proj)
+
+    def attend(self, h: Tensor, context: Context) -> Tensor:
+        """What the heads give, before the projection: h (B, T, C) -> (B, T, C)."""
+        qkv = ops.linear(h, self.c_attn)  # (B, T, 3C)
+        if context.cache is not None:
+            return context.cache.attention(self.layer, qkv, self.n_head, self.scale, context.kernels)
+        dropout_p = self.dropout if self.training else 0.0
+        return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, context.kernels, context.documents)
 
 
 class MLP(nn.Module):
@@ -64,61 +77,51 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, h: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
-        """h (B, T, C) -> (B, T, C), and c_proj's bias if it is still to add."""
-        return ops.mlp(h, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, kernels)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Parameters of a LayerNorm; computed together with the residual add before it."""
-
-    def forward(self, x, residual=None, x_bias=None, dropout_p=0.0, *, kernels):  # type: ignore[override]
-        """s = residual + dropout(x + x_bias) -> (s, LayerNorm(s)), all (B, T, C)."""
-        p = dropout_p if self.training else 0.0
-        return ops.add_layer_norm(
-            x, residual, self.weight, self.bias, self.eps, x_bias=x_bias, dropout_p=p, kernels=kernels
-        )
+    def forward(self, h: Tensor, context: Context) -> Tensor:
+        """h (B, T, C) -> (B, T, C)."""
+        y, bias = ops.mlp(h, self.c_fc, self.c_proj, context.kernels)
+        return y if bias is None else y + bias
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.dropout = config.dropout
-        self.ln_1 = LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        x_bias: Tensor | None,
-        residual: Tensor | None,
-        kernels: Kernels,
-        cache: KVCache | None,
-        documents: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The branch before (x, x_bias) and the stream so far -> this block's last branch and the stream before it."""
-        if cache is not None and residual is None and ops.few_rows(x, kernels) and self._plain():
-            return self._few_rows(x, kernels, cache), None, None
-        residual, h = self.ln_1(x, residual, x_bias, self.dropout, kernels=kernels)
-        x, x_bias = self.attn(h, kernels, cache, documents)
-        residual, h = self.ln_2(x, residual, x_bias, self.dropout, kernels=kernels)
-        x, x_bias = self.mlp(h, kernels)
-        return x, x_bias, residual
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C): both branches added to it."""
+        return ops.total(self.extend(Stream(x), context), self.dropout_p)
 
-    def _few_rows(self, x: Tensor, kernels: Kernels, cache: KVCache) -> Tensor:
-        """The whole stream (B, T, C) through the block in five launches."""
-        qkv = ops.decode_linear(x, self.attn.c_attn, self.ln_1)
-        y = cache.attention(self.attn.layer, qkv, self.attn.n_head, self.attn.scale, kernels)
-        x = ops.decode_linear(y, self.attn.c_proj, residual=x)
-        h = ops.decode_linear(x, self.mlp.c_fc, self.ln_2, gelu=True)
-        return ops.decode_linear(h, self.mlp.c_proj, residual=x)
+    def extend(self, stream: Stream, context: Context) -> Stream:
+        """As `forward`, but the sum before this block is computed here, in its first LayerNorm's kernel, and the last
+        branch is left to add to whoever comes next."""
+        kernels, dropout_p = context.kernels, self.dropout_p
+        if context.cache is not None and is_stock(self.attn, CausalSelfAttention) and is_stock(self.mlp, MLP):
+            if fused_decode.serves(self, stream, kernels):
+                return Stream(fused_decode.block(self, stream.x, context.cache, kernels))
+        x, h = ops.add_layer_norm(stream, self.ln_1, dropout_p, kernels)
+        x, h = ops.add_layer_norm(Stream(*self._attn(h, context), x), self.ln_2, dropout_p, kernels)
+        return Stream(*self._mlp(h, context), x)
 
-    def _plain(self) -> bool:
-        """Whether `_few_rows`, which calls no module inside, may: they are ours, and nobody listens to them."""
-        ours = (self.ln_1, LayerNorm), (self.attn, CausalSelfAttention), (self.ln_2, LayerNorm), (self.mlp, MLP)
-        return all(type(m) is kind and not m._forward_hooks and not m._forward_pre_hooks for m, kind in ours)
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _attn(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """(attn(h), None), or without c_proj's bias, and the bias."""
+        if is_stock(self.attn, CausalSelfAttention):
+            return ops.project(self.attn.attend(h, context), self.attn.c_proj, context.kernels)
+        return self.attn(h, context), None
+
+    def _mlp(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """(mlp(h), None), or without c_proj's bias, and the bias."""
+        if is_stock(self.mlp, MLP):
+            return ops.mlp(h, self.mlp.c_fc, self.mlp.c_proj, context.kernels)
+        return self.mlp(h, context), None
 
 
 class Transformer(nn.Module):
@@ -132,28 +135,34 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.ln_f = LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
 
-    def forward(
-        self, idx: Tensor, kernels: Kernels, cache: KVCache | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        """idx (B, T) -> the normalised stream (B, T, C). documents: as `GPT.forward` has them."""
-        if documents is not None:
-            documents = ops.document_mask(documents, idx.size(0), idx.size(1), kernels)
+    def forward(self, idx: Tensor, context: Context) -> Tensor:
+        """idx (B, T) -> the normalised stream (B, T, C). context.documents: as `GPT.forward` has them."""
+        kernels, cache = context.kernels, context.cache
+        if context.documents is not None:
+            mask = ops.document_mask(context.documents, idx.size(0), idx.size(1), kernels)
+            context = context._replace(documents=mask)
         dropout_p = self.dropout if self.training else 0.0
-        if cache is not None and cache.continues(idx):
-            # One token a row, at positions of their own: as if they were one row of B tokens.
-            positions = nn.functional.embedding(cache.lengths, self.wpe.weight)  # (B, C)
-            x = ops.embedding(idx.mT, self.wte.weight, positions, dropout_p, kernels).transpose(0, 1)
-        else:
-            x = ops.embedding(idx, self.wte.weight, self.wpe.weight, dropout_p, kernels)
-        x_bias, residual = None, None
+        positions = None
+        if cache is not None and cache.continues(idx):  # one token a row, each at a position of its own
+            positions = cache.lengths[:, None].long()
+        stream = Stream(ops.embedding(idx, self.wte, self.wpe, positions, dropout_p, kernels))
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         for block in self.h:
-            run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x, x_bias, residual = run(x, x_bias, residual, kernels, cache, documents)
-        _, h = self.ln_f(x, residual, x_bias, self.dropout, kernels=kernels)
-        return h
+            if is_stock(block, Block) and not recompute:
+                stream = block.extend(stream, context)
+                continue
+            x = ops.total(stream, dropout_p)
+            if (
+                recompute
+            ):  # a capture may not read where random numbers are: `StepGraphs` takes care that none are drawn
+                kept = not hardware.is_capturing()
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=kept)
+            else:
+                x = block(x, context)
+            stream = Stream(x)
+        return ops.add_layer_norm(stream, self.ln_f, dropout_p, kernels)[1]
 
 
 class GPT(nn.Module):
@@ -175,10 +184,39 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
 
     def _apply(self, fn, recurse=True):
-        """Every move and cast goes through here; from or to the meta device it makes new parameters: tied again."""
+        """Every move and cast goes through here. Where it makes new parameters, as from or to the meta device, those
+        that were one under several names are so again; a head that somebody replaced stays apart."""
+        shared = shared_parameters(self)
         super()._apply(fn, recurse)
-        self.tie_weights()
+        share_again(shared)
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As PyTorch's. A head that is tied to the token table stays tied, also with assign=True.
+
+        Raises ValueError where they are tied and `state_dict` has different values for them.
+        """
+        shared = shared_parameters(self)
+        tied = any((self.lm_head, "weight") in names for names in shared)
+        head, table = (state_dict.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
+        if tied and not same_values(head, table):
+            raise ValueError(
+                "state_dict has an lm_head.weight that differs from transformer.wte.weight, and this model ties them: "
+                "give lm_head a weight of its own first, model.lm_head.weight = nn.Parameter(...)"
+            )
+        result = super().load_state_dict(state_dict, strict, assign)
+        share_again(shared)
+        return result
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first parameter that holds floating-point numbers: what is computed in outside of autocast."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     def _initialise(self) -> None:
         """N(0, 0.02) for weights, zero for biases; the projections onto the residual stream N(0, 0.02 / sqrt(2 L))."""
@@ -196,7 +234,7 @@ class GPT(nn.Module):
     def kernels(self) -> Kernels:
         """How each op is computed. Assign "auto", "triton", "torch", "attention,gelu" or a Kernels; "auto" is Triton
         where the parameters are on a CUDA or ROCm device and PyTorch elsewhere."""
-        return ops.kernels_for(self._kernels, self.lm_head.weight.device)
+        return ops.kernels_for(self._kernels, self.device)
 
     @kernels.setter
     def kernels(self, spec: str | Kernels) -> None:
@@ -239,62 +277,22 @@ class GPT(nn.Module):
         Raises ValueError for a shape, a token or a target out of range (RuntimeError under torch.compile; on a GPU,
         where tokens are checked without waiting for the device, a device-side assertion), TypeError for another dtype.
         """
-        self._check("idx", idx)
+        inputs.check_tokens("idx", idx, self.config)
         if targets is not None:
-            self._check("targets", targets, idx.shape)
+            inputs.check_tokens("targets", targets, self.config, idx.shape)
         if cache is not None:
             cache.make_room(idx, targets, self.training)
         if documents is not None:
-            self._check_documents(documents, idx, cache)
-        kernels = self.kernels
-        x = self.transformer(idx, kernels, cache, documents)
+            inputs.check_documents(documents, idx, cache)
+        kernels = ops.kernels_for(self._kernels, idx.device)
+        x = self.transformer(idx, Context(kernels, cache, documents))
         V = self.config.vocab_size
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
             few_rows = cache is not None and ops.few_rows(x, kernels)
-            logits = ops.decode_linear(x, self.lm_head) if few_rows else ops.linear(x, self.lm_head.weight)
-            return logits[..., :V], None
+            return ops.head(x, self.lm_head, few_rows)[..., :V], None
         want_logits = not (self.training and torch.is_grad_enabled())
-        return ops.head_loss(x, self.lm_head.weight, targets, V, want_logits, kernels)
-
-    def _check(self, name: str, tokens: Tensor, shape: torch.Size | None = None) -> None:
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"{name} is a {type(tokens).__name__}, expected a tensor (B, T) of int64 tokens")
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"{name} is {tokens.dtype}, expected int64 tokens")
-        if tokens.dim() != 2 or (shape is not None and tokens.shape != shape):
-            wanted = "(B, T)" if shape is None else tuple(shape)
-            raise ValueError(f"{name} has shape {tuple(tokens.shape)}, expected {wanted}")
-        if tokens.size(1) == 0:
-            raise ValueError(f"{name} is empty: its shape is {tuple(tokens.shape)}, a sequence has at least one token")
-        if tokens.size(1) > self.config.block_size:
-            raise ValueError(f"{name} has {tokens.size(1)} tokens a row, block_size is {self.config.block_size}")
-        V = self.config.vocab_size
-        right = tokens == tokens.clamp(min=None if name == "targets" else 0, max=V - 1)
-        allowed = f"vocab_size is {V}: allowed are 0..{V - 1}"
-        out_of_range = f"{name} holds a token out of range, {allowed}"
-        if torch.compiler.is_compiling():
-            torch._assert_async(right.all(), out_of_range)
-            return
-        try:
-            torch._assert_async(right.all(), out_of_range)  # waits for no GPU
-        except RuntimeError:
-            raise ValueError(f"{name} holds token {int(tokens[~right][0])}, {allowed}") from None
-
-    def _check_documents(self, documents: Tensor, idx: Tensor, cache: KVCache | None) -> None:
-        if cache is not None:
-            raise ValueError("documents cannot be used together with a cache: allowed is one of them")
-        if documents.dtype != torch.int32 or documents.dim() != 1 or documents.numel() < 2:
-            raise ValueError(f"documents is {documents.dtype} {tuple(documents.shape)}, expected int32 (n + 1,)")
-        right = (documents[0] == 0) & (documents[-1] == idx.numel()) & (documents.diff() > 0).all()
-        if torch.compiler.is_compiling():
-            torch._assert_async(right, "documents is expected to rise from 0 to the number of tokens of idx")
-            return
-        expected = f"expected to rise from 0 to {idx.numel()}, the tokens of idx"
-        try:
-            torch._assert_async(right, f"documents is {expected}")  # waits for no GPU
-        except RuntimeError:
-            raise ValueError(f"documents is {documents.tolist()}, {expected}") from None
+        return ops.head_loss(x, self.lm_head, targets, V, want_logits, kernels)
 
     @torch.no_grad()
     def generate(
@@ -364,7 +362,7 @@ class GPT(nn.Module):
         self.config = dataclasses.replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
         wpe.num_embeddings = block_size
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: Iterable[float], device_type: str
@@ -378,5 +376,20 @@ class GPT(nn.Module):
         """Model FLOPs utilisation: achieved FLOPs of `fwdbwd_per_iter` sequences in `dt` seconds over this GPU's bf16
         peak, by `GPTConfig.flops_per_token`. NaN where the peak is unknown."""
         flops = self.config.flops_per_token() * self.config.block_size * fwdbwd_per_iter
-        peak = hardware.peak_flops(self.lm_head.weight.device)
+        peak = hardware.peak_flops(self.device)
         return math.nan if peak is None else flops / dt / peak
+
+
+def unwrap(model: nn.Module) -> GPT:
+    """The GPT inside the wrappers of torch.compile, DistributedDataParallel and peft.
+
+    Raises TypeError where there is none.
+    """
+    inner: Any = model
+    while not isinstance(inner, GPT):
+        base = getattr(inner, "get_base_model", None)
+        wrapped = base() if base else getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if wrapped is None:
+            raise TypeError(f"expected a GPT, compiled or in DistributedDataParallel or neither, not {type(model)}")
+        inner = wrapped
+    return inner

@@ -12,12 +12,15 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt2.gpt2.linear import linear, linear_gelu
+from fastgpt2.gpt2.linear import linear as weight_product
+from fastgpt2.gpt2.linear import linear_gelu
+from fastgpt2.gpt2.stock import is_stock
 
 try:
     from fastgpt2.kernels.attention import causal_attention as triton_causal_attention
@@ -25,6 +28,8 @@ try:
     from fastgpt2.kernels.decode_linear import MOST_ROWS
     from fastgpt2.kernels.decode_linear import decode_linear as triton_decode_linear
     from fastgpt2.kernels.embedding import token_position_embedding as triton_embedding
+    from fastgpt2.kernels.gelu import bias_gelu as triton_bias_gelu
+    from fastgpt2.kernels.gelu import gelu as triton_gelu
     from fastgpt2.kernels.layer_norm import add_layer_norm as triton_add_layer_norm
     from fastgpt2.kernels.layer_norm import layer_norm as triton_layer_norm
     from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy as triton_linear_cross_entropy
@@ -137,39 +142,50 @@ def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
 # ----------------------------------------------------------------------------------------------------------- ops
 
 
-def embedding(idx: Tensor, token_weight: Tensor, position_weight: Tensor, dropout_p: float, kernels: Kernels) -> Tensor:
-    """Token plus position embedding: idx (B, T) -> (B, T, C), column t at position t."""
-    if kernels.embedding == "triton":
-        return triton_embedding(idx, token_weight, position_weight, dropout_p=dropout_p)
-    x = F.embedding(idx, token_weight) + position_weight[: idx.size(1)]
+class Stream(NamedTuple):
+    """The residual stream as a sum that is still to be computed: residual + dropout(x + x_bias).
+
+    x, residual (B, T, C), x_bias (C,). Without a residual it is x alone: the stream begins there, or is whole.
+    """
+
+    x: Tensor
+    x_bias: Tensor | None = None
+    residual: Tensor | None = None
+
+
+def linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """A linear layer: (..., K) -> (..., N)."""
+    return weight_product(x, layer.weight, layer.bias) if is_stock(layer, nn.Linear) else layer(x)
+
+
+def embedding(
+    idx: Tensor, wte: nn.Module, wpe: nn.Module, positions: Tensor | None, dropout_p: float, kernels: Kernels
+) -> Tensor:
+    """Token plus position embedding: idx (B, T) -> (B, T, C). positions (B, T) int64; None: column t is at t."""
+    if kernels.embedding == "triton" and is_stock(wte, nn.Embedding) and is_stock(wpe, nn.Embedding):
+        return triton_embedding(idx, wte.weight, wpe.weight, positions, dropout_p=dropout_p)
+    if positions is None and is_stock(wpe, nn.Embedding):
+        x = wte(idx) + wpe.weight[: idx.size(1)]
+    else:
+        x = wte(idx) + wpe(torch.arange(idx.size(1), device=idx.device) if positions is None else positions)
     return F.dropout(x, dropout_p) if dropout_p else x
 
 
-def add_layer_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    x_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    kernels: Kernels,
-) -> tuple[Tensor, Tensor]:
-    """Ends one branch and normalises for the next: s = residual + dropout(x + x_bias) -> (s, LayerNorm(s)).
+def total(stream: Stream, dropout_p: float) -> Tensor:
+    """The stream (B, T, C), summed up."""
+    x = stream.x if stream.x_bias is None else stream.x + stream.x_bias
+    return x if stream.residual is None else stream.residual + (F.dropout(x, dropout_p) if dropout_p else x)
 
-    x, residual (B, T, C). Without a residual, x begins the stream: (x, LayerNorm(x)).
-    x_bias: what `project` or `mlp` left to add.
-    """
-    if kernels.layer_norm == "triton":
+
+def add_layer_norm(stream: Stream, norm: nn.Module, dropout_p: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Ends one branch and normalises for the next: (the stream, norm(the stream)), both (B, T, C)."""
+    if kernels.layer_norm == "triton" and is_stock(norm, nn.LayerNorm):
+        x, x_bias, residual = stream
         if residual is None:
-            return x, triton_layer_norm(x, weight, bias, eps)
-        return triton_add_layer_norm(x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p)
-    if x_bias is not None:
-        x = x + x_bias
-    if residual is not None:
-        x = residual + (F.dropout(x, dropout_p) if dropout_p else x)
-    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+            return x, triton_layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return triton_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, x_bias=x_bias, dropout_p=dropout_p)
+    x = total(stream, dropout_p)
+    return x, norm(x)
 
 
 def document_mask(starts: Tensor, B: int, T: int, kernels: Kernels) -> Tensor:
@@ -229,31 +245,33 @@ def decode_attention(
     return y.view(B, 1, C)
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
-    """The projection that ends a branch: (x W^T, the bias still to add), or (x W^T + bias, None).
+def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
+    """The projection that ends a branch: (y W^T, the bias still to add), or (c_proj(y), None).
 
     The kernel of `add_layer_norm` adds a bias for free and makes its gradient beside those of LayerNorm, where a
     linear layer's backward would read the gradient once more.
     """
-    if kernels.layer_norm == "triton":
-        return linear(x, weight), bias
-    return linear(x, weight, bias), None
+    if kernels.layer_norm == "triton" and is_stock(c_proj, nn.Linear):
+        return weight_product(y, c_proj.weight), c_proj.bias
+    return linear(y, c_proj), None
 
 
-def mlp(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    kernels: Kernels,
-) -> tuple[Tensor, Tensor | None]:
-    """c_proj(gelu(c_fc(x))): (B, T, C) -> (B, T, C), and as in `project` the bias that is still to add."""
-    if kernels.gelu == "triton":
-        if kernels.layer_norm == "triton":
-            return triton_mlp(x, fc_weight, fc_bias, proj_weight), proj_bias
-        return triton_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias), None
-    return project(linear_gelu(x, fc_weight, fc_bias), proj_weight, proj_bias, kernels)
+def mlp(h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
+    """c_proj(gelu(c_fc(h))): (B, T, C) -> (B, T, C), and as in `project` the bias that is still to add."""
+    if is_stock(c_fc, nn.Linear):
+        if kernels.gelu == "torch":
+            act = linear_gelu(h, c_fc.weight, c_fc.bias)
+        elif is_stock(c_proj, nn.Linear):
+            if kernels.layer_norm == "triton":
+                return triton_mlp(h, c_fc.weight, c_fc.bias, c_proj.weight), c_proj.bias
+            return triton_mlp(h, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias), None
+        else:
+            pre = weight_product(h, c_fc.weight)
+            act = triton_gelu(pre) if c_fc.bias is None else triton_bias_gelu(pre, c_fc.bias)
+    else:
+        pre = c_fc(h)
+        act = triton_gelu(pre) if kernels.gelu == "triton" else F.gelu(pre, approximate="tanh")
+    return project(act, c_proj, kernels)
 
 
 def few_rows(x: Tensor, kernels: Kernels) -> bool:
@@ -275,8 +293,8 @@ def decode_linear(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + gelu(layer(norm(x))) in one launch, where `few_rows` says so. The parameters are
-    read early: in a model they were there before the embedding, an ordinary launch, began."""
+    """residual + gelu(layer(norm(x))) in one launch, where `few_rows` says so and both modules are stock. The
+    parameters are read early: in a model they were there before the embedding, an ordinary launch, began."""
     weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     return triton_decode_linear(
         *(x, layer.weight, layer.bias),
@@ -289,17 +307,22 @@ def decode_linear(
     )
 
 
+def head(x: Tensor, lm_head: nn.Module, few: bool) -> Tensor:
+    """Logits of x (B, T, C), over all rows of the head's table. few: `few_rows` says so."""
+    return decode_linear(x, lm_head) if few and is_stock(lm_head, nn.Linear) else linear(x, lm_head)
+
+
 def head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, want_logits: bool, kernels: Kernels
+    x: Tensor, lm_head: nn.Module, targets: Tensor, vocab_size: int, want_logits: bool, kernels: Kernels
 ) -> tuple[Tensor | None, Tensor]:
-    """Mean cross-entropy of the head: x (B, T, C), weight (rows >= V, C), targets (B, T) -> (logits (B, T, V), loss).
+    """Mean cross-entropy of the head: x (B, T, C), targets (B, T) -> (logits (B, T, V), loss).
 
     Negative targets are ignored. The kernel never makes whole logits, so there they are None unless wanted.
     """
-    if kernels.cross_entropy == "triton":
-        logits = linear(x, weight)[..., :vocab_size] if want_logits else None
-        return logits, triton_linear_cross_entropy(x, weight, targets, vocab_size=vocab_size)
-    logits = linear(x, weight)[..., :vocab_size]
+    if kernels.cross_entropy == "triton" and is_stock(lm_head, nn.Linear) and lm_head.bias is None:
+        logits = linear(x, lm_head)[..., :vocab_size] if want_logits else None
+        return logits, triton_linear_cross_entropy(x, lm_head.weight, targets, vocab_size=vocab_size)
+    logits = linear(x, lm_head)[..., :vocab_size]
     exact = logits if logits.dtype == torch.float64 else logits.float()
     kept = targets.masked_fill(targets < 0, IGNORED_TARGET)
     # A mean over no targets would be NaN: sum, then divide by at least one.

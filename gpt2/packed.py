@@ -7,50 +7,63 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Model = TypeVar("Model", bound=nn.Module)
+from fastgpt2.gpt2.model import GPT, MLP, Block, CausalSelfAttention, Transformer
+from fastgpt2.gpt2.stock import is_stock, is_watched
+
+CONTAINERS = (Transformer, nn.ModuleList, Block, CausalSelfAttention, MLP)  # whose linear layers `ops.linear` computes
 Fingerprint = tuple[int, int, int]
+Laid = dict[str, tuple[Fingerprint, Tensor]]  # a module's name -> of what, and the weight laid out
 
 # Laying a weight out takes as long as some ten products with it, so it is kept while its model lives: a model that is
-# in eval mode, because in training weights change. Module's name -> (fingerprint of the weight, the weight laid out).
-_KEPT: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Fingerprint, Tensor]]] = weakref.WeakKeyDictionary()
+# in eval mode, because in training weights change.
+_KEPT: weakref.WeakKeyDictionary[nn.Module, Laid] = weakref.WeakKeyDictionary()
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `packed` works here: plain float32 or bfloat16 parameters on a CPU for which oneDNN has products."""
+    """Whether `packed` works here: plain float32 or bfloat16 parameters on a CPU for which oneDNN has products, and no
+    hooks, which would be given modules of the copy."""
     plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
     if not plain or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    if not all(_is_words(weight) for weight in weights):
+    if any(is_watched(module) for module in model.modules()):
         return False
     dtypes = {p.dtype for p in model.parameters()}
     return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def packed(model: Model) -> Model:
+def packed(model: GPT) -> GPT:
     """A copy of `model` in eval mode, its linear layers laid out for products with few rows, which `ops.linear` takes.
 
-    It shares all other parameters. The laid-out weights are as many bytes again, and follow no change of the model's:
-    after one, ask again.
+    It shares all else: other parameters, modules that are not of this package, whatever hangs on a module. The laid-out
+    weights are as many bytes again, and follow no change of the model's: after one, ask again.
     """
-    shared = {id(p): p for p in model.parameters()}
-    twin = copy.deepcopy(model, shared).eval()
-    kept = _KEPT.pop(model, {})
-    for name, module in twin.named_modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight.detach()
-            fingerprint = _fingerprint(weight)
-            if name not in kept or kept[name][0] != fingerprint:
-                kept[name] = fingerprint, torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-            del module.weight
-            module.weight = kept[name][1]
+    before, kept = _KEPT.pop(model, {}), Laid()
+    twin = _twin(model, "", before, kept)
     if not model.training:
         _KEPT[model] = kept
+    return twin
+
+
+def _twin(module: Any, name: str, before: Laid, kept: Laid) -> Any:
+    if is_stock(module, nn.Linear) and _is_words(module.weight):
+        weight = module.weight.detach()
+        fingerprint = _fingerprint(weight)
+        if name not in before or before[name][0] != fingerprint:
+            before[name] = fingerprint, torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        kept[name] = before[name]
+        twin = copy.copy(module)
+        twin._parameters = dict[str, Any](module._parameters, weight=kept[name][1])
+    elif isinstance(module, GPT) or type(module) in CONTAINERS:
+        twin = copy.copy(module)
+        twin._modules = {child: _twin(m, f"{name}.{child}", before, kept) for child, m in module._modules.items()}
+    else:  # it calls what is inside, and PyTorch's linear layer takes no laid-out weight
+        return module
+    twin.training = False
     return twin
 
 

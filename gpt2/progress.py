@@ -104,7 +104,7 @@ def announce(
         "run": f"{config.steps} steps of {config.tokens_per_step(processes):,} tokens on {config.device} in "
         f"{config.dtype}, {f'{processes} processes with {config.parallel}, ' if processes > 1 else ''}"
         f"kernels {same.pop() if len(same) == 1 else kernels}{', compiled' if config.compile else ''}"
-        f"{', as a CUDA graph' if config.as_cuda_graph(processes) else ''}",
+        f"{', as CUDA graphs' if config.as_cuda_graph(processes) else ''}",
         "MFU": _mfu_in_words(model),
         "folder": str(folder),
         "start": f"val loss {val_loss:.4f} {f'after step {done}' if done else 'before training'}",
@@ -114,7 +114,7 @@ def announce(
 
 
 def _mfu_in_words(model: GPT) -> str:
-    device = model.lm_head.weight.device
+    device = model.device
     peak = hardware.peak_flops(device)
     formula = (
         f"(6 N + 12 L H D T) x tokens/s / peak (PaLM, appendix B), {model.config.flops_per_token():.3g} FLOPs a token"

@@ -137,8 +137,7 @@ def spread(model: GPT, ranks: Ranks, parallel: str, compile: bool) -> nn.Module:
 
 
 def _shard(model: GPT, ranks: Ranks) -> None:
-    """Parameters of a block are gathered before its forward and stay until its backward has reduced their gradients:
-    a block's last bias is added by the block after it."""
+    """A block's parameters are gathered before its forward and before its backward, and given up after each."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -146,8 +145,8 @@ def _shard(model: GPT, ranks: Ranks) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def set_gradient_sync(module: Any, wanted: bool) -> None:

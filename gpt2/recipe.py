@@ -49,8 +49,6 @@ class TrainConfig(Settings):
             allowed, value = [a for a in get_args(hint) if isinstance(a, str)], getattr(self, name)
             if allowed and value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
-        if self.cuda_graph == "on" and self._uncapturable():
-            raise ValueError(f"cuda_graph is 'on' and {self._uncapturable()[0]} is set, allowed is one of them")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}, allowed are 0..{MAX_SEED}")
         self.model_config(vocab_size=1)
@@ -76,17 +74,14 @@ class TrainConfig(Settings):
             )
         return self.total_batch_tokens // together
 
-    def _uncapturable(self) -> list[str]:
-        """Settings that are on, with which a pass is no CUDA graph."""
-        return [name for name in ("compile", "recompute", "document_mask") if getattr(self, name)]
-
     def as_cuda_graph(self, world_size: int) -> bool:
-        """Whether forward and backward are launched as one graph. Raises ValueError where they cannot be and shall."""
-        one_gpu = torch.device(self.device).type == "cuda" and world_size == 1
-        if self.cuda_graph == "on" and not one_gpu:
-            where = f"{world_size} ranks" if world_size > 1 else self.device
-            raise ValueError(f"cuda_graph is 'on' and the run is on {where}, allowed is one GPU")
-        return one_gpu and self.cuda_graph != "off" and not self._uncapturable()
+        """Whether forward and backward are launched as CUDA graphs. Raises ValueError where they cannot be and shall."""
+        cuda, sharded = torch.device(self.device).type == "cuda", self.parallel == "fsdp" and world_size > 1
+        if self.cuda_graph == "on" and not cuda:
+            raise ValueError(f"cuda_graph is 'on' and device is {self.device!r}, allowed is a GPU")
+        if self.cuda_graph == "on" and sharded:
+            raise ValueError(f"cuda_graph is 'on' and parallel 'fsdp' on {world_size} ranks, allowed is 'ddp'")
+        return cuda and not sharded and self.cuda_graph != "off"
 
     def tokens_per_step(self, world_size: int = 1) -> int:
         """Tokens that one optimizer step is trained on, over all ranks."""

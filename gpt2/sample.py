@@ -121,7 +121,7 @@ def _begin(
 ) -> Generation:
     if not prompt:
         raise ValueError("prompt is empty: give at least one character to go on from")
-    device = model.lm_head.weight.device
+    device = model.device
     row = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(device)
     return Generation(
         model,

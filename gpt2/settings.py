@@ -50,7 +50,7 @@ class Settings:
     dtype: DtypeName = "auto"  # of matrix products, by autocast; auto: bfloat16 on CUDA, float32 elsewhere
     kernels: str = "auto"  # auto, triton, torch, or a list such as attention,gelu; auto: triton on CUDA
     compile: bool = False  # train through torch.compile
-    cuda_graph: Literal["auto", "on", "off"] = "auto"  # a pass is one launch; auto: on one GPU, where that is possible
+    cuda_graph: Literal["auto", "on", "off"] = "auto"  # a pass is two launches; auto: on GPUs, where it is possible
     recompute: bool = False  # activation checkpointing: keep blocks' inputs only, compute the rest again in backward
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: each rank has the whole model, or a part of it (FSDP2)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 from fastgpt2.gpt2 import data, hardware
 from fastgpt2.gpt2.evaluate import total_loss
-from fastgpt2.gpt2.gradient_graph import GradientGraph
+from fastgpt2.gpt2.graphed import graphed
 from fastgpt2.gpt2.hellaswag import Example, plain_scores
 from fastgpt2.gpt2.loss_watch import LossWatch
 from fastgpt2.gpt2.model import GPT
@@ -50,7 +49,6 @@ class Trainer:
         self.peak_flops = hardware.peak_flops(self.device)
         self.passes = config.passes(self.ranks.size)
         self.captures = config.as_cuda_graph(self.ranks.size)
-        self.graph: GradientGraph | None = None
         self.model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels).to(self.device)
         self.model.transformer.recompute = config.recompute
         # Validation and sampling use the module itself, which shares its weights with the compiled one.
@@ -128,29 +126,15 @@ class Trainer:
         return cosine_schedule(step, **sizes)
 
     def _accumulate_gradient(self, i: int) -> torch.Tensor:
-        """Forward and backward pass number `i` of a step, from 0 -> its loss."""
+        """Forward and backward pass number `i` of a step, from 0 -> its loss. Gradients add up to the mean over the
+        passes of a step."""
         idx, targets = self.windows.next_batch(self.config.batch_size)
         more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
         idx, targets = idx.to(self.device), targets.to(self.device)
         set_gradient_sync(self.spread, i == self.passes - 1)
-        if self.captures and self.graph is None:
-            self.graph = self._capture(idx, targets)
-        if self.graph is not None:
-            return self.graph(idx, targets, add=i > 0)
-        return self._add_gradient(idx, targets, **more)
-
-    def _capture(self, idx: torch.Tensor, targets: torch.Tensor) -> GradientGraph | None:
-        try:
-            return GradientGraph(self._add_gradient, self.model.parameters(), idx, targets)
-        except RuntimeError as error:
-            if self.config.cuda_graph == "on":
-                raise
-            warnings.warn(f"no CUDA graph of forward and backward, training goes on without: {error}", stacklevel=2)
+        if self.captures:
+            graphed(self.spread, idx, targets, **more, required=self.config.cuda_graph == "on")
             self.captures = False
-            return None
-
-    def _add_gradient(self, idx: torch.Tensor, targets: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        """One forward and backward pass -> its loss. Gradients add up to the mean over the passes of a step."""
         with self.autocast():
             _, loss = self.spread(idx, targets, **more)
         self.scaler.scale(loss / self.passes).backward()

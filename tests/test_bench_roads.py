@@ -66,15 +66,15 @@ def on_every_road(monkeypatch):
     kernels here would take minutes, so PyTorch's compute."""
     happened, loss = [], Family.loss
 
-    class Graph:
+    class Graphs:
         pool_bytes = 1 << 20
 
-        def __init__(self, compute, parameters):
+        def __init__(self, forward, module, inputs):
             happened.append("captured")
-            self.compute = compute
+            self.forward = forward
 
         def __call__(self):
-            self.compute()
+            return self.forward()
 
     def compiled(model, dynamic, mode):
         happened.append(mode)
@@ -87,7 +87,7 @@ def on_every_road(monkeypatch):
     monkeypatch.setattr(
         Family, "loss", lambda self, v, *batch: loss(self, dataclasses.replace(v, kernels=Kernels.all("torch")), *batch)
     )
-    monkeypatch.setattr(variants, "GradientGraph", Graph)
+    monkeypatch.setattr(variants, "StepGraphs", Graphs)
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: happened.append("step"))
     monkeypatch.setattr(bench_train, "select", lambda *args: listed)

@@ -12,7 +12,7 @@ from tiny_models import tiny
 
 from fastgpt2 import GPT
 from fastgpt2.bench.dispatch import count_traffic
-from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2 import inputs, ops
 from fastgpt2.gpt2.cache import KVCache
 from fastgpt2.gpt2.generate import generate
 
@@ -83,7 +83,12 @@ def test_a_token_is_five_or_six_launches_a_layer_and_waits_for_nothing():
     model.kernels = "triton"
     cache, token = KVCache(model, 1, 150, whole=True), prompts(1, 1)
     for n, merge in ((1, []), (1000, ["_decode_merge_kernel"])):
-        with mock.patch.object(GPT, "_check"), multiprocessors(n), count_launches() as log, count_traffic() as traffic:
+        with (
+            mock.patch.object(inputs, "check_tokens"),
+            multiprocessors(n),
+            count_launches() as log,
+            count_traffic() as traffic,
+        ):
             model(token, cache=cache)
         layer = ["_decode_linear_kernel", "_decode_attention_kernel", *merge, *["_decode_linear_kernel"] * 3]
         expected = layer * model.config.n_layer + ["_decode_linear_kernel"]
@@ -143,8 +148,8 @@ def test_hooks_are_called_for_few_rows_too():
 @torch.no_grad()
 def test_a_module_of_ones_own_is_called_for_few_rows_too():
     class Silent(torch.nn.Module):
-        def forward(self, h, kernels):
-            return torch.zeros_like(h), None
+        def forward(self, h, context):
+            return torch.zeros_like(h)
 
     model = tiny(block_size=20, n_embd=32).to(DEVICE).eval()
     model.kernels, idx = "triton", prompts(1, 3)

@@ -1,0 +1,59 @@
+"""Whether a module is as PyTorch and this package made it, so that a fused region may compute it without calling it.
+
+    if is_stock(self.c_proj, nn.Linear): ...     # its weight and bias are all that it is
+    else: self.c_proj(y)                         # whatever somebody made of it
+
+People put hooks on modules, replace them (LoRA, quantised layers), parametrise their weights, or patch their `forward`.
+A region that reads `weight` and `bias` would pass all of that over in silence. Every region asks here first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+# Parameters that hold what they say: no quantised, sharded or traced ones. Tensors too, as `torch.func` and packing put
+# in a parameter's place.
+PLAIN = (nn.Parameter, Tensor)
+
+
+def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether calling `module` computes what class `kind` does with the module's weight and bias, and nothing else.
+
+    False for a subclass (which LoRA's and quantised layers are, and what parametrisations make of a module), for a
+    module that `is_watched`, or with parameters of another class than torch's own.
+    """
+    if type(module) is not kind or is_watched(module):
+        return False
+    if kind is nn.Linear or kind is nn.LayerNorm:
+        return type(module.weight) in PLAIN and (module.bias is None or type(module.bias) in PLAIN)
+    if kind is nn.Embedding:
+        options = module.padding_idx, module.max_norm, module.scale_grad_by_freq, module.sparse
+        return type(module.weight) in PLAIN and options == (None, None, False, False)
+    return True
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's `forward`: by a hook of any kind, global ones included, by
+    a `forward` of its own, or by code that its method `compile` made."""
+    code = module._compiled_call_impl
+    compiled = code is not None and not getattr(code, "is_transparent", False)  # `graphed` put there what calls it
+    return compiled or "forward" in module.__dict__ or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook of any kind is called with the module, global ones included."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    )
