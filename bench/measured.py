@@ -2,7 +2,8 @@
 
 "auto" means Triton's kernels on a GPU. Whether they are faster than PyTorch's depends on how they are launched, on the
 architecture and on the kernels themselves, so only result files of `fastgpt2 bench train` from such a GPU with these
-very kernels count; older ones are shown as what they are.
+very kernels count; older ones are shown as what they are. "auto" itself does not look here: it cannot know how a model
+will be launched, and Triton's kernels also need less memory, which a run may have been sized for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastgpt2.gpt2 import ops
 DIGEST = "kernels"  # the key in a result file's settings: SHA-256 of the kernels' sources
 COMMITTED = HERE / "results"
 SAID = {LAUNCHED: "launched from Python", GRAPH: "as one CUDA graph", COMPILE: "torch.compile"}
+ADVICE = '; slower: fastgpt2.graphed(model), or model.kernels = "torch" where memory allows'
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Measurement:
         ours, theirs = self.peak_bytes
         memory = f", {ours / 2**30:.1f} GiB against {theirs / 2**30:.1f}" if ours and theirs else ""
         where = f"{self.gpu}, {self.setting}, {self.date[:10]}, commit {short(self.commit)}"
-        return f"Triton {self.ratio:.2f}x of PyTorch{memory} ({where})"
+        advice = ADVICE if self.ratio < 1 else ""
+        return f"Triton {self.ratio:.2f}x of PyTorch{memory} ({where}){advice}"
 
 
 def road_of(row: dict[str, Any]) -> str:

@@ -98,7 +98,9 @@ def test_of_several_settings_the_slowest_counts(tmp_path):
             slow.append(row | dict(name=name, batch=1, speedup=speedup))
     made.rows += slow
     made.save(tmp_path)
-    assert "0.50x" in of_road(measured.lines(GPU, tmp_path), variants.GRAPH)
+    said = of_road(measured.lines(GPU, tmp_path), variants.GRAPH)
+    assert "0.50x" in said and "slower: fastgpt2.graphed(model)" in said
+    assert "slower" not in of_road(measured.lines(GPU, tmp_path), variants.LAUNCHED)
 
 
 def test_files_of_before_are_read(invented, monkeypatch):
