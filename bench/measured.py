@@ -22,7 +22,6 @@ from fastgpt2.gpt2 import ops
 DIGEST = "kernels"  # the key in a result file's settings: SHA-256 of the kernels' sources
 COMMITTED = HERE / "results"
 SAID = {LAUNCHED: "launched from Python", GRAPH: "as one CUDA graph", COMPILE: "torch.compile"}
-ADVICE = '; slower: fastgpt2.graphed(model), or model.kernels = "torch" where memory allows'
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,10 @@ class Measurement:
         ours, theirs = self.peak_bytes
         memory = f", {ours / 2**30:.1f} GiB against {theirs / 2**30:.1f}" if ours and theirs else ""
         where = f"{self.gpu}, {self.setting}, {self.date[:10]}, commit {short(self.commit)}"
-        advice = ADVICE if self.ratio < 1 else ""
-        return f"Triton {self.ratio:.2f}x of PyTorch{memory} ({where}){advice}"
+        instead = (
+            "fastgpt2.graphed(model), or " * (self.road == LAUNCHED) + 'model.kernels = "torch" where memory allows'
+        )
+        return f"Triton {self.ratio:.2f}x of PyTorch{memory} ({where})" + f"; slower: {instead}" * (self.ratio < 1)
 
 
 def road_of(row: dict[str, Any]) -> str:
