@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgpt2.gpt2 import step_graphs
+from fastgpt2.gpt2 import hardware, step_graphs
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.step_graphs import StepGraphs
 from fastgpt2.gpt2.stock import has_hooks
@@ -44,7 +44,7 @@ def graphed(
 
     model: a GPT or another module of its contract, alone, in `DistributedDataParallel` or in `torch.compile`.
     idx, targets, documents: a batch like those of training, on any device; only its shapes count. documents: any, if
-        the steps have some; there may be more or fewer of them in each batch.
+        the steps have some; each batch may have its own number of them.
     segments: graphs that backward consists of, at most one a block; by default 1, and under DDP several, so that it
         reduces the gradients of the last blocks while the others are computed.
     required: raise RuntimeError where this would warn.
@@ -57,9 +57,11 @@ def graphed(
     captured, as without a CUDA device, one warning says so and the model works as before.
 
     Everything that follows the model is as before: accumulation, any upstream gradient of the loss, clipping, scalers,
-    optimizers, hooks on parameters, frozen and tied parameters, `no_sync`, fresh dropout in each step. A call before the
-    backward of an earlier loss runs as before. Logits are copies, through which no gradient goes (an error says so), as
-    is a second backward through one step. `copy.deepcopy` and pickling give a model without graphs.
+    optimizers, hooks on parameters, frozen and tied parameters, `no_sync`, fresh dropout in each step. While an earlier
+    loss still waits for its backward, a call runs as before, with a warning. The logits are copies. An error refuses a
+    gradient through them, a second backward through one step, and create_graph. `copy.deepcopy` and pickling give a
+    model without graphs.
+
     Raises TypeError for a model that takes no idx and targets, ValueError for segments below 1.
     """
     if segments is not None and segments < 1:
@@ -120,8 +122,9 @@ class Graphed:
 
     def _is_step(self) -> bool:
         """Whether this is a step of training that only PyTorch's own eager mode looks at."""
-        watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-        return self.whole.training and torch.is_grad_enabled() and not self.failed and not watched
+        if self.failed or not self.whole.training or not torch.is_grad_enabled() or hardware.is_capturing():
+            return False
+        return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The arguments by name, if they are like those of the capture."""

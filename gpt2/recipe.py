@@ -75,7 +75,7 @@ class TrainConfig(Settings):
         return self.total_batch_tokens // together
 
     def as_cuda_graph(self, world_size: int) -> bool:
-        """Whether forward and backward are launched as CUDA graphs. Raises ValueError where they cannot be and shall."""
+        """Whether forward and backward are CUDA graphs. Raises ValueError where they shall be and cannot."""
         cuda, sharded = torch.device(self.device).type == "cuda", self.parallel == "fsdp" and world_size > 1
         if self.cuda_graph == "on" and not cuda:
             raise ValueError(f"cuda_graph is 'on' and device is {self.device!r}, allowed is a GPU")

@@ -1,19 +1,19 @@
 """Forward and backward of a training step as CUDA graphs behind autograd: two launches in place of hundreds.
 
-    graphs = StepGraphs(forward, model, {"idx": idx, "targets": targets})   # forward(**inputs) -> (logits or None, loss)
+    graphs = StepGraphs(forward, model, {"idx": idx, "targets": targets})   # forward(**inputs) -> (logits, loss)
     logits, loss = graphs(idx=idx, targets=targets)                         # replays the forward
     (loss / n).backward()                                                   # replays the backward, of this upstream
 
-The arithmetic is the same. What comes after the model (accumulation, hooks on parameters, DDP's buckets) is PyTorch's own:
-to autograd a replay is one node that gives each parameter its gradient. Where `cuts` names blocks, backward is a graph
-for each run of blocks between them, so that gradients of the last blocks are handed on, and DDP reduces them, while the
-GPU computes those of the blocks before.
+The arithmetic is the same, and what comes after the model (accumulation, hooks on parameters, DDP's buckets) is
+PyTorch's own: to autograd a replay is one node that gives each parameter its gradient. Where `cuts` names blocks,
+backward is a graph for each run of blocks between them, so that gradients of the last blocks are handed on, and DDP
+reduces them, while the GPU computes those of the blocks before.
 
 The graphs' memory is theirs: what a replay leaves there stays until the next one. So losses, logits and gradients are
-given out as copies, but for gradients that autograd adds to `p.grad` at once.
+given out as copies, but for gradients that autograd adds to `p.grad` at once. (`torch.cuda.make_graphed_callables`
+gives gradients out as they lie: PyTorch takes them as `p.grad`, and the next replay writes into it.)
 
-Source: PyTorch's notes on CUDA graphs. (`torch.cuda.make_graphed_callables` gives gradients out as they lie: PyTorch
-takes them as `p.grad`, and the next replay writes into it.)
+Source: PyTorch's notes on CUDA graphs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Recorder:
 
     def __init__(self, device: torch.device):
         self.device, self.pool_bytes = device, 0
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        # Not one stream for both: a library's work space for the captures' stream is then in the captures' memory.
+        self.side, self.stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     @staticmethod
     def serves(device: torch.device) -> bool:
@@ -60,13 +62,13 @@ class Recorder:
             torch.cuda.set_rng_state(before, self.device)
 
     def warm_up(self, work: Callable[[], Out]) -> tuple[Out, bool]:
-        """(what work returns, whether it drew random numbers), run on the stream of the captures."""
+        """(what work returns, whether it drew random numbers), run beside the current stream as a capture is."""
         before = torch.cuda.get_rng_state(self.device)
         with torch.cuda.device(self.device):
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 out = work()
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream().wait_stream(self.side)
         return out, not torch.equal(before, torch.cuda.get_rng_state(self.device))
 
     def capture(self, work: Callable[[], Out]) -> tuple[Callable[[], None], Out]:
@@ -123,7 +125,7 @@ class StepGraphs:
 
         cuts: blocks of the model, in their order, before which backward is cut. redraws: backward computes again what
             forward drew random numbers for.
-        Leaves random numbers where they were. Raises RuntimeError for what cannot be captured or does not fit in memory.
+        Leaves random numbers where they were. Raises RuntimeError for what cannot be captured or takes too much memory.
         """
         self._compute, self._module, self._cuts = forward, module, cuts
         self.inputs = {name: t.clone() for name, t in inputs.items()}
@@ -168,7 +170,8 @@ class StepGraphs:
         below = None
         for i, segment in enumerate(self.segments):
             below, logits = _Replay.apply(self, i, turn, below, *segment.parameters)
-        return logits, below  # the top one's is the loss
+        assert below is not None
+        return logits, below  # the last one's is the loss
 
     def replay_backward(self, i: int, turn: Turn, upstream: Tensor | None) -> None:
         """Of segment i: the last one first. upstream: the gradient of the loss, for the last one."""

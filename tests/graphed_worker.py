@@ -1,5 +1,8 @@
-"""One rank of two: torchrun --nproc_per_node=2 graphed_worker.py FOLDER. Graphed models in DistributedDataParallel, with
-what stands for graphs on CPUs, beside the same models without; rank 0 leaves FOLDER/found.json."""
+"""One rank of two: torchrun --nproc_per_node=2 graphed_worker.py FOLDER
+
+Graphed models in DistributedDataParallel, with what stands for graphs on CPUs, beside the same models without. Rank 0
+leaves FOLDER/found.json.
+"""
 
 import copy
 import json

@@ -1,11 +1,13 @@
 """The loops that users copy run as they stand."""
 
 import ast
+import contextlib
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgpt2 import GPT
 
@@ -18,7 +20,9 @@ def losses(name: str, capsys) -> list[float]:
 
 
 def test_a_loop_of_twenty_lines_learns(capsys):
-    found = losses("own_loop.py", capsys)
+    no_gpu = pytest.warns(UserWarning, match="the step runs without CUDA graphs, as before: the model is on cpu")
+    with contextlib.nullcontext() if torch.cuda.is_available() else no_gpu:
+        found = losses("own_loop.py", capsys)
     assert len(found) == 5 and found[-1] < found[0] - 0.2
     code = [line for line in (EXAMPLES / "own_loop.py").read_text().splitlines() if line and line[0] != '"']
     assert len([line for line in code if "import" not in line]) <= 20

@@ -1,4 +1,4 @@
-"""A loop over a graphed model is the loop over the model: on a GPU with real graphs, elsewhere with what stands for them."""
+"""A loop over a graphed model is the loop over the model: on a GPU with real graphs, elsewhere with their stand-in."""
 
 import copy
 
