@@ -152,9 +152,13 @@ def test_measured_peaks_are_of_this_machine(monkeypatch):
 
 
 def test_pytest_bench_measures_the_registry():
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "gelu and forward", "--benchmark-max-time=0.01"]
+    some = "gelu and forward or F.linear and not forward"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-rs", "-k", some, "--benchmark-max-time=0.01"]
     # Not a part of the run that starts it: in a worker of xdist, or with --dist, pytest-benchmark measures nothing.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gelu[256x3072-float32]-PyTorch-forward" in done.stdout and "Median" in done.stdout
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert "-F.linear_cross_entropy-both" in done.stdout and "1 skipped" in done.stdout
+        assert "SKIPPED [1]" in done.stdout and "F.linear_cross_entropy: " in done.stdout
