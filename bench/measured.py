@@ -21,7 +21,7 @@ from fastgpt2.gpt2 import ops
 
 DIGEST = "kernels"  # the key in a result file's settings: SHA-256 of the kernels' sources
 COMMITTED = HERE / "results"
-SAID = {LAUNCHED: "launched from Python", GRAPH: "as one CUDA graph", COMPILE: "torch.compile"}
+SAID = {LAUNCHED: "launched from Python", GRAPH: "as CUDA graphs", COMPILE: "torch.compile"}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Ladder(NamedTuple):
 
 
 LADDERS = (
-    Ladder("One CUDA graph: what the kernels give", (GRAPH,), variants.label(ALL_TORCH, GRAPH), SUFFIXES[GRAPH]),
+    Ladder("In CUDA graphs: what the kernels give", (GRAPH,), variants.label(ALL_TORCH, GRAPH), SUFFIXES[GRAPH]),
     Ladder("Launched from Python: with what Python costs", (LAUNCHED,), SDPA),
     Ladder("Compiled", tuple(MODES), f"{SDPA}, compiled in the same mode"),
     Ladder("All over PyTorch launched from Python", (), SDPA),  # files of before, which had one base

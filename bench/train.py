@@ -4,7 +4,7 @@ Every variant starts from the same weights and takes the same step on the same r
 clipping, fused AdamW. Before anything is timed, `fastgpt2 verify` must be green and every variant's gradient must agree
 with PyTorch's. A step's time is the wall clock's until the device is done: where Python is slower than the GPU, that is
 Python's, unless the kernels are launched in another way. So every variant is measured on a road: launched from Python,
-forward and backward as one CUDA graph, or by torch.compile in one of its three modes. The variants of a road take
+forward and backward as CUDA graphs, or by torch.compile in one of its three modes. The variants of a road take
 turns, and a speed-up is the median of the ratio, within a round, to PyTorch's kernels on the same road.
 
 MFU is `GPTConfig.flops_per_token` (PaLM's appendix B as nanoGPT counts: 6 N + 12 L H D T, causality not discounted)

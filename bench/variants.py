@@ -1,6 +1,6 @@
 """The ways to train GPT-2 that are compared: ours by every switch, HuggingFace's, nanoGPT's and flash-attn's model.
 
-Each computes a step on one road, which is how its kernels are launched: from Python, as one CUDA graph, or by
+Each computes a step on one road, which is how its kernels are launched: from Python, as CUDA graphs, or by
 torch.compile in one of its modes. Variants of one family share a model and an optimizer, so that three or four models
 are in memory, not thirty. All start from the same weights and see the same batch; dropout is 0 everywhere. Labels say
 what is active: they are made from the model's `Kernels` and from what the other models say of themselves.
