@@ -55,5 +55,5 @@ def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     options = _launch.config("column_sum", partials.device)
     missing = [None] * (3 - K)
     grid = (_launch.cdiv(C, options["BLOCK_C"]), K)
-    _column_sum_kernel[grid](*partials, *missing, *outs, *missing, P, C, **options)
+    _launch.launch(_column_sum_kernel, grid, *partials, *missing, *outs, *missing, P, C, **options)
     return outs

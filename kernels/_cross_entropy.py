@@ -160,7 +160,8 @@ def cross_entropy_(
     """
     R, V = logits.shape
     bits = 8 * logits.element_size()
-    _cross_entropy_kernel[(R,)](
+    _launch.launch(
+        _cross_entropy_kernel, (R,),
         logits, targets, scale, losses, logits.stride(0), 1 if scale.shape[0] == R else 0, V,
         ignore_index, label_smoothing, z_loss, write_grad,
         VECTOR=128 // bits, **_launch.config("cross_entropy", logits.device, str(bits)),
@@ -171,12 +172,14 @@ def inverse_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Ten
     """1 / max(1, number of targets that are neither negative nor ignore_index), as a tensor (1,)."""
     inverse = torch.empty(1, dtype=dtype, device=targets.device)
     options = _launch.config("loss_total", targets.device)
-    _inverse_count_kernel[(1,)](targets, inverse, targets.shape[0], ignore_index, **options)
+    _launch.launch(_inverse_count_kernel, (1,), targets, inverse, targets.shape[0], ignore_index, **options)
     return inverse
 
 
 def total(losses: Tensor, factor: Tensor) -> Tensor:
     """factor * sum of losses (R,), as a scalar, in a fixed order."""
     result = torch.empty((), dtype=losses.dtype, device=losses.device)
-    _total_kernel[(1,)](losses, factor, result, losses.shape[0], **_launch.config("loss_total", losses.device))
+    _launch.launch(
+        _total_kernel, (1,), losses, factor, result, losses.shape[0], **_launch.config("loss_total", losses.device)
+    )
     return result

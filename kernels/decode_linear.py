@@ -203,24 +203,11 @@ def decode_linear_fwd(
     residual = None if residual is None else _op.as_rows(residual)
     (M, K), N = x.shape, weight.shape[0]
     grid, config = _launch_of(x.device, x.itemsize, M, N, K, overlap)
-    _decode_linear_kernel[grid](
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        residual,
-        y,
-        x.stride(0),
-        weight.stride(0),
-        0 if residual is None else residual.stride(0),
-        M,
-        N,
-        K=K,
-        eps=eps,
-        GELU=gelu,
-        **config,
-    )
+    _launch.launch(
+        _decode_linear_kernel, grid,
+        x, weight, bias, norm_weight, norm_bias, residual, y, x.stride(0), weight.stride(0),
+        0 if residual is None else residual.stride(0), M, N, K=K, eps=eps, GELU=gelu, **config,
+    )  # fmt: skip
     return y
 
 

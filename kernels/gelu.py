@@ -116,7 +116,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     N, C = x.shape
     options = _launch.config("gelu_fwd", x.device, str(8 * x.element_size()))
     grid = (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),)
-    _gelu_fwd_kernel[grid](x, bias, y, x.stride(0), N, C, **options)
+    _launch.launch(_gelu_fwd_kernel, grid, x, bias, y, x.stride(0), N, C, **options)
     return y
 
 
@@ -139,7 +139,10 @@ def launch_gelu_bwd(
         programs = _launch.cdiv(_launch.sm_count(x.device) * programs_per_sm, blocks_c)
         programs = min(programs, _launch.cdiv(N, min_rows))
         partials = x.new_empty(1, programs, C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    _gelu_bwd_kernel[(programs * blocks_c,)](dy, x, bias, y, dx, partials, dy.stride(0), x.stride(0), N, C, **options)
+    _launch.launch(
+        _gelu_bwd_kernel, (programs * blocks_c,),
+        dy, x, bias, y, dx, partials, dy.stride(0), x.stride(0), N, C, **options,
+    )  # fmt: skip
     return None if partials is None or dbias_dtype is None else column_sum(partials, [dbias_dtype])[0]
 
 

@@ -237,7 +237,8 @@ def layer_norm_fwd(
     residual = None if residual is None else as_rows(residual)
     options = _config("layer_norm_fwd", x, dropout_p > 0.0)
     grid = (min(N, _launch.sm_count(x.device) * options.pop("PROGRAMS_PER_SM")),)
-    _layer_norm_fwd_kernel[grid](
+    _launch.launch(
+        _layer_norm_fwd_kernel, grid,
         x, residual, weight, bias, x_bias, seed, total, y, mean, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), N, C, eps, dropout_p,
         BLOCK_C=_launch.next_power_of_2(C), **options,
@@ -285,7 +286,8 @@ def layer_norm_bwd(
     wanted = [t for t in dtypes if t is not None]
     partials = mean.new_empty(len(wanted), programs, C)
     slots = iter(partials)
-    _layer_norm_bwd_kernel[(programs,)](
+    _launch.launch(
+        _layer_norm_bwd_kernel, (programs,),
         dy, dtotal, total, weight, mean, rstd, seed,
         dx, None if dresidual_dtype is None else dresidual, *(None if t is None else next(slots) for t in dtypes),
         dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), N, C, dropout_p,

@@ -207,7 +207,8 @@ def linear_cross_entropy_scale(
     dx_programs = _launch.cdiv(dx.numel(), options["BLOCK"])
     grid = (dx_programs + _launch.cdiv(dweight_out.numel(), options["BLOCK"]),)
     if grid[0] > 0:
-        _scale_gradients_kernel[grid](
+        _launch.launch(
+            _scale_gradients_kernel, grid,
             dloss, factor, dx, dweight, dx_out, dweight_out,
             dx.numel(), dweight.numel(), dweight_out.numel(), dx_programs, logits_scale, **options,
         )  # fmt: skip
