@@ -10,6 +10,8 @@ atomics. Source: the two-stage reduction of Triton's layer-norm tutorial, withou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -46,13 +48,13 @@ def _column_sum_kernel(
             _sum_columns(partial2_ptr, out2_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
 
 
-def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """The K tensors `partials[k].sum(0)` in `dtypes[k]`, for `partials` (K, P, C), K of 0 to 3, in one launch."""
-    K, P, C = partials.shape
-    outs = [partials.new_empty(C, dtype=dtype) for dtype in dtypes]
-    if K == 0:
-        return outs
-    options = _launch.config("column_sum", partials.device)
+def column_sum(partials: Sequence[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """The tensors `partials[k].sum(0)` in `dtypes[k]`, for 0 to 3 contiguous `partials` (P, C), in one launch."""
+    if not partials:
+        return []
+    K, (P, C) = len(partials), partials[0].shape
+    outs = [partials[0].new_empty(C, dtype=dtype) for dtype in dtypes]
+    options = _launch.config("column_sum", partials[0].device)
     missing = [None] * (3 - K)
     grid = (_launch.cdiv(C, options["BLOCK_C"]), K)
     _launch.launch(_column_sum_kernel, grid, *partials, *missing, *outs, *missing, P, C, **options)

@@ -1,25 +1,42 @@
 """A launcher becomes `torch.ops.fastgpt2.<name>`, with a fake and a gradient; eager calls skip the dispatcher.
 
-Two roads lead to one launcher. Under `torch.compile` the call goes to the registered operator, which the compiler
-sees as one opaque node. In eager mode it goes straight to the launcher, inside a `torch.autograd.Function` when a
-gradient is wanted: a registered operator costs several times the host time of a Function, and at GPT-2's sizes host
-time decides.
+Several roads lead to one launcher:
+
+- Eager mode calls it straight, inside a `torch.autograd.Function` when a gradient is wanted: a registered operator
+  costs several times the host time of a Function, and at GPT-2's sizes host time decides.
+- `torch.compile` sees into it. Dynamo's graph holds the registered operator and its fake; AOTAutograd, which writes
+  forward and backward down, runs the launcher on fake tensors in its place, as it does for `torch.library.triton_op`.
+  What PyTorch computes there becomes nodes that Inductor compiles with the rest (products, sums, sorting), and each
+  launch a node that its code makes by itself: no Python of ours runs between launches, and buffers are Inductor's.
+- The operator stays one opaque node, whose launcher is called from compiled code, where it was registered as `opaque`,
+  in `torch.export`'s programs, which have to be written to files, and where Triton interprets kernels.
+- Tensors that are not plain ones (DTensor, FakeTensor, ...) meet the registered operator.
+
+What a launcher may do follows from the second road: sizes may be symbols; it allocates outputs with PyTorch, and gives
+kernels whole tensors to write to, because writing to a view makes Inductor copy its base.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from . import _launch
+from ._trace import traced
 
+TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
 
@@ -30,6 +47,7 @@ def op(
     *,
     toggle: str,
     mutates: tuple[str, ...] = (),
+    opaque: bool = False,
     setup_context: Callable[[Any, tuple, Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -40,20 +58,33 @@ def op(
     fake: same arguments, returns empty tensors with the launcher's shapes, dtypes and strides.
     toggle: the field of `Kernels` that switches this operator off; named in errors.
     mutates: names of tensor arguments that the kernels write to.
+    opaque: torch.compile calls the launcher, and does not look into it.
     setup_context, backward: as in `torch.library.register_autograd`; both or neither.
     """
     name = launcher.__name__
     mutated = [place for place, argument in enumerate(inspect.signature(launcher).parameters) if argument in mutates]
 
-    def launch(*args):
-        tensors = [a for a in args if isinstance(a, Tensor)]
+    def check_device(args: tuple) -> None:
         try:
-            _launch.check_device(*tensors)
+            _launch.check_device(*(a for a in args if isinstance(a, Tensor)))
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error} (or switch this kernel off: {toggle}='torch')") from None
+
+    def launch(*args):
+        check_device(args)
         for place in mutated:  # so that autograd refuses a backward that needs what was there before
             torch.autograd.graph.increment_version(args[place])
-        with _launch.device_guard(tensors[0]):
+        with _launch.device_guard(next(a for a in args if isinstance(a, Tensor))):
+            return launcher(*args)
+
+    def trace(mode, operator, types, args, kwargs=None):
+        """What AOTAutograd calls, under which PyTorch makes everything functional, in place of the operator."""
+        if not _visible():
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        if not all(issubclass(t, TRACED_TYPES) or t is Tensor for t in types):
+            return NotImplemented
+        check_device(args)
+        with mode, traced():
             return launcher(*args)
 
     # The strides that eager would see, which is what an operator without a tag gets too.
@@ -68,6 +99,9 @@ def op(
 
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
+    if not (opaque or _launch.INTERPRETED):
+        torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
+        _key_caches_by_sources(f"fastgpt2::{name}")
 
     if backward is None or setup_context is None:
 
@@ -112,6 +146,30 @@ def _autograd_function(
 
     Eager.__name__ = name
     return Eager
+
+
+def _visible() -> bool:
+    """False while torch.export traces, whose programs keep operators because they cannot hold kernels."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    return not custom_triton_ops_decomposition_disabled()
+
+
+def _key_caches_by_sources(operator: str) -> None:
+    """Compiled code that PyTorch has on disk holds our kernels: with another version of these files it is not taken.
+
+    Keys of PyTorch's caches have the sources of the kernels that are noted for an operator, and of the strings that
+    those name. One kernel that names the digest of this folder stands for kernels, tuning numbers and launchers.
+    """
+    torch._library.triton.triton_ops_to_kernels[operator] = [_sources_kernel]
+
+
+SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
+@triton.jit
+def _sources_kernel():
+    SOURCES  # noqa: B018
 
 
 def _let_inductor_call(operator: str) -> None:

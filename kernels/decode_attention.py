@@ -236,7 +236,8 @@ def _fwd_fake(qkv, cache, lengths, n_head, scale):
     return qkv.new_empty((qkv.shape[0], 1, qkv.shape[2] // 3))
 
 
-_decode_attention = op(decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",))
+# Opaque: the cache is written to, and Inductor would copy it.
+_decode_attention = op(decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",), opaque=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- public

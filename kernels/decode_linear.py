@@ -239,7 +239,8 @@ def _fwd_fake(x, weight, bias, norm_weight, norm_bias, eps, gelu, residual, over
     return (x if residual is None else residual).new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_decode_linear = _op.op(decode_linear_fwd, _fwd_fake, toggle=TOGGLE)
+# Opaque: Inductor does not launch early.
+_decode_linear = _op.op(decode_linear_fwd, _fwd_fake, toggle=TOGGLE, opaque=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- public

@@ -138,12 +138,12 @@ def launch_gelu_bwd(
     if dbias_dtype is not None:
         programs = _launch.cdiv(_launch.sm_count(x.device) * programs_per_sm, blocks_c)
         programs = min(programs, _launch.cdiv(N, min_rows))
-        partials = x.new_empty(1, programs, C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        partials = x.new_empty(programs, C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     _launch.launch(
         _gelu_bwd_kernel, (programs * blocks_c,),
         dy, x, bias, y, dx, partials, dy.stride(0), x.stride(0), N, C, **options,
     )  # fmt: skip
-    return None if partials is None or dbias_dtype is None else column_sum(partials, [dbias_dtype])[0]
+    return None if partials is None or dbias_dtype is None else column_sum([partials], [dbias_dtype])[0]
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

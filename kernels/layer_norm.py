@@ -284,7 +284,7 @@ def layer_norm_bwd(
     programs = _launch.sm_count(total.device) * options.pop("PROGRAMS_PER_SM")
     programs = min(programs, _launch.cdiv(N, options.pop("MIN_ROWS")))
     wanted = [t for t in dtypes if t is not None]
-    partials = mean.new_empty(len(wanted), programs, C)
+    partials = [mean.new_empty(programs, C) for _ in wanted]
     slots = iter(partials)
     _launch.launch(
         _layer_norm_bwd_kernel, (programs,),

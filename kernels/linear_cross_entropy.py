@@ -275,8 +275,11 @@ def _backward(ctx, dloss, *_):
 
 
 _scale = _op.op(linear_cross_entropy_scale, _scale_fake, toggle=TOGGLE)
-_bwd = _op.op(linear_cross_entropy_bwd, _bwd_fake, toggle=TOGGLE)
-_fwd = _op.op(linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward)
+# Opaque: Inductor would write every chunk down, and make a copy of the buffer of logits for each.
+_bwd = _op.op(linear_cross_entropy_bwd, _bwd_fake, toggle=TOGGLE, opaque=True)
+_fwd = _op.op(
+    linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, opaque=True, setup_context=_setup_context, backward=_backward
+)
 
 
 def linear_cross_entropy(
