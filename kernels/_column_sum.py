@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._frozen import launch
 
 
 @triton.jit
@@ -55,5 +56,5 @@ def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     options = _launch.config("column_sum", partials.device)
     missing = [None] * (3 - K)
     grid = (_launch.cdiv(C, options["BLOCK_C"]), K)
-    _launch.launch(_column_sum_kernel, grid, *partials, *missing, *outs, *missing, P, C, **options)
+    launch(_column_sum_kernel, grid, *partials, *missing, *outs, *missing, P, C, **options)
     return outs

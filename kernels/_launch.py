@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -84,14 +83,6 @@ def device_guard(tensor: Tensor):
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)`: every launch of this package is made here.
-
-    kernel: a function decorated with `triton.jit`. args, options: its arguments, and launch options such as num_warps.
-    """
-    kernel[grid](*args, **options)
 
 
 def _interpreter_has_bfloat16() -> bool:
