@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._frozen import launch
 
 
 @triton.jit
@@ -57,5 +58,5 @@ def column_sum(partials: Sequence[Tensor], dtypes: list[torch.dtype]) -> list[Te
     options = _launch.config("column_sum", partials[0].device)
     missing = [None] * (3 - K)
     grid = (_launch.cdiv(C, options["BLOCK_C"]), K)
-    _launch.launch(_column_sum_kernel, grid, *partials, *missing, *outs, *missing, P, C, **options)
+    launch(_column_sum_kernel, grid, *partials, *missing, *outs, *missing, P, C, **options)
     return outs

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._frozen import launch
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -160,7 +161,7 @@ def cross_entropy_(
     """
     R, V = logits.shape
     bits = 8 * logits.element_size()
-    _launch.launch(
+    launch(
         _cross_entropy_kernel, (R,),
         logits, targets, scale, losses, logits.stride(0), 1 if scale.shape[0] == R else 0, V,
         ignore_index, label_smoothing, z_loss, write_grad,
@@ -172,14 +173,12 @@ def inverse_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Ten
     """1 / max(1, number of targets that are neither negative nor ignore_index), as a tensor (1,)."""
     inverse = torch.empty(1, dtype=dtype, device=targets.device)
     options = _launch.config("loss_total", targets.device)
-    _launch.launch(_inverse_count_kernel, (1,), targets, inverse, targets.shape[0], ignore_index, **options)
+    launch(_inverse_count_kernel, (1,), targets, inverse, targets.shape[0], ignore_index, **options)
     return inverse
 
 
 def total(losses: Tensor, factor: Tensor) -> Tensor:
     """factor * sum of losses (R,), as a scalar, in a fixed order."""
     result = torch.empty((), dtype=losses.dtype, device=losses.device)
-    _launch.launch(
-        _total_kernel, (1,), losses, factor, result, losses.shape[0], **_launch.config("loss_total", losses.device)
-    )
+    launch(_total_kernel, (1,), losses, factor, result, losses.shape[0], **_launch.config("loss_total", losses.device))
     return result

@@ -42,6 +42,7 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
+from ._frozen import launch
 from ._op import check_dtypes, op
 from .attention_backward import causal_attention_bwd_op
 
@@ -263,7 +264,7 @@ def causal_attention_fwd(
     bounded = cu_seqlens is not None or window is not None
     config = _launch.config("attention_fwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
-    _launch.launch(
+    launch(
         _attention_fwd_kernel, (_launch.cdiv(T, queries) * B, n_head),
         qkv, cu_seqlens, seed, out, lse, *qkv.stride()[:2], T, n_head,
         0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, D=D,

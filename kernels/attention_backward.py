@@ -36,6 +36,7 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
+from ._frozen import launch
 from ._op import op
 
 
@@ -332,14 +333,14 @@ def causal_attention_bwd(
     sizes = dict(D=D, BLOCK_D=block_d(D))
     delta = torch.empty_like(lse)
     config = _launch.config("attention_delta", qkv.device, variant(qkv.dtype, D))
-    _launch.launch(
+    launch(
         _attention_delta_kernel, (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head),
         out, dout, delta, *dout.stride()[:2], T, n_head, **sizes, **config,
     )  # fmt: skip
     bounded = cu_seqlens is not None or window is not None
     config = _launch.config("attention_bwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
     tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
-    _launch.launch(
+    launch(
         _attention_bwd_kernel, (tiles * B, n_head),
         qkv, dout, lse, delta, cu_seqlens, seed, dqkv, *qkv.stride()[:2], *dout.stride()[:2], T, n_head,
         0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, **sizes,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import _launch
 from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, variant
+from ._frozen import launch
 from ._op import check_dtypes, op
 from ._overlap import start_next, wait_for_previous
 
@@ -217,7 +218,7 @@ def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: in
         statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         parts = out.new_empty((B, n_head, n_splits, D), dtype=statistics)
         lse = out.new_empty((B, n_head, n_splits), dtype=statistics)
-    _launch.launch(
+    launch(
         _decode_attention_kernel, (B * n_head * n_splits,),
         qkv, cache, lengths, parts, lse, qkv.stride(0), *cache.stride()[:4], S, n_head, n_splits, scale, D=D,
         BLOCK_D=block_d(D), **overlap, **config,
@@ -225,7 +226,7 @@ def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: in
     if lse is not None:
         config = _launch.config("decode_merge", qkv.device, variant(parts.dtype, D))
         sizes = (S, n_head, n_splits)
-        _launch.launch(
+        launch(
             _decode_merge_kernel, (B * n_head,),
             parts, lse, lengths, out, *sizes, D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, **overlap, **config,
         )  # fmt: skip

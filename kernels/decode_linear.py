@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _op
+from ._frozen import launch
 from ._overlap import start_next, wait_for_previous
 from .gelu import _sigmoid_2u
 
@@ -203,7 +204,7 @@ def decode_linear_fwd(
     residual = None if residual is None else _op.as_rows(residual)
     (M, K), N = x.shape, weight.shape[0]
     grid, config = _launch_of(x.device, x.itemsize, M, N, K, overlap)
-    _launch.launch(
+    launch(
         _decode_linear_kernel, grid,
         x, weight, bias, norm_weight, norm_bias, residual, y, x.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), M, N, K=K, eps=eps, GELU=gelu, **config,

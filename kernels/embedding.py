@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _op
+from ._frozen import launch
 
 TOGGLE = "embedding"
 
@@ -190,7 +191,7 @@ def token_position_embedding_fwd(
     token_weight, position_weight = _with_rows(token_weight), _with_rows(position_weight)
     options = _launch.config("embedding_fwd", idx.device)
     grid = (_launch.cdiv(B * T, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
-    _launch.launch(
+    launch(
         _embedding_fwd_kernel, grid,
         idx, positions, token_weight, position_weight, seed, y,
         *idx.stride(), *((0, 0) if positions is None else positions.stride()),
@@ -248,7 +249,7 @@ def _batch_sum(dy: Tensor, seed: Tensor | None, dropout_p: float, P: int, dtype:
     if dweight.numel() > 0:
         options = _launch.config("embedding_batch_sum", dy.device)
         grid = (_launch.cdiv(P, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
-        _launch.launch(
+        launch(
             _batch_sum_kernel, grid,
             dy, seed, dweight, dy.stride(0), dy.stride(1), B, T, P, C, dropout_p, dy.dtype == torch.float64, **options,
         )  # fmt: skip
@@ -269,14 +270,12 @@ def _segment_sum(
     windows, column_blocks = _launch.cdiv(B * T, options["WINDOW"]), _launch.cdiv(C, options["BLOCK_C"])
     sum_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     partial = dy.new_empty((windows, 2, C), dtype=sum_dtype)
-    _launch.launch(
+    launch(
         _segment_sum_kernel, (B * T, column_blocks),
         keys, order, dy, seed, dweight, partial, dy.stride(0), dy.stride(1), B * T, T, V, C, dropout_p, **options,
     )  # fmt: skip
     if windows > 1:
-        _launch.launch(
-            _merge_pieces_kernel, (windows - 1, column_blocks), keys, partial, dweight, B * T, V, C, **options
-        )
+        launch(_merge_pieces_kernel, (windows - 1, column_blocks), keys, partial, dweight, B * T, V, C, **options)
     return dweight
 
 

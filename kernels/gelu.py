@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._column_sum import column_sum
+from ._frozen import launch
 from ._op import as_rows
 
 # 2u * log2(e) = x * (LINEAR + CUBIC * x^2); its derivative without log2(e) = LINEAR_GRAD + CUBIC_GRAD * x^2.
@@ -116,7 +117,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     N, C = x.shape
     options = _launch.config("gelu_fwd", x.device, str(8 * x.element_size()))
     grid = (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),)
-    _launch.launch(_gelu_fwd_kernel, grid, x, bias, y, x.stride(0), N, C, **options)
+    launch(_gelu_fwd_kernel, grid, x, bias, y, x.stride(0), N, C, **options)
     return y
 
 
@@ -139,7 +140,7 @@ def launch_gelu_bwd(
         programs = _launch.cdiv(_launch.sm_count(x.device) * programs_per_sm, blocks_c)
         programs = min(programs, _launch.cdiv(N, min_rows))
         partials = x.new_empty(programs, C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    _launch.launch(
+    launch(
         _gelu_bwd_kernel, (programs * blocks_c,),
         dy, x, bias, y, dx, partials, dy.stride(0), x.stride(0), N, C, **options,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._column_sum import column_sum
+from ._frozen import launch
 from ._op import as_rows
 
 ROW_BYTES = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)  # variants in the tuning table
@@ -237,7 +238,7 @@ def layer_norm_fwd(
     residual = None if residual is None else as_rows(residual)
     options = _config("layer_norm_fwd", x, dropout_p > 0.0)
     grid = (min(N, _launch.sm_count(x.device) * options.pop("PROGRAMS_PER_SM")),)
-    _launch.launch(
+    launch(
         _layer_norm_fwd_kernel, grid,
         x, residual, weight, bias, x_bias, seed, total, y, mean, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), N, C, eps, dropout_p,
@@ -286,7 +287,7 @@ def layer_norm_bwd(
     wanted = [t for t in dtypes if t is not None]
     partials = [mean.new_empty(programs, C) for _ in wanted]
     slots = iter(partials)
-    _launch.launch(
+    launch(
         _layer_norm_bwd_kernel, (programs,),
         dy, dtotal, total, weight, mean, rstd, seed,
         dx, None if dresidual_dtype is None else dresidual, *(None if t is None else next(slots) for t in dtypes),

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._cross_entropy import cross_entropy_, inverse_count, padded_vocab, statistics_dtype, total
+from ._frozen import launch
 from ._matmul import PIECE, matmul_
 
 TOGGLE = "cross_entropy"
@@ -207,7 +208,7 @@ def linear_cross_entropy_scale(
     dx_programs = _launch.cdiv(dx.numel(), options["BLOCK"])
     grid = (dx_programs + _launch.cdiv(dweight_out.numel(), options["BLOCK"]),)
     if grid[0] > 0:
-        _launch.launch(
+        launch(
             _scale_gradients_kernel, grid,
             dloss, factor, dx, dweight, dx_out, dweight_out,
             dx.numel(), dweight.numel(), dweight_out.numel(), dx_programs, logits_scale, **options,
