@@ -2,9 +2,9 @@
 
 python inductor_code.py FILE
 
-The model is on the CPU while PyTorch writes its graphs down, with `_launch` saying that it is an H100; they are moved to
-a pretended CUDA device before Inductor compiles them. Nothing is run: in place of the wrapper that Inductor generates
-stands a function that returns empty tensors of the right shapes.
+The model is on the CPU while PyTorch writes its graphs down, with `_launch` saying that it is an H100; they are moved
+to a pretended CUDA device before Inductor compiles them. Nothing is run: in place of the wrapper that Inductor
+generates stands a function that returns empty tensors of the right shapes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Graph:
 
 @dataclasses.dataclass
 class Compiled:
-    """Graphs in the order of their compilation; the parameters of the first's inputs by name, other inputs themselves."""
+    """Graphs in the order of their compilation; inputs of the first, parameters by name, others themselves."""
 
     graphs: list[Graph]
     inputs: list[Any]
@@ -267,4 +267,6 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    import inductor_code  # so that what is pickled is known by its module's name
+
+    inductor_code.main(sys.argv[1])
