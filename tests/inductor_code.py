@@ -10,12 +10,12 @@ generates stands a function that returns empty tensors of the right shapes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
-import logging
 import pickle
 import re
 import sys
-from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -42,7 +42,7 @@ H100 = SimpleNamespace(
     shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20, gcnArchName="",
 )  # fmt: skip
-TINY = GPTConfig(block_size=32, vocab_size=97, n_layer=2, n_head=2, n_embd=64)
+TINY = GPTConfig(block_size=32, vocab_size=97, n_layer=1, n_head=2, n_embd=64)
 
 
 @dataclasses.dataclass
@@ -98,6 +98,19 @@ class Compiled:
 
 
 @contextlib.contextmanager
+def device_guard():
+    """Gives CUDA the guard of the device "meta", which does nothing: a PyTorch built for CPUs has none for it."""
+    library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
+    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # of c10::DeviceType
+    before, guards[cuda] = guards[cuda], guards[meta]
+    try:
+        yield
+    finally:
+        guards[cuda] = before
+
+
+@contextlib.contextmanager
 def pretended_h100():
     """Answers what PyTorch, Triton and our kernels ask about the device."""
     answers = dict(
@@ -120,15 +133,12 @@ def pretended_h100():
     kernels = dict(check_device=lambda *t: None, capability=lambda device: (9, 0), sm_count=lambda device: 132)
     try:
         with (
+            device_guard(),
             mock.patch.multiple(torch.cuda, **answers),
             mock.patch.object(CudaInterface, "get_device_properties", properties),
             mock.patch.object(CudaInterface.Worker, "get_device_properties", properties),
             mock.patch.object(CudaInterface, "get_compute_capability", staticmethod(lambda device=None: 90)),
             mock.patch.object(torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True, create=True),
-            # Indexing, as in its own fake, asks the device.
-            mock.patch.object(
-                torch.ops.prims.inductor_lookup_seed.default, "prim_meta_impl", lambda seeds, index: seeds.new_empty(())
-            ),
             mock.patch.multiple(_launch, **kernels),
         ):
             yield
@@ -156,7 +166,7 @@ def move_graph(module: torch.fx.GraphModule, inputs) -> None:
 def called(code: str) -> list[str]:
     """What a wrapper calls that launches or computes: kernels by name, `extern_kernels.mm`, `torch.ops.aten.sort`."""
     body = code[re.search(r"def (call|partition_0)\(", code).start() : code.index("\ndef get_args")]
-    found = re.findall(r"(\w+)\.run\(|(extern_kernels\.\w+)\(|(torch\.ops\.\w+\.\w+)", re.sub("'[^']*'", "", body))
+    found = re.findall(r"(\w+)\.run\(|(extern_kernels\.\w+)\(|(torch\.ops\.\w+\.\w+)\.\w+\(", body)
     return [re.sub(r"_\d+$", "", kernel) or extern or operator for kernel, extern, operator in found]
 
 
@@ -181,7 +191,9 @@ def nodes(module: torch.fx.GraphModule) -> list[Node]:
     return found
 
 
-def compile_model(model: GPT, *batch, mode: str | None = None, patches: dict | None = None, **options) -> Compiled:
+def compile_model(
+    model: torch.nn.Module, *batch, mode: str | None = None, patches: dict | None = None, **options
+) -> Compiled:
     """Compiles a training step of `model`; `options` are those of torch.compile."""
     graphs: list[Graph] = []
     first_inputs: list[Any] = []
@@ -258,10 +270,46 @@ def tokens(B: int = 2, T: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randint(TINY.vocab_size, (2, B, T), generator=torch.Generator().manual_seed(1)))
 
 
+class Counting(torch.nn.Module):
+    """What a CUDA graph may not hold as it is: it writes to a tensor that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, idx, targets):
+        self.steps += 1
+        return None, (idx.float() * self.scale).sum()
+
+
+def opaque():
+    """Inside, torch.compile calls every operator, as it does those that were registered as opaque."""
+    return mock.patch.object(_op, "_visible", lambda: False)
+
+
+def bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def main(file: str) -> None:
-    idx, targets = tokens()
-    found = {"one layer": compile_model(tiny(n_layer=1), idx, targets)}
-    found["two layers"] = compile_model(tiny(), idx, targets)
+    batch = tokens()
+    whole = dict(graph_partition=False)  # Inductor says why it would skip a graph, where else it would cut it
+    untimed = dict(max_autotune_gemm_backends="ATEN")  # with more to choose from it would measure
+    found = {
+        "one layer": compile_model(tiny(), *batch),
+        "two layers": compile_model(tiny(n_layer=2), *batch),
+        "dropout": compile_model(tiny(dropout=0.2), *batch, patches=dict(fallback_random=True)),
+        "dynamic": compile_model(tiny(), *batch, dynamic=True),
+        "reduce-overhead": compile_model(tiny(dropout=0.2), *batch, mode="reduce-overhead", patches=whole),
+        "max-autotune": compile_model(tiny(), *batch, mode="max-autotune", patches=whole | untimed),
+        "cut": compile_model(tiny(), *batch, mode="reduce-overhead"),
+        "counting": compile_model(Counting(), *batch, mode="reduce-overhead", patches=whole),
+    }
+    with bfloat16():
+        found["bfloat16"] = compile_model(tiny(), *batch)
+        with opaque():
+            found["opaque"] = compile_model(tiny(), *batch)
     with open(file, "wb") as out:
         pickle.dump(found, out)
 

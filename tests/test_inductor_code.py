@@ -15,21 +15,98 @@ from pathlib import Path
 
 import pytest
 import torch
-from inductor_code import Compiled, Graph, Name, Node
+from inductor_code import Compiled, Graph, Name, bfloat16, tiny, tokens
 from torch.fx.node import map_aggregate
-
-from fastgpt2 import GPT
 
 SCRIPT = Path(__file__).with_name("inductor_code.py")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, Compiled]:
-    file = tmp_path_factory.mktemp("inductor") / "compiled.pickle"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, str(SCRIPT), str(file)], env=environment, check=True)
-    return pickle.loads(file.read_bytes())
+def compiled(made_once) -> dict[str, Compiled]:
+    def make(file: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        subprocess.run([sys.executable, "-W", "ignore", str(SCRIPT), str(file)], env=environment, check=True)
+
+    return pickle.loads(made_once("inductor.pickle", make).read_bytes())
+
+
+def ours(calls: list[str]) -> Counter:
+    """Launches of our kernels, by name without its ends."""
+    return Counter(c.removeprefix("_").removesuffix("_kernel") for c in calls if c.startswith("_"))
+
+
+def products(calls: list[str]) -> int:
+    return sum(c.startswith("extern_kernels.") for c in calls)
+
+
+def inductors(calls: list[str]) -> list[str]:
+    """Kernels that Inductor wrote: what is left of the model beside ours, and copies if it has to make some."""
+    return [c for c in calls if c.startswith("triton_")]
+
+
+def operators(calls: list[str]) -> list[str]:
+    return [c for c in calls if c.startswith("torch.ops.")]
+
+
+# ---------------------------------------------------------------------------------------------- the generated code
+
+
+def test_no_python_of_ours_runs_between_launches(compiled):
+    for case in ("one layer", "two layers", "dynamic", "reduce-overhead", "max-autotune", "bfloat16"):
+        forward, backward = (operators(graph.calls) for graph in compiled[case].graphs)
+        assert forward == ["torch.ops.fastgpt2.linear_cross_entropy_fwd"], case
+        assert not [o for o in backward if "fastgpt2" in o], case
+    assert len(operators(compiled["opaque"].graphs[0].calls)) == 7, "the harness sees operators where there are some"
+
+
+def test_a_block_is_its_launches_and_products(compiled):
+    """What two layers have more than one: no kernel of Inductor's own in forward, and in backward the sum of c_attn's
+    bias gradient alone: no copies."""
+    one, two = (compiled[case].graphs for case in ("one layer", "two layers"))
+    forward, backward = (list((Counter(b.calls) - Counter(a.calls)).elements()) for a, b in zip(one, two, strict=True))
+    assert ours(forward) == dict(layer_norm_fwd=2, attention_fwd=1, gelu_fwd=1)
+    assert products(forward) == 4 and len(forward) == 8
+    assert ours(backward) == dict(
+        layer_norm_bwd=2, column_sum=3, attention_delta=1, attention_bwd=1, gelu_bwd=1
+    )  # fmt: skip
+    assert products(backward) == 8 and len(backward) == 17
+    (own,) = inductors(backward)
+    assert "sum" in own and "copy" not in own
+
+
+def test_what_stands_before_and_after_the_blocks(compiled):
+    forward, backward = (graph.calls for graph in compiled["one layer"].graphs)
+    assert ours(forward)["embedding_fwd"] == 1 and ours(forward)["layer_norm_fwd"] == 3
+    assert all("assert_async" in kernel for kernel in inductors(forward)), "tokens are checked, and nothing else"
+    assert [ours(backward)[k] for k in ("batch_sum", "segment_sum", "merge_pieces", "scale_gradients")] == [1] * 4
+    assert len(inductors(backward)) <= 5  # sort, zeros, residual sum, tied table's sum, c_attn's bias gradient
+
+
+def test_forward_keeps_no_more_for_backward(compiled):
+    assert 0 < compiled["bfloat16"].saved_bytes <= compiled["opaque"].saved_bytes
+
+
+# --------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+@pytest.mark.parametrize("case", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_hold_a_training_step_whole(compiled, case):
+    found = compiled[case]
+    assert found.skips == 0
+    for graph in found.graphs:
+        assert graph.captured and graph.skip_reasons == [] and graph.mutated == []
+
+
+def test_nothing_is_cut_out_of_a_cuda_graph(compiled):
+    """Since 2.9 Inductor leaves out of the graph what it cannot hold, instead of skipping the whole."""
+    assert [graph.partitions for graph in compiled["cut"].graphs] in ([1, 1], [0, 0])
+    assert all(graph.captured for graph in compiled["cut"].graphs)
+
+
+def test_what_a_cuda_graph_may_not_hold_is_seen(compiled):
+    assert compiled["counting"].graphs[0].mutated
+    assert not compiled["one layer"].graphs[0].captured, "not asked for"
 
 
 # --------------------------------------------------------------------------------------------------- running graphs
@@ -74,3 +151,30 @@ def step(compiled: Compiled) -> dict[str, torch.Tensor]:
     gradients = run(backward, [*saved, torch.ones_like(loss)])
     named = {i: g for i, g in zip(compiled.inputs, gradients, strict=True) if isinstance(i, str)}
     return {"loss": loss} | named
+
+
+def eager(model, *batch) -> dict[str, torch.Tensor]:
+    loss = model(*batch)[1]
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case, changes", [("one layer", {}), ("two layers", dict(n_layer=2))])
+def test_compiled_is_eager(compiled, case, changes):
+    torch.testing.assert_close(step(compiled[case]), eager(tiny(**changes), *tokens()), rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_is_eager_with_dropout(compiled):
+    """Seeds are drawn in the same order from the same generator, and backward has those of forward."""
+    torch.manual_seed(3)
+    found = step(compiled["dropout"])
+    model = tiny(dropout=0.2)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, eager(model, *tokens()), rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_is_eager_in_bfloat16(compiled):
+    with bfloat16():
+        truth = eager(tiny(), *tokens())
+    for name, gradient in step(compiled["bfloat16"]).items():
+        assert (gradient - truth[name]).norm() <= 0.02 * truth[name].norm(), name
