@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inductor_code import Compiled, Graph, Name, bfloat16, tiny, tokens
+from inductor_code import Compiled, Name, Node, bfloat16, tiny, tokens
 from torch.fx.node import map_aggregate
 
 SCRIPT = Path(__file__).with_name("inductor_code.py")
@@ -119,8 +119,8 @@ def function(target: str):
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
-def run(graph: Graph, inputs: list) -> tuple:
-    """The outputs of the graph for CPU tensors, with kernels interpreted."""
+def run(nodes: list[Node], inputs: list):
+    """What a graph of these nodes returns for CPU tensors, with kernels interpreted."""
     known, inputs = {}, iter(inputs)
 
     def value(x):
@@ -128,12 +128,17 @@ def run(graph: Graph, inputs: list) -> tuple:
             return torch.device("cpu")
         return known[x.name] if isinstance(x, Name) else x
 
-    for node in graph.nodes:
+    for node in nodes:
         args, kwargs = map_aggregate(node.args, value), map_aggregate(node.kwargs, value)
         if node.op == "placeholder":
             known[node.name] = next(inputs)
         elif node.op == "output":
             return args[0]
+        elif node.op == "get_attr":
+            known[node.name] = node.kwargs["nodes"]
+        elif node.target == "control_deps":  # a graph that waits for others
+            _, graph, *rest = args
+            known[node.name] = run(graph, rest)
         elif "grid" in kwargs:
             module, name = node.target.rsplit(".", 1)
             kernel = getattr(importlib.import_module(module), name)
@@ -147,8 +152,8 @@ def step(compiled: Compiled) -> dict[str, torch.Tensor]:
     """Loss and gradients by parameter, as the compiled model computes them."""
     forward, backward = compiled.graphs
     inputs = [compiled.state[i] if isinstance(i, str) else i for i in compiled.inputs]
-    loss, *saved = run(forward, inputs)
-    gradients = run(backward, [*saved, torch.ones_like(loss)])
+    loss, *saved = run(forward.nodes, inputs)
+    gradients = run(backward.nodes, [*saved, torch.ones_like(loss)])
     named = {i: g for i, g in zip(compiled.inputs, gradients, strict=True) if isinstance(i, str)}
     return {"loss": loss} | named
 
