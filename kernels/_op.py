@@ -9,7 +9,8 @@ Several roads lead to one launcher:
   What PyTorch computes there becomes nodes that Inductor compiles with the rest (products, sums, sorting), and each
   launch a node that its code makes by itself: no Python of ours runs between launches, and buffers are Inductor's.
 - The operator stays one opaque node, whose launcher is called from compiled code, where it was registered as `opaque`,
-  in `torch.export`'s programs, which have to be written to files, and where Triton interprets kernels.
+  in `torch.export`'s programs, which have to be written to files, and where Triton interprets kernels, which Inductor
+  cannot.
 - Tensors that are not plain ones (DTensor, FakeTensor, ...) meet the registered operator.
 
 What a launcher may do follows from the second road: sizes may be symbols; it allocates outputs with PyTorch, and gives
@@ -40,6 +41,17 @@ TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
 
+# PyTorch keeps compiled code on disk, ours in it, under a key that holds the sources of the kernels noted here for an
+# operator, and the strings that they name. One kernel that names the digest of this folder stands for all kernels,
+# launchers and tuning numbers. A PyTorch without such notes would take code of an older version of them.
+KERNELS_IN_KEYS: dict[str, list[object]] | None = getattr(torch._library.triton, "triton_ops_to_kernels", None)
+SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
+@triton.jit
+def _sources_kernel():
+    SOURCES  # noqa: B018
+
 
 def op(
     launcher: Callable[..., Any],
@@ -64,17 +76,20 @@ def op(
     name = launcher.__name__
     mutated = [place for place, argument in enumerate(inspect.signature(launcher).parameters) if argument in mutates]
 
-    def check_device(args: tuple) -> None:
+    def first_tensor(args: tuple) -> Tensor:
+        """The first of the tensors, if Triton can run on them."""
+        tensors = [a for a in args if isinstance(a, Tensor)]
         try:
-            _launch.check_device(*(a for a in args if isinstance(a, Tensor)))
+            _launch.check_device(*tensors)
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error} (or switch this kernel off: {toggle}='torch')") from None
+        return tensors[0]
 
     def launch(*args):
-        check_device(args)
+        first = first_tensor(args)
         for place in mutated:  # so that autograd refuses a backward that needs what was there before
             torch.autograd.graph.increment_version(args[place])
-        with _launch.device_guard(next(a for a in args if isinstance(a, Tensor))):
+        with _launch.device_guard(first):
             return launcher(*args)
 
     def trace(mode, operator, types, args, kwargs=None):
@@ -83,7 +98,7 @@ def op(
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         if not all(issubclass(t, TRACED_TYPES) or t is Tensor for t in types):
             return NotImplemented
-        check_device(args)
+        first_tensor(args)
         with mode, traced():
             return launcher(*args)
 
@@ -99,9 +114,9 @@ def op(
 
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
-    if not (opaque or _launch.INTERPRETED):
+    if not (opaque or _launch.INTERPRETED or KERNELS_IN_KEYS is None):
+        KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_sources_kernel]
         torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
-        _key_caches_by_sources(f"fastgpt2::{name}")
 
     if backward is None or setup_context is None:
 
@@ -153,23 +168,6 @@ def _visible() -> bool:
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return not custom_triton_ops_decomposition_disabled()
-
-
-def _key_caches_by_sources(operator: str) -> None:
-    """Compiled code that PyTorch has on disk holds our kernels: with another version of these files it is not taken.
-
-    Keys of PyTorch's caches have the sources of the kernels that are noted for an operator, and of the strings that
-    those name. One kernel that names the digest of this folder stands for kernels, tuning numbers and launchers.
-    """
-    torch._library.triton.triton_ops_to_kernels[operator] = [_sources_kernel]
-
-
-SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
-
-
-@triton.jit
-def _sources_kernel():
-    SOURCES  # noqa: B018
 
 
 def _let_inductor_call(operator: str) -> None:

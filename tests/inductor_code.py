@@ -26,10 +26,12 @@ import torch._inductor.compile_fx as compile_fx
 import torch._inductor.config as inductor_config
 import torch.utils._pytree as pytree
 import triton
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
 from torch._dynamo.utils import counters
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -44,7 +46,7 @@ H100 = SimpleNamespace(
     shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20, gcnArchName="",
 )  # fmt: skip
-TINY = GPTConfig(block_size=16, vocab_size=53, n_layer=1, n_head=2, n_embd=32)
+TINY = GPTConfig(block_size=24, vocab_size=53, n_layer=1, n_head=2, n_embd=32)
 
 
 @dataclasses.dataclass
@@ -293,7 +295,7 @@ def tiny(kernels: str = "triton", **changes) -> GPT:
     return model
 
 
-def tokens(B: int = 2, T: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens(B: int = 2, T: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randint(TINY.vocab_size, (2, B, T), generator=torch.Generator().manual_seed(1)))
 
 
@@ -319,6 +321,53 @@ def bfloat16():
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def operators(graph: torch.fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if "fastgpt2" in str(node.target) or "triton" in str(node.target)]
+
+
+def exported() -> list[str]:
+    """Operators of the exported model, its products and sums decomposed."""
+    with pretended_h100():
+        return operators(torch.export.export(tiny().eval(), (tokens()[0],)).run_decompositions().graph)
+
+
+def refusal() -> str:
+    """What a compiled model says on a CPU."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(tiny(), backend="aot_eager")(*tokens())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def toggled() -> list[bool]:
+    """Whether each graph of one compiled model, switched between PyTorch and Triton and back, holds launches."""
+    seen = []
+
+    def compile_nothing(module, inputs):
+        seen.append(any("triton_kernel_wrapper" in str(node.target) for node in module.graph.nodes))
+        return module
+
+    model = tiny("torch").eval()
+    torch._dynamo.reset()
+    with pretended_h100(), torch.no_grad(), mock.patch.object(triton.JITFunction, "run"):
+        compiled = torch.compile(model, backend=aot_autograd(fw_compiler=compile_nothing), fullgraph=True)
+        for kernels in ("torch", "triton", "torch", "triton"):
+            model.kernels = kernels
+            compiled(tokens()[0])
+    return seen
+
+
+def keyed_by() -> dict[str, str]:
+    """Operator -> what PyTorch's caches on disk have in their keys for it."""
+    found = {}
+    for name in ("gelu_fwd", "gelu_bwd", "layer_norm_fwd", "mlp_bwd", "linear_cross_entropy_scale"):
+        (kernel,) = torch._library.triton.get_triton_kernels_for_op(f"fastgpt2::{name}")
+        found[name] = user_defined_triton_kernel_transitive_closure_source_code(kernel)
+    return found
+
+
 def main(file: str) -> None:
     batch = tokens()
     whole = dict(graph_partition=False)  # Inductor says why it would skip a graph, where else it would cut it
@@ -329,16 +378,16 @@ def main(file: str) -> None:
         "dropout": compile_model(tiny(dropout=0.2), *batch, patches=dict(fallback_random=True)),
         "dynamic": compile_model(tiny(), *batch, dynamic=True),
         "reduce-overhead": compile_model(tiny(dropout=0.2), *batch, mode="reduce-overhead", patches=whole),
-        "max-autotune": compile_model(tiny(), *batch, mode="max-autotune", patches=whole | untimed),
-        "cut": compile_model(tiny(), *batch, mode="reduce-overhead"),
+        "max-autotune": compile_model(tiny(), *batch, mode="max-autotune", patches=untimed),
         "counting": compile_model(Counting(), *batch, mode="reduce-overhead", patches=whole),
     }
     with bfloat16():
         found["bfloat16"] = compile_model(tiny(), *batch)
         with opaque():
             found["opaque"] = compile_model(tiny(), *batch)
+    others = dict(exported=exported(), refusal=refusal(), toggled=toggled(), keyed_by=keyed_by())
     with open(file, "wb") as out:
-        pickle.dump(found, out)
+        pickle.dump(found | others, out)
 
 
 if __name__ == "__main__":

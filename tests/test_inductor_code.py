@@ -8,6 +8,7 @@ import importlib
 import operator
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,8 @@ import pytest
 import torch
 from inductor_code import Compiled, Name, Node, bfloat16, tiny, tokens
 from torch.fx.node import map_aggregate
+
+from fastgpt2.kernels import _op
 
 SCRIPT = Path(__file__).with_name("inductor_code.py")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -87,6 +90,30 @@ def test_forward_keeps_no_more_for_backward(compiled):
     assert 0 < compiled["bfloat16"].saved_bytes <= compiled["opaque"].saved_bytes
 
 
+# ------------------------------------------------------------------------------------------- without the interpreter
+
+
+def test_an_exported_program_keeps_operators(compiled):
+    assert {name.split(".")[1] for name in compiled["exported"]} == {
+        *("token_position_embedding_fwd", "layer_norm_fwd", "causal_attention_fwd", "mlp_fwd")
+    }
+
+
+def test_compiled_on_a_cpu_says_what_to_do(compiled):
+    assert re.search(
+        r"RuntimeError: token_position_embedding_fwd: .* on 'cpu': use kernels='torch'", compiled["refusal"]
+    )
+    assert "embedding='torch'" in compiled["refusal"]
+
+
+def test_toggling_compiles_once_and_takes_the_other_path(compiled):
+    assert compiled["toggled"] == [False, True]
+
+
+def test_compiled_code_on_disk_is_of_these_sources(compiled):
+    assert all(_op.SOURCES in key for key in compiled["keyed_by"].values())
+
+
 # --------------------------------------------------------------------------------------------------- CUDA graphs
 
 
@@ -99,9 +126,8 @@ def test_cuda_graphs_hold_a_training_step_whole(compiled, case):
 
 
 def test_nothing_is_cut_out_of_a_cuda_graph(compiled):
-    """Since 2.9 Inductor leaves out of the graph what it cannot hold, instead of skipping the whole."""
-    assert [graph.partitions for graph in compiled["cut"].graphs] in ([1, 1], [0, 0])
-    assert all(graph.captured for graph in compiled["cut"].graphs)
+    """By default, newer Inductors cut out of a graph what it cannot hold, instead of skipping the whole."""
+    assert [graph.partitions for graph in compiled["max-autotune"].graphs] in ([1, 1], [0, 0])
 
 
 def test_what_a_cuda_graph_may_not_hold_is_seen(compiled):
