@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -120,7 +121,7 @@ def no_device() -> Iterator[None]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("no_device: kernels decorated under TRITON_INTERPRET are never launched; unset it")
     _library()
-    answers = dict(
+    answers: dict[str, Any] = dict(
         check_device=_check_device,
         capability=lambda device: divmod(ARCHITECTURE, 10),
         sm_count=lambda device: MULTIPROCESSORS,

@@ -10,15 +10,13 @@ atomics. Source: the two-stage reduction of Triton's layer-norm tutorial, withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._frozen import launch
+from ._frozen import launch, planned
 
 
 @triton.jit
@@ -33,30 +31,38 @@ def _sum_columns(partial_ptr, out_ptr, offs_c, mask_c, P, C, BLOCK_P: tl.constex
 
 @triton.jit(do_not_specialize=["P"])
 def _column_sum_kernel(
-    partial0_ptr, partial1_ptr, partial2_ptr, out0_ptr, out1_ptr, out2_ptr,
-    P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    partials_ptr, out0_ptr, out1_ptr, out2_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     k = tl.program_id(1)
+    partials_ptr += k.to(tl.int64) * P * C
     if k == 0:
-        _sum_columns(partial0_ptr, out0_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
-    if partial1_ptr is not None:
+        _sum_columns(partials_ptr, out0_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+    if out1_ptr is not None:
         if k == 1:
-            _sum_columns(partial1_ptr, out1_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
-    if partial2_ptr is not None:
+            _sum_columns(partials_ptr, out1_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+    if out2_ptr is not None:
         if k == 2:
-            _sum_columns(partial2_ptr, out2_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+            _sum_columns(partials_ptr, out2_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
 
 
-def column_sum(partials: Sequence[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
-    """The tensors `partials[k].sum(0)` in `dtypes[k]`, for 0 to 3 contiguous `partials` (P, C), in one launch."""
-    if not partials:
-        return []
-    K, (P, C) = len(partials), partials[0].shape
-    outs = [partials[0].new_empty(C, dtype=dtype) for dtype in dtypes]
-    options = _launch.config("column_sum", partials[0].device)
-    missing = [None] * (3 - K)
-    grid = (_launch.cdiv(C, options["BLOCK_C"]), K)
-    launch(_column_sum_kernel, grid, *partials, *missing, *outs, *missing, P, C, **options)
+@planned
+def _plan(K: int, C: int, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
+    options = _launch.config("column_sum", device)
+    return (_launch.cdiv(C, options["BLOCK_C"]), K), options
+
+
+def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """The K tensors `partials[k].sum(0)` in `dtypes[k]`, for contiguous `partials` (K, P, C), K of 0 to 3, one launch.
+
+    The kernel gets the whole of `partials`, and adds the offset itself: what is written through a view would be copied
+    under torch.compile.
+    """
+    K, P, C = partials.shape
+    outs = [torch.empty(C, dtype=dtype, device=partials.device) for dtype in dtypes]
+    if K == 0:
+        return outs
+    grid, options = _plan(K, C, partials.device)
+    launch(_column_sum_kernel, grid, partials, *outs, *(None,) * (3 - K), P, C, **options)
     return outs

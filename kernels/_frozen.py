@@ -11,17 +11,21 @@ a patched `JITFunction.run`, an interpreted or autotuned kernel, a version of Tr
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ._launch import TRITON_VERSION
+from . import _launch
 from ._trace import is_traced, write_down
 
-TRIED = (3, 4) <= TRITON_VERSION <= (3, 9)
-MOST = 4096  # frozen launches kept; at one more all are forgotten
+TRIED = (3, 4) <= _launch.TRITON_VERSION <= (3, 9)
+MOST_LAUNCHES = 4096  # frozen launches kept; at one more all are forgotten
+MOST_PLANS = 1024  # of each kind that are remembered
+Plan = TypeVar("Plan")
 _RUN = JITFunction.run
 _HOOKS = [getattr(getattr(knobs.runtime, f"launch_{when}_hook"), "calls", ()) for when in ("enter", "exit")]
 
@@ -36,7 +40,7 @@ class _Frozen(NamedTuple):
 
 
 _frozen: dict[tuple, _Frozen] = {}
-_pointers: dict[Any, int] = {}  # kernel -> how many of its arguments, which come first, are pointers
+_pointers: dict[Any, int] = {}  # kernel's function -> how many of its arguments, which come first, are pointers
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -51,9 +55,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if type(kernel) is not JITFunction or not _unwatched(kernel):
         kernel[grid](*args, **options)
         return
-    n = _pointers.get(kernel)
+    function = kernel.fn  # a kernel itself takes long to hash
+    n = _pointers.get(function)
     if n is None:
-        n = _pointers[kernel] = _leading_pointers(kernel)
+        n = _pointers[function] = _leading_pointers(kernel)
     tensors, numbers = args[:n], args[n:]
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     unaligned = 0
@@ -62,7 +67,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     active = driver.active
     device = active.get_current_device()
     key = (
-        kernel,
+        function,
         active,
         device,
         grid,
@@ -77,12 +82,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if frozen is None:
         frozen = _freeze(kernel, kernel[grid](*args, **options), grid, args, options, n)
         if frozen is not None:
-            if len(_frozen) >= MOST:
+            if len(_frozen) >= MOST_LAUNCHES:
                 _frozen.clear()
             _frozen[key] = frozen
         return
     run, (x, y, z), before, after = frozen
     run(x, y, z, active.get_current_stream(device), *before, *addresses, *after)
+
+
+def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
+    """`make`, which works numbers of a launch out of sizes, dtypes and the device, and remembers the last of them.
+
+    Who answers the questions about the machine is part of what it remembers by.
+    """
+
+    @functools.lru_cache(MOST_PLANS)
+    def remembered(capability, sm_count, *args):
+        return make(*args)
+
+    @functools.wraps(make)
+    def plan(*args):
+        try:
+            return remembered(_launch.capability, _launch.sm_count, *args)
+        except TypeError:  # sizes that are symbols, under torch.compile, have no hash
+            return make(*args)
+
+    return plan
 
 
 def _unwatched(kernel: JITFunction) -> bool:

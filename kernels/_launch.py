@@ -6,7 +6,6 @@ always through this module, so that a test or a tool can answer them differently
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -84,13 +83,6 @@ def mixed_matmul(device: torch.device) -> str:
     if device.type != "cuda" or (torch.version.hip and version < (2, 10)):
         return ""
     return "addmm" if version >= (2, 11) else "mm"
-
-
-def device_guard(tensor: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def _interpreter_has_bfloat16() -> bool:

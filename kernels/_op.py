@@ -24,17 +24,18 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import _launch
+from ._frozen import MOST_PLANS
 from ._trace import traced
 
 TRACED_TYPES = (FakeTensor, FunctionalTensor)
@@ -60,36 +61,54 @@ def op(
     toggle: str,
     mutates: tuple[str, ...] = (),
     opaque: bool = False,
+    strided: tuple[str, ...] = (),
+    differentiable: int | None = None,
     setup_context: Callable[[Any, tuple, Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Registers `launcher` as `torch.ops.fastgpt2.<launcher name>` and returns the function to call it by.
 
     launcher: positional arguments only, annotated (the operator's schema is read from them); allocates its outputs,
-        launches kernels, mutates none of its inputs but `mutates` and returns tensors that alias nothing.
+        launches kernels, mutates none of its inputs but `mutates` and returns tensors that alias nothing, or None in
+        the place of one that nobody asked for: the operator then has an empty tensor (0,) there.
     fake: same arguments, returns empty tensors with the launcher's shapes, dtypes and strides.
     toggle: the field of `Kernels` that switches this operator off; named in errors.
     mutates: names of tensor arguments that the kernels write to.
     opaque: torch.compile calls the launcher, and does not look into it.
+    strided: names of tensor arguments that the launcher takes with any strides; the others it gets contiguous.
+    differentiable: of how many outputs, the first ones, there are gradients; of all by default. The others are for
+        backward: eager calls do not return them.
     setup_context, backward: as in `torch.library.register_autograd`; both or neither.
     """
     name = launcher.__name__
-    mutated = [place for place, argument in enumerate(inspect.signature(launcher).parameters) if argument in mutates]
+    parameters = inspect.signature(launcher, eval_str=True).parameters.values()
+    mutated = [place for place, p in enumerate(parameters) if p.name in mutates]
+    tensor_places = [place for place, p in enumerate(parameters) if p.annotation in (Tensor, Tensor | None)]
+    flat = [place for place, p in enumerate(parameters) if place in tensor_places and p.name not in strided + mutates]
 
-    def first_tensor(args: tuple) -> Tensor:
-        """The first of the tensors, if Triton can run on them."""
-        tensors = [a for a in args if isinstance(a, Tensor)]
+    def check_device(args: tuple) -> list[Tensor]:
+        tensors = [args[place] for place in tensor_places if args[place] is not None]
         try:
             _launch.check_device(*tensors)
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error} (or switch this kernel off: {toggle}='torch')") from None
-        return tensors[0]
+        return tensors
+
+    def contiguous(args: tuple) -> tuple:
+        for place in flat:
+            tensor = args[place]
+            if tensor is not None and not tensor.is_contiguous():
+                args = (*args[:place], tensor.contiguous(), *args[place + 1 :])
+        return args
 
     def launch(*args):
-        first = first_tensor(args)
+        index = check_device(args)[0].get_device()
+        args = contiguous(args)
         for place in mutated:  # so that autograd refuses a backward that needs what was there before
             torch.autograd.graph.increment_version(args[place])
-        with _launch.device_guard(first):
+        if index < 0 or index == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(index):  # Triton launches on the current device
             return launcher(*args)
 
     def trace(mode, operator, types, args, kwargs=None):
@@ -98,19 +117,18 @@ def op(
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         if not all(issubclass(t, TRACED_TYPES) or t is Tensor for t in types):
             return NotImplemented
-        first_tensor(args)
+        check_device(args)
         with mode, traced():
-            return launcher(*args)
+            return _all_there(launcher(*contiguous(args)), args)
 
     # The strides that eager would see, which is what an operator without a tag gets too.
-    schema = name + torch.library.infer_schema(launcher, mutates_args=mutates)
-    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+    _LIBRARY.define(name + _schema(launcher, mutates), tags=(torch.Tag.needs_exact_strides,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, launch, key)
+        _LIBRARY.impl(name, lambda *args: _all_there(launch(*args), args), key)
 
     def fake_op(*args):
         _let_inductor_call(f"fastgpt2::{name}")
-        return fake(*args)
+        return _all_there(fake(*args), args)
 
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
@@ -121,22 +139,53 @@ def op(
     if backward is None or setup_context is None:
 
         def call(*args):
-            return registered(*args) if _dispatched(args) else launch(*args)
+            return launch(*args) if _plain(args, tensor_places) is not None else registered(*args)
 
         return call
 
-    torch.library.register_autograd(f"fastgpt2::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    def registered_context(ctx, inputs, output):
+        if differentiable is not None:
+            ctx.mark_non_differentiable(*output[differentiable:])
+        setup_context(ctx, inputs, output)
 
-    function = _autograd_function(name, launch, setup_context, backward)
+    torch.library.register_autograd(f"fastgpt2::{name}", backward, setup_context=registered_context, lib=_LIBRARY)
+    function = _autograd_function(name, launch, setup_context, _once(name, toggle, backward), differentiable)
+    # What `Function.apply` comes to without functorch's transforms, which it looks for in every argument.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call_with_gradient(*args):
-        if _dispatched(args):
+        needs_gradient = _plain(args, tensor_places)
+        if needs_gradient is None:
             return registered(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)
+        # Forward-mode derivatives, which there are none of, are refused by the Function.
+        if (needs_gradient and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+            if torch._C._are_functorch_transforms_active():
+                return function.apply(*args)
+            return apply(*args)
         return launch(*args)
 
     return call_with_gradient
+
+
+def _schema(launcher: Callable[..., Any], mutates: tuple[str, ...]) -> str:
+    """The operator's schema, in which an output that may be None is a tensor, too (`_all_there`)."""
+
+    def prototype():
+        pass
+
+    signature = inspect.signature(launcher, eval_str=True)
+    if outputs := get_args(signature.return_annotation):
+        signature = signature.replace(return_annotation=tuple[(Tensor,) * len(outputs)])  # type: ignore[misc]
+    prototype.__signature__ = signature  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, mutates_args=mutates)
+
+
+def _all_there(output: Any, args: tuple) -> Any:
+    """What an operator returns for what its launcher did: tensors alone."""
+    if not isinstance(output, tuple):
+        return output
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    return tuple(tensor.new_empty(0) if t is None else t for t in output)
 
 
 def _autograd_function(
@@ -144,6 +193,7 @@ def _autograd_function(
     launch: Callable[..., Any],
     setup_context: Callable[[Any, tuple, Any], None],
     gradient: Callable[..., Any],
+    differentiable: int | None,
 ) -> type[torch.autograd.Function]:
     """The launcher with the gradient that its operator has, without the dispatcher between."""
 
@@ -152,10 +202,9 @@ def _autograd_function(
         def forward(ctx, *args):
             output = launch(*args)
             setup_context(ctx, args, output)
-            return output
+            return output if differentiable is None else output[:differentiable]
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, *grads):
             return gradient(ctx, *grads)
 
@@ -182,14 +231,39 @@ def _let_inductor_call(operator: str) -> None:
         called.add(operator)
 
 
-def _dispatched(args: tuple) -> bool:
-    """True where the operator must be seen by PyTorch: under torch.compile, or with tensors that are not plain ones."""
+def _plain(args: tuple, tensor_places: list[int]) -> bool | None:
+    """Whether one of the tensors requires a gradient; None where PyTorch must see the operator: under torch.compile,
+    or with tensors that are not plain ones."""
     if torch.compiler.is_compiling():
-        return True
-    for a in args:  # a loop, because any() takes three times as long
-        if isinstance(a, Tensor) and type(a) is not Tensor and type(a) is not Parameter:
-            return True
-    return False
+        return None
+    requires_grad = False
+    for place in tensor_places:
+        tensor = args[place]
+        kind = type(tensor)
+        if kind is Tensor or kind is Parameter:
+            requires_grad = requires_grad or tensor.requires_grad
+        elif tensor is not None:
+            return None
+    return requires_grad
+
+
+def _once(name: str, toggle: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """`gradient`, whose results raise where they are differentiated again.
+
+    PyTorch's `once_differentiable` lets that pass, and drops it, where the upstream gradient is a constant.
+    """
+    message = f"{name} has no second derivative (use {toggle}='torch' for it)"
+
+    def once(ctx, *grads):
+        if not torch.is_grad_enabled():  # but for create_graph=True it is off here
+            return gradient(ctx, *grads)
+        with torch.no_grad():
+            made = gradient(ctx, *grads)
+        made = (made,) if isinstance(made, Tensor) else made
+        raising = torch._C._functions.DelayedError(message, len(made))
+        return raising(*[None if t is None else t.detach().requires_grad_() for t in made])  # type: ignore[arg-type]
+
+    return once
 
 
 def check_dtypes(op_name: str, toggle: str, **tensors: Tensor | None) -> None:
@@ -210,11 +284,66 @@ def check_shape(op_name: str, toggle: str, argument: str, tensor: Tensor | None,
         )
 
 
+def dropout_seed(
+    op_name: str, toggle: str, dropout_p: float, seed: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """What the mask is a function of: `seed`, drawn by torch's generator of the device where it is None; None without
+    dropout. Raises ValueError for a dropout_p outside [0, 1) and a seed that is not one int64."""
+    if dropout_p == 0.0:
+        return None
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op_name}: dropout_p is {dropout_p}, allowed is [0, 1) (toggle: {toggle}='torch')")
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"{op_name}: seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one int64 on the device "
+            f"(toggle: {toggle}='torch')"
+        )
+    return seed
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(..., C) as (N, C) with a contiguous last dimension: a view where strides allow, else a copy."""
     C = x.shape[-1] if x.dim() else 1
     x = x.reshape(x.numel() // max(C, 1), C)
     return x if C == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def rows(x: Tensor) -> tuple[Tensor, int]:
+    """(..., C) as memory where rows of C elements lie, and how many elements from one to the next: a kernel's two
+    arguments, which for a contiguous x need no view."""
+    if x.is_contiguous():
+        return x, x.shape[-1] if x.dim() else 1
+    x = as_rows(x)
+    return x, x.stride(0)
+
+
+def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, of the shape of x. Several times as fast as `new_empty` where x is what is wanted."""
+    if x.dtype == dtype and x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
+    """`check`, which looks at shapes, dtypes and values, and says nothing of arguments in which these are known."""
+    passed: dict[tuple, Any] = {}
+
+    def checked(*args):
+        if torch.compiler.is_compiling():
+            return check(*args)
+        key = tuple([(a.shape, a.dtype, a.get_device()) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        try:
+            return passed[key]
+        except KeyError:
+            if len(passed) >= MOST_PLANS:
+                passed.clear()
+            return passed.setdefault(key, check(*args))
+        except TypeError:  # sizes that are symbols have no hash
+            return check(*args)
+
+    return checked
 
 
 def autocast_dtype(tensor: Tensor, default: torch.dtype) -> torch.dtype:

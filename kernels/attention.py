@@ -19,6 +19,7 @@ Sources: FlashAttention-2 (arXiv 2307.08691); Philox (Salmon et al., SC 2011).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -42,8 +43,8 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
-from ._frozen import launch
-from ._op import check_dtypes, op
+from ._frozen import launch, planned
+from ._op import check_dtypes, check_once, op
 from .attention_backward import causal_attention_bwd_op
 
 OP = "causal_attention"
@@ -244,6 +245,24 @@ def _attention_fwd_kernel(
 # --------------------------------------------------------------------------------------------- fakes and launchers
 
 
+@planned
+def _fwd_plan(
+    B: int,
+    T: int,
+    n_head: int,
+    D: int,
+    dtype: torch.dtype,
+    bounded: bool,
+    dropout: bool,
+    tf32: bool,
+    device: torch.device,
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    config = _launch.config("attention_fwd", device, variant(dtype, D, bounded, dropout))
+    queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
+    options = dict(D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config)
+    return (_launch.cdiv(T, queries) * B, n_head), options
+
+
 def causal_attention_fwd(
     qkv: Tensor,
     n_head: int,
@@ -259,16 +278,14 @@ def causal_attention_fwd(
     B, T, C = out.shape
     if out.numel() == 0:
         return out, lse
-    D = C // n_head
-    qkv = rows_contiguous(qkv)
     bounded = cu_seqlens is not None or window is not None
-    config = _launch.config("attention_fwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
-    queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
+    grid, options = _fwd_plan(B, T, n_head, C // n_head, qkv.dtype, bounded, seed is not None, tf32, qkv.device)
+    qkv = rows_contiguous(qkv)
+    stride_qb, stride_qt, _ = qkv.stride()
     launch(
-        _attention_fwd_kernel, (_launch.cdiv(T, queries) * B, n_head),
-        qkv, cu_seqlens, seed, out, lse, *qkv.stride()[:2], T, n_head,
-        0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, D=D,
-        BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config,
+        _attention_fwd_kernel, grid,
+        qkv, cu_seqlens, seed, out, lse, stride_qb, stride_qt, T, n_head,
+        0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, **options,
     )  # fmt: skip
     return out, lse
 
@@ -276,7 +293,8 @@ def causal_attention_fwd(
 def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
     B, T, C3 = qkv.shape
     statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=statistics)
+    out = torch.empty(B, T, C3 // 3, dtype=qkv.dtype, device=qkv.device)
+    return out, torch.empty(B, n_head, T, dtype=statistics, device=qkv.device)
 
 
 # -------------------------------------------------------------------------------------------------------- autograd
@@ -285,11 +303,10 @@ def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
 def _setup_context(ctx, inputs, output):
     qkv, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32 = inputs
     ctx.save_for_backward(qkv, *output, seed, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, _):
+def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 8
     qkv, out, lse, seed, cu_seqlens = ctx.saved_tensors
@@ -297,7 +314,10 @@ def _backward(ctx, dout, _):
     return dqkv, *(None,) * 7
 
 
-_causal_attention = op(causal_attention_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward)
+_causal_attention = op(
+    causal_attention_fwd, _fwd_fake, toggle=TOGGLE, strided=("qkv",), differentiable=1,
+    setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -324,7 +344,6 @@ def causal_attention(
     window: a token sees itself and the window - 1 tokens before it.
     tf32: float32 products on tensor cores, 10 bits of mantissa.
     """
-    check_dtypes(OP, TOGGLE, qkv=qkv)
     _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window)
     if dropout_p == 0.0:
         seed = None
@@ -335,7 +354,9 @@ def causal_attention(
     return _causal_attention(qkv, n_head, float(scale), float(dropout_p), seed, cu_seqlens, window, tf32)[0]
 
 
+@check_once
 def _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window):
+    check_dtypes(OP, TOGGLE, qkv=qkv)
     check_heads(OP, TOGGLE, qkv, n_head, scale)
     if not 0 <= dropout_p < 1:
         refuse(OP, TOGGLE, "dropout_p", dropout_p, "0 <= dropout_p < 1")
@@ -347,7 +368,6 @@ def _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window):
         cu_seqlens.dtype == torch.int32
         and cu_seqlens.dim() == 1
         and cu_seqlens.numel() > 1
-        and cu_seqlens.is_contiguous()
         and cu_seqlens.device == qkv.device
     ):
-        refuse(OP, TOGGLE, "cu_seqlens", describe(cu_seqlens), f"contiguous int32 (n_documents + 1,) on {qkv.device}")
+        refuse(OP, TOGGLE, "cu_seqlens", describe(cu_seqlens), f"int32 (n_documents + 1,) on {qkv.device}")

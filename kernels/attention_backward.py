@@ -15,6 +15,8 @@ Sources: FlashAttention-2 (arXiv 2307.08691), p from lse; FlexAttention (arXiv 2
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -36,8 +38,8 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
-from ._frozen import launch
-from ._op import op
+from ._frozen import launch, planned
+from ._op import empty_like, op
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -310,6 +312,27 @@ def _attention_bwd_kernel(
 # --------------------------------------------------------------------------------------------- fakes and launchers
 
 
+@planned
+def _plans(
+    B: int,
+    T: int,
+    n_head: int,
+    D: int,
+    dtype: torch.dtype,
+    bounded: bool,
+    dropout: bool,
+    tf32: bool,
+    device: torch.device,
+) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """Grid and options of the two launches."""
+    sizes = dict(D=D, BLOCK_D=block_d(D))
+    config = _launch.config("attention_delta", device, variant(dtype, D))
+    delta = (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head), dict(**sizes, **config)
+    config = _launch.config("attention_bwd", device, variant(dtype, D, bounded, dropout))
+    tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
+    return [delta, ((tiles * B, n_head), dict(**sizes, PRECISION="tf32" if tf32 else "ieee", **config))]
+
+
 def causal_attention_bwd(
     dout: Tensor,
     qkv: Tensor,
@@ -324,27 +347,22 @@ def causal_attention_bwd(
     tf32: bool,
 ) -> Tensor:
     """dout (B, T, C), qkv (B, T, 3*C), out (B, T, C), lse (B, H, T) -> dqkv (B, T, 3*C)."""
-    dqkv = _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32)
+    dqkv = empty_like(qkv, qkv.dtype)
     B, T, C = out.shape
     if out.numel() == 0:
         return dqkv
-    D = C // n_head
-    qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
-    sizes = dict(D=D, BLOCK_D=block_d(D))
-    delta = torch.empty_like(lse)
-    config = _launch.config("attention_delta", qkv.device, variant(qkv.dtype, D))
-    launch(
-        _attention_delta_kernel, (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head),
-        out, dout, delta, *dout.stride()[:2], T, n_head, **sizes, **config,
-    )  # fmt: skip
     bounded = cu_seqlens is not None or window is not None
-    config = _launch.config("attention_bwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
-    tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
+    plans = _plans(B, T, n_head, C // n_head, qkv.dtype, bounded, seed is not None, tf32, qkv.device)
+    (delta_grid, delta_options), (grid, options) = plans
+    qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
+    stride_qb, stride_qt, _ = qkv.stride()
+    stride_ob, stride_ot, _ = dout.stride()
+    delta = torch.empty_like(lse)
+    launch(_attention_delta_kernel, delta_grid, out, dout, delta, stride_ob, stride_ot, T, n_head, **delta_options)
     launch(
-        _attention_bwd_kernel, (tiles * B, n_head),
-        qkv, dout, lse, delta, cu_seqlens, seed, dqkv, *qkv.stride()[:2], *dout.stride()[:2], T, n_head,
-        0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, **sizes,
-        PRECISION="tf32" if tf32 else "ieee", **config,
+        _attention_bwd_kernel, grid,
+        qkv, dout, lse, delta, cu_seqlens, seed, dqkv, stride_qb, stride_qt, stride_ob, stride_ot, T, n_head,
+        0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, **options,
     )  # fmt: skip
     return dqkv
 
@@ -353,4 +371,4 @@ def _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, w
     return qkv.new_empty(qkv.shape)
 
 
-causal_attention_bwd_op = op(causal_attention_bwd, _bwd_fake, toggle="attention")
+causal_attention_bwd_op = op(causal_attention_bwd, _bwd_fake, toggle="attention", strided=("dout", "qkv"))
