@@ -4,12 +4,14 @@ The graphs are those that Inductor generates code from, with our launches in the
 launch in Triton's interpreter.
 """
 
+import builtins
 import importlib
 import operator
 import os
 import pickle
 import re
 import subprocess
+import symtable
 import sys
 from collections import Counter
 from pathlib import Path
@@ -84,6 +86,34 @@ def test_what_stands_before_and_after_the_blocks(compiled):
     assert all("assert_async" in kernel for kernel in inductors(forward)), "tokens are checked, and nothing else"
     assert [ours(backward)[k] for k in ("batch_sum", "segment_sum", "merge_pieces", "scale_gradients")] == [1] * 4
     assert len(inductors(backward)) <= 5  # sort, zeros, residual sum, tied table's sum, c_attn's bias gradient
+
+
+def undefined(source: str) -> set[str]:
+    """Names that functions of a module use and nobody defines."""
+
+    def scopes(table):
+        yield table
+        for child in table.get_children():
+            yield from scopes(child)
+
+    top = symtable.symtable(source, "kernel", "exec")
+    known = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    used = {symbol.get_name() for scope in scopes(top) for symbol in scope.get_symbols() if symbol.is_global()}
+    return used - known - set(dir(builtins)) - {"__file__"}
+
+
+def test_copied_kernels_have_what_they_call(compiled):
+    """Inductor copies a kernel's source, and by their names the functions and constants that it uses."""
+    assert undefined("def f():\n    return missing(min(1, 2))") == {"missing"}
+    sources = [
+        source
+        for case in ("one layer", "dropout")
+        for graph in compiled[case].graphs
+        for source in re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", graph.code, flags=re.DOTALL)
+    ]
+    assert len(sources) > 20
+    for source in sources:
+        assert not undefined(source)
 
 
 def test_forward_keeps_no_more_for_backward(compiled):
