@@ -29,7 +29,12 @@ TRIED = (3, 4) <= _launch.TRITON_VERSION <= (3, 9) and not torch.version.hip
 MOST_PLANS = 1024  # of each kind that are remembered
 Plan = TypeVar("Plan")
 _RUN = JITFunction.run
-_HOOKS = [getattr(getattr(knobs.runtime, f"launch_{when}_hook"), "calls", ()) for when in ("enter", "exit")]
+# What somebody who watches launches, or changes the way to them, leaves something in: knobs that were set, and hooks.
+_WATCHED = (
+    vars(knobs.runtime),
+    vars(knobs.compilation),
+    *(getattr(getattr(knobs.runtime, f"launch_{when}_hook"), "calls", ()) for when in ("enter", "exit")),
+)
 
 
 class _Frozen(NamedTuple):
@@ -50,7 +55,8 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **options: Any):
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
-        self.frozen: dict[tuple, _Frozen] = {}
+        # None where launches are always Triton's.
+        self.frozen: dict[tuple, _Frozen] | None = {} if TRIED and type(kernel) is JITFunction else None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Starts the kernel; inside torch.compile it becomes a node of the graph that is written down (_trace.py).
@@ -60,8 +66,18 @@ class Launch:
         if is_traced():
             write_down(self.kernel, self.grid, (*tensors, *self.numbers), dict(self.options))
             return
-        if not _unwatched(self.kernel):
-            self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+        kept, kernel = self.frozen, self.kernel
+        settings, compilation, enter, leave = _WATCHED
+        if (
+            kept is None
+            or settings
+            or compilation
+            or enter
+            or leave
+            or JITFunction.run is not _RUN
+            or kernel.pre_run_hooks
+        ):
+            kernel[self.grid](*tensors, *self.numbers, **self.options)
             return
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         dtypes = [None if t is None else t.dtype for t in tensors]
@@ -72,23 +88,25 @@ class Launch:
         device = active.get_current_device()
         aligned = all_bits & 15 == 0 or tuple([address & 15 == 0 for address in addresses])
         key = (active, device, aligned, *dtypes)
-        frozen = self.frozen.get(key)
+        frozen = kept.get(key)
         if frozen is None:
-            self._freeze(key, self.kernel[self.grid](*tensors, *self.numbers, **self.options), len(tensors))
+            compiled = kernel[self.grid](*tensors, *self.numbers, **self.options)
+            if (frozen := self._freeze(compiled, len(tensors))) is not None:
+                kept[key] = frozen
             return
         run, (x, y, z), before, after = frozen
         run(x, y, z, active.get_current_stream(device), *before, *addresses, *after)
 
-    def _freeze(self, key: tuple, compiled: Any, n_tensors: int) -> None:
-        """Keeps what Triton just found out, unless this is not the Triton that this file was written for."""
+    def _freeze(self, compiled: Any, n_tensors: int) -> _Frozen | None:
+        """What Triton just found out, unless this is not the Triton that this file was written for."""
         names = self.kernel.arg_names[n_tensors:]
         given = dict(zip(names, self.numbers, strict=False)) | self.options
         try:
             after = tuple([given[name] for name in names])
             before = (compiled.function, compiled.packed_metadata, None, None, None)
-            self.frozen[key] = _Frozen(compiled.run, (*self.grid, 1, 1)[:3], before, after)
+            return _Frozen(compiled.run, (*self.grid, 1, 1)[:3], before, after)
         except (AttributeError, KeyError):
-            pass
+            return None
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
@@ -109,17 +127,3 @@ def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
             return make(*args)
 
     return plan
-
-
-def _unwatched(kernel: Any) -> bool:
-    """Whether nobody has changed, or listens to, what Triton does at a launch: knobs that were set lie in `vars`."""
-    return (
-        type(kernel) is JITFunction
-        and TRIED
-        and JITFunction.run is _RUN
-        and not kernel.pre_run_hooks
-        and not vars(knobs.runtime)
-        and not vars(knobs.compilation)
-        and not _HOOKS[0]
-        and not _HOOKS[1]
-    )

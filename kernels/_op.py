@@ -331,8 +331,9 @@ def as_rows(x: Tensor) -> Tensor:
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """(..., C) as memory where rows of C elements lie, and how many elements from one to the next: a kernel's two
     arguments, which for a contiguous x need no view."""
+    shape = x.shape
     if x.is_contiguous():
-        return x, x.shape[-1] if x.dim() else 1
+        return x, shape[-1] if shape else 1
     x = as_rows(x)
     return x, x.stride(0)
 
