@@ -67,16 +67,10 @@ class Launch:
             write_down(self.kernel, self.grid, (*tensors, *self.numbers), dict(self.options))
             return
         kept, kernel = self.frozen, self.kernel
+        kept, kernel = self.frozen, self.kernel
         settings, compilation, enter, leave = _WATCHED
-        if (
-            kept is None
-            or settings
-            or compilation
-            or enter
-            or leave
-            or JITFunction.run is not _RUN
-            or kernel.pre_run_hooks
-        ):
+        changed = settings or compilation or enter or leave or JITFunction.run is not _RUN
+        if kept is None or changed or kernel.pre_run_hooks:
             kernel[self.grid](*tensors, *self.numbers, **self.options)
             return
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
