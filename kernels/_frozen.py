@@ -67,7 +67,6 @@ class Launch:
             write_down(self.kernel, self.grid, (*tensors, *self.numbers), dict(self.options))
             return
         kept, kernel = self.frozen, self.kernel
-        kept, kernel = self.frozen, self.kernel
         settings, compilation, enter, leave = _WATCHED
         changed = settings or compilation or enter or leave or JITFunction.run is not _RUN
         if kept is None or changed or kernel.pre_run_hooks:
