@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._frozen import launch, planned
+from ._frozen import Launch, planned
+from ._op import empty_like
 
 
 @triton.jit
@@ -48,9 +49,9 @@ def _column_sum_kernel(
 
 
 @planned
-def _plan(K: int, C: int, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
+def _plan(K: int, P: int, C: int, device: torch.device) -> Launch:
     options = _launch.config("column_sum", device)
-    return (_launch.cdiv(C, options["BLOCK_C"]), K), options
+    return Launch(_column_sum_kernel, (_launch.cdiv(C, options["BLOCK_C"]), K), P, C, **options)
 
 
 def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
@@ -60,9 +61,10 @@ def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     under torch.compile.
     """
     K, P, C = partials.shape
-    outs = [torch.empty(C, dtype=dtype, device=partials.device) for dtype in dtypes]
     if K == 0:
-        return outs
-    grid, options = _plan(K, C, partials.device)
-    launch(_column_sum_kernel, grid, partials, *outs, *(None,) * (3 - K), P, C, **options)
+        return []
+    outs = [torch.empty(C, dtype=dtypes[0], device=partials.device)]
+    for dtype in dtypes[1:]:
+        outs.append(empty_like(outs[0], dtype))
+    _plan(K, P, C, partials.device)(partials, *outs, *(None,) * (3 - K))
     return outs

@@ -86,13 +86,11 @@ def op(
     tensor_places = [place for place, p in enumerate(parameters) if p.annotation in (Tensor, Tensor | None)]
     flat = [place for place, p in enumerate(parameters) if place in tensor_places and p.name not in strided + mutates]
 
-    def check_device(args: tuple) -> list[Tensor]:
-        tensors = [args[place] for place in tensor_places if args[place] is not None]
+    def check_device(tensors: list[Tensor]) -> None:
         try:
             _launch.check_device(*tensors)
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error} (or switch this kernel off: {toggle}='torch')") from None
-        return tensors
 
     def contiguous(args: tuple) -> tuple:
         for place in flat:
@@ -102,7 +100,7 @@ def op(
         return args
 
     def launch(*args):
-        index = check_device(args)[0].get_device()
+        index = args[tensor_places[0]].get_device()
         args = contiguous(args)
         for place in mutated:  # so that autograd refuses a backward that needs what was there before
             torch.autograd.graph.increment_version(args[place])
@@ -117,14 +115,18 @@ def op(
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         if not all(issubclass(t, TRACED_TYPES) or t is Tensor for t in types):
             return NotImplemented
-        check_device(args)
+        check_device([a for a in args if isinstance(a, Tensor)])
         with mode, traced():
             return _all_there(launcher(*contiguous(args)), args)
+
+    def dispatched(*args):
+        check_device([a for a in args if isinstance(a, Tensor)])
+        return _all_there(launch(*args), args)
 
     # The strides that eager would see, which is what an operator without a tag gets too.
     _LIBRARY.define(name + _schema(launcher, mutates), tags=(torch.Tag.needs_exact_strides,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, lambda *args: _all_there(launch(*args), args), key)
+        _LIBRARY.impl(name, dispatched, key)
 
     def fake_op(*args):
         _let_inductor_call(f"fastgpt2::{name}")
@@ -139,7 +141,11 @@ def op(
     if backward is None or setup_context is None:
 
         def call(*args):
-            return launch(*args) if _plain(args, tensor_places) is not None else registered(*args)
+            tensors = _plain(args, tensor_places)
+            if tensors is None:
+                return registered(*args)
+            check_device(tensors)
+            return launch(*args)
 
         return call
 
@@ -154,14 +160,13 @@ def op(
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call_with_gradient(*args):
-        needs_gradient = _plain(args, tensor_places)
-        if needs_gradient is None:
+        tensors = _plain(args, tensor_places)
+        if tensors is None:
             return registered(*args)
-        # Forward-mode derivatives, which there are none of, are refused by the Function.
-        if (needs_gradient and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-            if torch._C._are_functorch_transforms_active():
-                return function.apply(*args)
-            return apply(*args)
+        check_device(tensors)
+        # Forward-mode derivatives, of which there are none, are refused by the Function.
+        if _require_grad(tensors) or forward_ad._current_level >= 0:
+            return function.apply(*args) if torch._C._are_functorch_transforms_active() else apply(*args)
         return launch(*args)
 
     return call_with_gradient
@@ -231,20 +236,28 @@ def _let_inductor_call(operator: str) -> None:
         called.add(operator)
 
 
-def _plain(args: tuple, tensor_places: list[int]) -> bool | None:
-    """Whether one of the tensors requires a gradient; None where PyTorch must see the operator: under torch.compile,
-    or with tensors that are not plain ones."""
+def _plain(args: tuple, tensor_places: list[int]) -> list[Tensor] | None:
+    """The tensors among `args`; None where PyTorch must see the operator: under torch.compile, or where one of them is
+    not a plain one."""
     if torch.compiler.is_compiling():
         return None
-    requires_grad = False
+    tensors = []
     for place in tensor_places:
         tensor = args[place]
         kind = type(tensor)
         if kind is Tensor or kind is Parameter:
-            requires_grad = requires_grad or tensor.requires_grad
+            tensors.append(tensor)
         elif tensor is not None:
             return None
-    return requires_grad
+    return tensors
+
+
+def _require_grad(tensors: list[Tensor]) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a loop, because any() takes three times as long
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def _once(name: str, toggle: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
@@ -313,8 +326,9 @@ def as_rows(x: Tensor) -> Tensor:
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """(..., C) as memory where rows of C elements lie, and how many elements from one to the next: a kernel's two
     arguments, which for a contiguous x need no view."""
+    shape = x.shape
     if x.is_contiguous():
-        return x, x.shape[-1] if x.dim() else 1
+        return x, shape[-1] if shape else 1
     x = as_rows(x)
     return x, x.stride(0)
 
@@ -333,7 +347,7 @@ def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args):
         if torch.compiler.is_compiling():
             return check(*args)
-        key = tuple([(a.shape, a.dtype, a.get_device()) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        key = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
         try:
             return passed[key]
         except KeyError:

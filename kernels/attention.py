@@ -19,7 +19,6 @@ Sources: FlashAttention-2 (arXiv 2307.08691); Philox (Salmon et al., SC 2011).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -43,7 +42,7 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
-from ._frozen import launch, planned
+from ._frozen import Launch, planned
 from ._op import check_dtypes, check_once, op
 from .attention_backward import causal_attention_bwd_op
 
@@ -247,20 +246,17 @@ def _attention_fwd_kernel(
 
 @planned
 def _fwd_plan(
-    B: int,
-    T: int,
-    n_head: int,
-    D: int,
-    dtype: torch.dtype,
-    bounded: bool,
-    dropout: bool,
-    tf32: bool,
-    device: torch.device,
-) -> tuple[tuple[int, int], dict[str, Any]]:
+    B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
+    strides: tuple[int, int], documents: int, window: int | None, dropout_p: float, scale: float,
+) -> Launch:  # fmt: skip
+    bounded = documents > 0 or window is not None
     config = _launch.config("attention_fwd", device, variant(dtype, D, bounded, dropout))
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
-    options = dict(D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config)
-    return (_launch.cdiv(T, queries) * B, n_head), options
+    return Launch(
+        _attention_fwd_kernel, (_launch.cdiv(T, queries) * B, n_head),
+        *strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config,
+    )  # fmt: skip
 
 
 def causal_attention_fwd(
@@ -278,15 +274,13 @@ def causal_attention_fwd(
     B, T, C = out.shape
     if out.numel() == 0:
         return out, lse
-    bounded = cu_seqlens is not None or window is not None
-    grid, options = _fwd_plan(B, T, n_head, C // n_head, qkv.dtype, bounded, seed is not None, tf32, qkv.device)
     qkv = rows_contiguous(qkv)
-    stride_qb, stride_qt, _ = qkv.stride()
-    launch(
-        _attention_fwd_kernel, grid,
-        qkv, cu_seqlens, seed, out, lse, stride_qb, stride_qt, T, n_head,
-        0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, **options,
+    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    launch = _fwd_plan(
+        B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
+        qkv.stride()[:2], documents, window, dropout_p, scale,
     )  # fmt: skip
+    launch(qkv, cu_seqlens, seed, out, lse)
     return out, lse
 
 
@@ -362,12 +356,9 @@ def _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window):
         refuse(OP, TOGGLE, "dropout_p", dropout_p, "0 <= dropout_p < 1")
     if window is not None and window < 1:
         refuse(OP, TOGGLE, "window", window, "None or at least 1")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != qkv.device):
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         refuse(OP, TOGGLE, "seed", describe(seed), f"one int64 on {qkv.device}")
     if cu_seqlens is not None and not (
-        cu_seqlens.dtype == torch.int32
-        and cu_seqlens.dim() == 1
-        and cu_seqlens.numel() > 1
-        and cu_seqlens.device == qkv.device
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1
     ):
         refuse(OP, TOGGLE, "cu_seqlens", describe(cu_seqlens), f"int32 (n_documents + 1,) on {qkv.device}")

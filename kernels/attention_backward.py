@@ -15,8 +15,6 @@ Sources: FlashAttention-2 (arXiv 2307.08691), p from lse; FlexAttention (arXiv 2
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +36,7 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
-from ._frozen import launch, planned
+from ._frozen import Launch, planned
 from ._op import empty_like, op
 
 
@@ -314,23 +312,23 @@ def _attention_bwd_kernel(
 
 @planned
 def _plans(
-    B: int,
-    T: int,
-    n_head: int,
-    D: int,
-    dtype: torch.dtype,
-    bounded: bool,
-    dropout: bool,
-    tf32: bool,
-    device: torch.device,
-) -> list[tuple[tuple[int, int], dict[str, Any]]]:
-    """Grid and options of the two launches."""
+    B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
+    strides: tuple[int, int], dout_strides: tuple[int, int], documents: int, window: int | None, dropout_p: float,
+    scale: float,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    """The two launches."""
     sizes = dict(D=D, BLOCK_D=block_d(D))
     config = _launch.config("attention_delta", device, variant(dtype, D))
-    delta = (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head), dict(**sizes, **config)
+    grid = (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head)
+    delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
+    bounded = documents > 0 or window is not None
     config = _launch.config("attention_bwd", device, variant(dtype, D, bounded, dropout))
     tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
-    return [delta, ((tiles * B, n_head), dict(**sizes, PRECISION="tf32" if tf32 else "ieee", **config))]
+    return delta, Launch(
+        _attention_bwd_kernel, (tiles * B, n_head),
+        *strides, *dout_strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        **sizes, PRECISION="tf32" if tf32 else "ieee", **config,
+    )  # fmt: skip
 
 
 def causal_attention_bwd(
@@ -351,19 +349,15 @@ def causal_attention_bwd(
     B, T, C = out.shape
     if out.numel() == 0:
         return dqkv
-    bounded = cu_seqlens is not None or window is not None
-    plans = _plans(B, T, n_head, C // n_head, qkv.dtype, bounded, seed is not None, tf32, qkv.device)
-    (delta_grid, delta_options), (grid, options) = plans
     qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
-    stride_qb, stride_qt, _ = qkv.stride()
-    stride_ob, stride_ot, _ = dout.stride()
-    delta = torch.empty_like(lse)
-    launch(_attention_delta_kernel, delta_grid, out, dout, delta, stride_ob, stride_ot, T, n_head, **delta_options)
-    launch(
-        _attention_bwd_kernel, grid,
-        qkv, dout, lse, delta, cu_seqlens, seed, dqkv, stride_qb, stride_qt, stride_ob, stride_ot, T, n_head,
-        0 if cu_seqlens is None else cu_seqlens.numel() - 1, window, *dropout_scalars(dropout_p), scale, **options,
+    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    launch_delta, launch_bwd = _plans(
+        B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
+        qkv.stride()[:2], dout.stride()[:2], documents, window, dropout_p, scale,
     )  # fmt: skip
+    delta = torch.empty_like(lse)
+    launch_delta(out, dout, delta)
+    launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv)
     return dqkv
 
 

@@ -21,6 +21,8 @@ Sources: the sort-and-segment scheme of PyTorch's embedding_dense_backward; Phil
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -28,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _op
-from ._frozen import launch, planned
+from ._frozen import Launch, planned
 
 NAME = "token_position_embedding"
 TOGGLE = "embedding"
@@ -177,9 +179,23 @@ def _merge_pieces_kernel(
 
 
 @planned
-def _plan(op: str, rows: int, C: int, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
+def _plan(kernel: Any, op: str, rows: int, C: int, device: torch.device, *numbers: Any) -> Launch:
+    """Of `kernel`, with the table's numbers for `op`, over blocks of rows and of columns."""
     options = _launch.config(op, device)
-    return (_launch.cdiv(rows, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"])), options
+    grid = (_launch.cdiv(rows, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
+    return Launch(kernel, grid, *numbers, **options)
+
+
+@planned
+def _segment_plans(
+    strides: tuple[int, int], B: int, T: int, V: int, C: int, dropout_p: float, device: torch.device
+) -> tuple[int, Launch, Launch]:
+    """Windows, and the two launches."""
+    options = _launch.config("embedding_segment_sum", device)
+    windows, column_blocks = _launch.cdiv(B * T, options["WINDOW"]), _launch.cdiv(C, options["BLOCK_C"])
+    numbers = (*strides, B * T, T, V, C, dropout_p)
+    merge = Launch(_merge_pieces_kernel, (windows - 1, column_blocks), B * T, V, C, **options)
+    return windows, Launch(_segment_sum_kernel, (B * T, column_blocks), *numbers, **options), merge
 
 
 def token_position_embedding_fwd(
@@ -196,14 +212,12 @@ def token_position_embedding_fwd(
     if y.numel() == 0:
         return y
     token_weight, position_weight = _with_rows(token_weight), _with_rows(position_weight)
-    grid, options = _plan("embedding_fwd", B * T, C, idx.device)
-    launch(
-        _embedding_fwd_kernel, grid,
-        idx, positions, token_weight, position_weight, seed, y,
+    launch = _plan(
+        _embedding_fwd_kernel, "embedding_fwd", B * T, C, idx.device,
         *idx.stride(), *((0, 0) if positions is None else positions.stride()),
-        token_weight.stride(0), position_weight.stride(0), B * T, T, V, P, C,
-        dropout_p, y.dtype == torch.float64, **options,
+        token_weight.stride(0), position_weight.stride(0), B * T, T, V, P, C, dropout_p, y.dtype == torch.float64,
     )  # fmt: skip
+    launch(idx, positions, token_weight, position_weight, seed, y)
     return y
 
 
@@ -251,11 +265,8 @@ def _batch_sum(dy: Tensor, seed: Tensor | None, dropout_p: float, P: int, dtype:
     B, T, C = dy.shape
     dweight = torch.empty(P, C, dtype=dtype, device=dy.device)
     if dweight.numel() > 0:
-        grid, options = _plan("embedding_batch_sum", P, C, dy.device)
-        launch(
-            _batch_sum_kernel, grid,
-            dy, seed, dweight, dy.stride(0), dy.stride(1), B, T, P, C, dropout_p, dy.dtype == torch.float64, **options,
-        )  # fmt: skip
+        numbers = (dy.stride(0), dy.stride(1), B, T, P, C, dropout_p, dy.dtype == torch.float64)
+        _plan(_batch_sum_kernel, "embedding_batch_sum", P, C, dy.device, *numbers)(dy, seed, dweight)
     return dweight
 
 
@@ -269,16 +280,12 @@ def _segment_sum(
         return dweight
     # 32-bit keys halve the passes of the sort; what lies outside the table stays outside.
     keys, order = torch.sort(index.reshape(-1).clamp(-1, V).to(torch.int32), stable=True)
-    options = _launch.config("embedding_segment_sum", dy.device)
-    windows, column_blocks = _launch.cdiv(B * T, options["WINDOW"]), _launch.cdiv(C, options["BLOCK_C"])
+    windows, launch, merge = _segment_plans(dy.stride()[:2], B, T, V, C, dropout_p, dy.device)
     sum_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     partial = torch.empty(windows, 2, C, dtype=sum_dtype, device=dy.device)
-    launch(
-        _segment_sum_kernel, (B * T, column_blocks),
-        keys, order, dy, seed, dweight, partial, dy.stride(0), dy.stride(1), B * T, T, V, C, dropout_p, **options,
-    )  # fmt: skip
+    launch(keys, order, dy, seed, dweight, partial)
     if windows > 1:
-        launch(_merge_pieces_kernel, (windows - 1, column_blocks), keys, partial, dweight, B * T, V, C, **options)
+        merge(keys, partial, dweight)
     return dweight
 
 

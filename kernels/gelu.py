@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._column_sum import column_sum
-from ._frozen import launch, planned
+from ._frozen import Launch, planned
 from ._op import empty_like, rows
 
 # 2u * log2(e) = x * (LINEAR + CUBIC * x^2); its derivative without log2(e) = LINEAR_GRAD + CUBIC_GRAD * x^2.
@@ -109,9 +109,10 @@ def _gelu_bwd_kernel(
 
 
 @planned
-def _fwd_plan(N: int, C: int, itemsize: int, device: torch.device) -> tuple[tuple[int], dict[str, int]]:
+def _fwd_plan(N: int, C: int, itemsize: int, stride_xn: int, device: torch.device) -> Launch:
     options = _launch.config("gelu_fwd", device, str(8 * itemsize))
-    return (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),), options
+    grid = (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),)
+    return Launch(_gelu_fwd_kernel, grid, stride_xn, N, C, **options)
 
 
 def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,9 +122,8 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
         return y
     C = x.shape[-1] if x.dim() else 1
     N = x.numel() // C
-    grid, options = _fwd_plan(N, C, x.element_size(), x.device)
     x, stride_xn = rows(x)
-    launch(_gelu_fwd_kernel, grid, x, bias, y, stride_xn, N, C, **options)
+    _fwd_plan(N, C, x.element_size(), stride_xn, x.device)(x, bias, y)
     return y
 
 
@@ -132,8 +132,10 @@ def _gelu_fwd_fake(x, bias):
 
 
 @planned
-def _bwd_plan(N: int, C: int, itemsize: int, sums: bool, device: torch.device) -> tuple[int, int, dict[str, int]]:
-    """Programs along rows and along columns, and options."""
+def _bwd_plan(
+    N: int, C: int, itemsize: int, strides: tuple[int, int], sums: bool, device: torch.device
+) -> tuple[int, Launch]:
+    """How many programs share the rows, and the launch."""
     options = dict(_launch.config("gelu_bwd", device, str(8 * itemsize)))
     programs_per_sm, min_rows = options.pop("PROGRAMS_PER_SM"), options.pop("MIN_ROWS")
     blocks_c = _launch.cdiv(C, options["BLOCK_C"])
@@ -141,7 +143,7 @@ def _bwd_plan(N: int, C: int, itemsize: int, sums: bool, device: torch.device) -
     if sums:
         programs = _launch.cdiv(_launch.sm_count(device) * programs_per_sm, blocks_c)
         programs = min(programs, _launch.cdiv(N, min_rows))
-    return programs, blocks_c, options
+    return programs, Launch(_gelu_bwd_kernel, (programs * blocks_c,), *strides, N, C, **options)
 
 
 def launch_gelu_bwd(
@@ -152,17 +154,15 @@ def launch_gelu_bwd(
     if dx.numel() == 0:
         return None if dbias_dtype is None else dx.new_zeros(C, dtype=dbias_dtype)
     N = x.numel() // C
-    programs, blocks_c, options = _bwd_plan(N, C, x.element_size(), dbias_dtype is not None, x.device)
+    dy, stride_dyn = rows(dy)
+    x, stride_xn = rows(x)
+    strides = (stride_dyn, stride_xn)
+    programs, launch = _bwd_plan(N, C, x.element_size(), strides, dbias_dtype is not None, x.device)
     partials = None
     if dbias_dtype is not None:
         sums = torch.float64 if x.dtype == torch.float64 else torch.float32
         partials = torch.empty(1, programs, C, dtype=sums, device=x.device)
-    dy, stride_dyn = rows(dy)
-    x, stride_xn = rows(x)
-    launch(
-        _gelu_bwd_kernel, (programs * blocks_c,),
-        dy, x, bias, y, dx, partials, stride_dyn, stride_xn, N, C, **options,
-    )  # fmt: skip
+    launch(dy, x, bias, y, dx, partials)
     return None if partials is None or dbias_dtype is None else column_sum(partials, [dbias_dtype])[0]
 
 

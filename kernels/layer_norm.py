@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._column_sum import column_sum
-from ._frozen import launch, planned
+from ._frozen import Launch, planned
 from ._op import empty_like, rows
 
 ROW_BYTES = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)  # variants in the tuning table
@@ -219,10 +219,13 @@ def _options(op: str, C: int, itemsize: int, dropout: bool, device: torch.device
 
 
 @planned
-def _fwd_plan(N: int, C: int, itemsize: int, dropout: bool, device: torch.device) -> tuple[tuple[int], dict[str, int]]:
-    options = _options("layer_norm_fwd", C, itemsize, dropout, device)
+def _fwd_plan(
+    N: int, C: int, itemsize: int, strides: tuple[int, int], eps: float, dropout_p: float, device: torch.device
+) -> Launch:
+    options = _options("layer_norm_fwd", C, itemsize, dropout_p > 0.0, device)
     programs = min(N, _launch.sm_count(device) * options.pop("PROGRAMS_PER_SM"))
-    return (programs,), dict(BLOCK_C=_launch.next_power_of_2(C), **options)
+    block_c = _launch.next_power_of_2(C)
+    return Launch(_layer_norm_fwd_kernel, (programs,), *strides, N, C, eps, dropout_p, BLOCK_C=block_c, **options)
 
 
 def layer_norm_fwd(
@@ -241,14 +244,10 @@ def layer_norm_fwd(
     N, C = statistics.shape[1], x.shape[-1]
     if N == 0:
         return total, y, statistics
-    grid, options = _fwd_plan(N, C, x.element_size(), dropout_p > 0.0, x.device)
     x, stride_xn = rows(x)
     residual, stride_rn = (None, 0) if residual is None else rows(residual)
-    launch(
-        _layer_norm_fwd_kernel, grid,
-        x, residual, weight, bias, x_bias, seed, total, y, statistics,
-        stride_xn, stride_rn, N, C, eps, dropout_p, **options,
-    )  # fmt: skip
+    launch = _fwd_plan(N, C, x.element_size(), (stride_xn, stride_rn), eps, dropout_p, x.device)
+    launch(x, residual, weight, bias, x_bias, seed, total, y, statistics)
     return total, y, statistics
 
 
@@ -263,12 +262,16 @@ def _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p
 
 
 @planned
-def _bwd_plan(N: int, C: int, itemsize: int, dropout: bool, device: torch.device) -> tuple[int, dict[str, int]]:
-    options = _options("layer_norm_bwd", C, itemsize, dropout, device)
+def _bwd_plan(
+    N: int, C: int, itemsize: int, strides: tuple[int, ...], dropout_p: float, wanted: tuple, device: torch.device
+) -> tuple[int, Launch]:
+    """Programs, and the launch. wanted: whether dweight, dbias, dx_bias are."""
+    options = _options("layer_norm_bwd", C, itemsize, dropout_p > 0.0, device)
     span = options.pop("SPAN_BYTES") // itemsize
     programs = _launch.sm_count(device) * options.pop("PROGRAMS_PER_SM")
     programs = min(programs, _launch.cdiv(N, options.pop("MIN_ROWS")))
-    return programs, dict(CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span, **options)
+    options |= dict(CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span)
+    return programs, Launch(_layer_norm_bwd_kernel, (programs,), *strides, N, C, dropout_p, *wanted, **options)
 
 
 def layer_norm_bwd(
@@ -290,20 +293,18 @@ def layer_norm_bwd(
     dtypes = (dweight_dtype, dbias_dtype, dx_bias_dtype)
     dx, dresidual = empty_like(total, dx_dtype), None if dresidual_dtype is None else empty_like(total, dresidual_dtype)
     if N == 0:
-        return dx, dresidual, *(None if t is None else dx.new_zeros(C, dtype=t) for t in dtypes)
-    programs, options = _bwd_plan(N, C, total.element_size(), dropout_p > 0.0, total.device)
-    wanted = [t for t in dtypes if t is not None]
-    partials = torch.empty(len(wanted), programs, C, dtype=statistics.dtype, device=total.device)
+        dweight, dbias, dx_bias = (None if t is None else dx.new_zeros(C, dtype=t) for t in dtypes)
+        return dx, dresidual, dweight, dbias, dx_bias
     dy, stride_dyn = rows(dy)
     dtotal, stride_dtn = (None, 0) if dtotal is None else rows(dtotal)
     total, stride_tn = rows(total)
-    launch(
-        _layer_norm_bwd_kernel, (programs,),
-        dy, dtotal, total, weight, statistics, seed, dx, dresidual, partials,
-        stride_dyn, stride_dtn, stride_tn, N, C, dropout_p, *[t is not None for t in dtypes], **options,
-    )  # fmt: skip
-    sums = iter(column_sum(partials, wanted))
-    return dx, dresidual, *[None if t is None else next(sums) for t in dtypes]
+    strides, wanted = (stride_dyn, stride_dtn, stride_tn), tuple([t is not None for t in dtypes])
+    programs, launch = _bwd_plan(N, C, total.element_size(), strides, dropout_p, wanted, total.device)
+    partials = torch.empty(sum(wanted), programs, C, dtype=statistics.dtype, device=total.device)
+    launch(dy, dtotal, total, weight, statistics, seed, dx, dresidual, partials)
+    sums = iter(column_sum(partials, [t for t in dtypes if t is not None]))
+    dweight, dbias, dx_bias = [None if t is None else next(sums) for t in dtypes]
+    return dx, dresidual, dweight, dbias, dx_bias
 
 
 def _layer_norm_bwd_fake(

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._cross_entropy import cross_entropy_, inverse_count, padded_vocab, statistics_dtype, total
-from ._frozen import launch
+from ._frozen import Launch, planned
 from ._matmul import PIECE, matmul_
 
 TOGGLE = "cross_entropy"
@@ -203,16 +203,19 @@ def linear_cross_entropy_scale(
 ) -> tuple[Tensor, Tensor]:
     """dx and dweight (V', C) times dloss * factor / logits_scale -> (N, C) and (weight_rows, C), zeros beyond V'."""
     dx_out, dweight_out = _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype)
-    options = _launch.config("scale_gradients", dx.device)
-    dx_programs = _launch.cdiv(dx.numel(), options["BLOCK"])
-    grid = (dx_programs + _launch.cdiv(dweight_out.numel(), options["BLOCK"]),)
-    if grid[0] > 0:
-        launch(
-            _scale_gradients_kernel, grid,
-            dloss, factor, dx, dweight, dx_out, dweight_out,
-            dx.numel(), dweight.numel(), dweight_out.numel(), dx_programs, logits_scale, **options,
-        )  # fmt: skip
+    sizes = (dx.numel(), dweight.numel(), dweight_out.numel())
+    if sizes != (0, 0, 0):
+        _scale_plan(sizes, logits_scale, dx.device)(dloss, factor, dx, dweight, dx_out, dweight_out)
     return dx_out, dweight_out
+
+
+@planned
+def _scale_plan(sizes: tuple[int, int, int], logits_scale: float, device: torch.device) -> Launch:
+    """sizes: of dx, dweight and dweight_out."""
+    options = _launch.config("scale_gradients", device)
+    dx_programs = _launch.cdiv(sizes[0], options["BLOCK"])
+    grid = (dx_programs + _launch.cdiv(sizes[2], options["BLOCK"]),)
+    return Launch(_scale_gradients_kernel, grid, *sizes, dx_programs, logits_scale, **options)
 
 
 def _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype):
