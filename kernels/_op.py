@@ -42,16 +42,18 @@ TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
 
-# PyTorch keeps compiled code on disk, ours in it, under a key that holds the sources of the kernels noted here for an
-# operator, and the strings that they name. One kernel that names the digest of this folder stands for all kernels,
-# launchers and tuning numbers. A PyTorch without such notes would take code of an older version of them.
+# PyTorch keeps compiled code on disk, under a key that holds the sources of the kernels noted here for an operator, and
+# the strings that they name. One function that names the digest of this folder stands for its kernels, launchers, fakes
+# and tuning numbers. Without such notes operators stay opaque: what they become would be taken from an older version.
 KERNELS_IN_KEYS: dict[str, list[object]] | None = getattr(torch._library.triton, "triton_ops_to_kernels", None)
 SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
-@triton.jit
-def _sources_kernel():
+def _sources():
     SOURCES  # noqa: B018
+
+
+_SOURCES_KERNEL = triton.JITFunction(_sources)  # also where decorated kernels are the interpreter's
 
 
 def op(
@@ -134,9 +136,10 @@ def op(
 
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
-    if not (opaque or _launch.INTERPRETED or KERNELS_IN_KEYS is None):
-        KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_sources_kernel]
-        torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
+    if KERNELS_IN_KEYS is not None:
+        KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_SOURCES_KERNEL]
+        if not (opaque or _launch.INTERPRETED):
+            torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
     if backward is None or setup_context is None:
 

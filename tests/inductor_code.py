@@ -362,7 +362,7 @@ def toggled() -> list[bool]:
 def keyed_by() -> dict[str, str]:
     """Operator -> what PyTorch's caches on disk have in their keys for it."""
     found = {}
-    for name in ("gelu_fwd", "gelu_bwd", "layer_norm_fwd", "mlp_bwd", "linear_cross_entropy_scale"):
+    for name in ("gelu_fwd", "layer_norm_bwd", "mlp_bwd", "linear_cross_entropy_fwd", "decode_linear_fwd"):
         (kernel,) = torch._library.triton.get_triton_kernels_for_op(f"fastgpt2::{name}")
         found[name] = user_defined_triton_kernel_transitive_closure_source_code(kernel)
     return found

@@ -24,14 +24,14 @@ from torch.fx.node import map_aggregate
 from fastgpt2.kernels import _op
 
 SCRIPT = Path(__file__).with_name("inductor_code.py")
+UNINTERPRETED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
 @pytest.fixture(scope="module")
 def compiled(made_once) -> dict[str, Compiled]:
     def make(file: Path) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        subprocess.run([sys.executable, "-W", "ignore", str(SCRIPT), str(file)], env=environment, check=True)
+        subprocess.run([sys.executable, "-W", "ignore", str(SCRIPT), str(file)], env=UNINTERPRETED, check=True)
 
     return pickle.loads(made_once("inductor.pickle", make).read_bytes())
 
@@ -142,6 +142,24 @@ def test_toggling_compiles_once_and_takes_the_other_path(compiled):
 
 def test_compiled_code_on_disk_is_of_these_sources(compiled):
     assert all(_op.SOURCES in key for key in compiled["keyed_by"].values())
+
+
+def test_a_pytorch_that_would_keep_old_code_sees_opaque_operators():
+    """On a CPU: what is looked into is refused while it is compiled, what is called as the call itself is."""
+    code = """
+import torch
+from fastgpt2.kernels.gelu import gelu
+try:
+    torch.compile(gelu, backend="aot_eager")(torch.ones(2, 3))
+except RuntimeError as error:
+    print(type(error).__name__)
+"""
+    without_notes = "import torch._library.triton\ndel torch._library.triton.triton_ops_to_kernels\n" + code
+    said = [
+        subprocess.run([sys.executable, "-c", c], env=UNINTERPRETED, capture_output=True, text=True, check=True).stdout
+        for c in (code, without_notes)
+    ]
+    assert said == ["BackendCompilerFailed\n", "RuntimeError\n"]
 
 
 # --------------------------------------------------------------------------------------------------- CUDA graphs
