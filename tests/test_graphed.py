@@ -35,7 +35,7 @@ def gradients(model: nn.Module) -> list[Tensor | None]:
 
 
 def loop(model: nn.Module, pairs, to_none: bool, passes: int = 3, n_steps: int = 3) -> list:
-    """Losses and clipped gradients of steps of several passes each."""
+    """Losses and gradients of steps of several passes each, and the weights that they lead to."""
     torch.manual_seed(1)  # dropout's masks are the same, and go on from pass to pass
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     found = []
@@ -44,8 +44,8 @@ def loop(model: nn.Module, pairs, to_none: bool, passes: int = 3, n_steps: int =
             _, loss = model(*pair)
             (loss / passes).backward()
             found.append(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         found += gradients(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=to_none)
     return [*found, *model.parameters()]
