@@ -278,15 +278,23 @@ class _Replay(torch.autograd.Function):
         ctx.graphs.replay_backward(ctx.i, ctx.turn, upstream)
         segment = ctx.graphs.segments[ctx.i]
         nodes = [node for node, _ in ctx.next_functions][0 if ctx.is_first else 1 :]
-        found = map(_given_out, segment.parameters, segment.gradients, nodes)
-        return None, None, None, None, *found
+        return None, None, None, None, *_given_out(segment, nodes)
 
 
-def _given_out(p: nn.Parameter, gradient: Tensor, node: Any) -> Tensor:
-    """The graph's own memory where autograd adds it to `p.grad` at once, else a copy: somebody will keep it."""
-    if p.grad is not None and not p._backward_hooks and _accumulates(node):
-        return gradient
-    return gradient.clone()
+def _given_out(segment: Segment, nodes: Sequence[Any]) -> list[Tensor]:
+    """Gradients: the graph's own memory where autograd adds it to `p.grad` at once, else copies, which are kept."""
+    found = list(segment.gradients)
+    kept = [
+        k
+        for k, (p, node) in enumerate(zip(segment.parameters, nodes, strict=True))
+        if p.grad is None or p._backward_hooks or not _accumulates(node)
+    ]
+    if kept:
+        copies = [torch.empty_like(found[k]) for k in kept]
+        torch._foreach_copy_(copies, [found[k] for k in kept])  # in a few launches
+        for k, copy in zip(kept, copies, strict=True):
+            found[k] = copy
+    return found
 
 
 def _accumulates(node: Any) -> bool:
