@@ -11,7 +11,8 @@ from fastgpt2.gpt2.ops import TRITON_INSTALLED
 if not TRITON_INSTALLED:
     raise ImportError("fastgpt2 bench needs the package triton: pip install 'triton>=3.4' (Linux); it is not installed")
 
-from fastgpt2.bench import audit, generate, ops, report, roofline, train, tune  # noqa: E402
+from fastgpt2.bench import audit, generate, measured, ops, report, roofline, train, tune  # noqa: E402
+from fastgpt2.gpt2.recipe import find_device  # noqa: E402
 
 COMMANDS = (train, generate, ops, audit, tune, roofline, report)
 # What runs when no command is named: quick, adapted to the machine by each command, and a page of it all.
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(line)
         if status := options.run(options):
             return status
+    if not arguments:
+        print("\n".join(measured.lines(find_device("auto"))))
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ import triton.language as tl
 from fastgpt2.bench.cases import Case, cases
 from fastgpt2.bench.compiled import pretended
 from fastgpt2.bench.dispatch import count_traffic
-from fastgpt2.bench.peers import PEERS
+from fastgpt2.bench.peers import PEERS, installed
 from fastgpt2.bench.traffic import COUNTED_DTYPE, COUNTED_ROWS
 
 OURS, PYTORCH, LIGER = "ours", "PyTorch", "Liger"
@@ -54,9 +53,8 @@ def count(case: Case, function: Callable) -> dict[str, dict[str, Any]]:
 def functions(case: Case) -> dict[str, Callable]:
     """What is counted for a case. Liger only where it is installed and has the op."""
     found = {OURS: case.ours, PYTORCH: case.eager}
-    package, makers = PEERS[LIGER]
-    if case.op in makers and importlib.util.find_spec(package):
-        found[LIGER] = makers[case.op]()
+    if make := PEERS[LIGER].makers.get(case.op) if installed(PEERS[LIGER].module) else None:
+        found[LIGER] = make()
     return found
 
 

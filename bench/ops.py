@@ -25,7 +25,7 @@ from torch._functorch import config as functorch_config
 
 from fastgpt2.bench import cases, gate, peaks, roofline, tables, timing
 from fastgpt2.bench.cases import Case
-from fastgpt2.bench.peers import peers
+from fastgpt2.bench.peers import first_line, peers, version
 from fastgpt2.bench.record import FOLDER, Results, summary_line
 from fastgpt2.gpt2 import hardware, ops
 from fastgpt2.gpt2.recipe import find_device
@@ -139,18 +139,19 @@ class OpsBench:
                 if (off := differs(computed, expected)) > AGREEMENT[case.dtype]:
                     raise ArithmeticError(f"its results are {off:.1%} off PyTorch's")
                 del computed
-                made = calls(case, inputs, function)
-                for direction, call in made.items():
+                ready[label] = calls(case, inputs, function)
+            except Exception as error:  # compilers, drivers and peers share no class
+                self._failed(label, f"{label} ({case.name})", error)
+        for label, made in ready.items():
+            for direction, call in list(made.items()):
+                try:
                     call()
                     peak[label, direction] = timing.peak_bytes(call, self.device)
-                ready[label] = made
-            except Exception as error:  # compilers, drivers and peers share no class
-                if label == OURS and not timing.out_of_memory(error):
-                    raise
-                why = "out of memory" if timing.out_of_memory(error) else str(error).splitlines()[0]
-                self._leave_out(f"{label} ({case.name})", why)
+                except Exception as error:  # of a backward that runs only once, say
+                    del made[direction]
+                    self._failed(label, f"{label} ({case.name} {direction})", error)
         for direction in DIRECTIONS if case.backward_bytes is not None else DIRECTIONS[:1]:
-            variants = {label: made[direction] for label, made in ready.items()}
+            variants = {label: made[direction] for label, made in ready.items() if direction in made}
             try:
                 times = timing.measure(variants, self.device, budget_s=self.scope.budget_s, device_only=True)
             except Exception as error:  # together, graphs and results of all variants alive, they need more than alone
@@ -161,6 +162,13 @@ class OpsBench:
             for label in variants:
                 speedup = timing.speedup(times[PYTORCH], times[label]).as_dict() if PYTORCH in times else None
                 self._add_row(case, T, C, direction, label, times[label], peak[label, direction], speedup)
+
+    def _failed(self, label: str, name: str, error: Exception) -> None:
+        """Leaves out what failed; raises it again where it is ours and memory did not end."""
+        no_memory = timing.out_of_memory(error)
+        if label == OURS and not no_memory:
+            raise error
+        self._leave_out(name, "out of memory" if no_memory else first_line(error))
 
     def _leave_out(self, name: str, why: str) -> None:
         if dict(name=name, why=why) not in self.results.left_out:
@@ -180,6 +188,7 @@ class OpsBench:
             what=f"{case.op} {direction} at {case.shape}, in turns with the other variants, caches flushed on a GPU",
             time_ms=taken.as_dict(),
             label=label,
+            version=version(label),
             op=case.op,
             T=T,
             C=C,

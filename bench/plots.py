@@ -7,15 +7,37 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastgpt2.bench import variants
 from fastgpt2.bench.record import Results, describe
+from fastgpt2.bench.variants import GRAPH, LAUNCHED, MODES, SUFFIXES
+from fastgpt2.gpt2.ops import ALL_TORCH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-BASELINE_OF_LADDER = "PyTorch, SDPA"
+SDPA = variants.label(ALL_TORCH)
+
+
+class Ladder(NamedTuple):
+    """A panel of what each switch gives: the roads in it, what its speed-ups are over, and what all labels end with."""
+
+    title: str
+    roads: tuple[str, ...]
+    over: str
+    suffix: str = ""
+
+
+LADDERS = (
+    Ladder("In CUDA graphs: what the kernels give", (GRAPH,), variants.label(ALL_TORCH, GRAPH), SUFFIXES[GRAPH]),
+    Ladder("Launched from Python: with what Python costs", (LAUNCHED,), SDPA),
+    Ladder("Compiled", tuple(MODES), f"{SDPA}, compiled in the same mode"),
+    Ladder("All over PyTorch launched from Python", (), SDPA),  # files of before, which had one base
+)
+MARKERS = "osv^D<>pPX*hH"
+NO_GRAPHS = "each switch in a graph: not measured; fastgpt2 bench train --road graph"
 # First match counts; all readable on white and told apart without colour vision (Okabe and Ito).
 COLOURS = (
     ("Triton + compile", "#005a8c"),
@@ -24,8 +46,10 @@ COLOURS = (
     ("nanoGPT", "#009e73"),
     ("Liger", "#d55e00"),
     ("flash-attn", "#e69f00"),
+    ("quack", "#882255"),
     ("xformers", "#f0e442"),
     ("F.linear", "#56b4e9"),
+    ("SDPA by", "#56b4e9"),
     ("compile", "#555555"),
     ("", "#999999"),
 )
@@ -72,24 +96,44 @@ def throughput(results: Results) -> Figure | None:
 
 
 def ladder(results: Results) -> Figure | None:
-    """Speed-up over PyTorch with SDPA of each switch alone and of all; needs rows with Triton."""
-    panels = _by([r for r in results.rows if r["speedup"] and r["kernels"] and "Triton" in r["label"]], _setting)
+    """Speed-up of each switch alone and of all over PyTorch's kernels; needs rows with Triton.
+
+    A panel for each way to launch kernels. As CUDA graphs first, where only the device's time counts; then launched
+    from Python, which shows what Python costs; then compiled. A ladder of graphs that was not measured is named.
+    """
+    rows = [r for r in results.rows if r["speedup"] and r["kernels"] and "Triton" in r["label"]]
+    panels: list[tuple[str, Ladder, list[Row]]] = []
+    for setting, mine in _by(rows, _setting).items():
+        of = {shown: [row for row in mine if _ladder_of(row) is shown] for shown in LADDERS}
+        panels += [(setting, shown, found) for shown, found in of.items() if found or shown is LADDERS[0]]
     if not panels:
         return None
-    figure = _figure(results, 9, sum(0.42 * len(rows) + 1.0 for rows in panels.values()))
-    for axes, (setting, rows) in zip(
-        _column(figure, [len(r) + 1.5 for r in panels.values()]), panels.items(), strict=True
-    ):
+    heights = [0.4 * len(rows) + 1.0 if rows else 0.8 for *_, rows in panels]
+    figure = _figure(results, 8, sum(heights) + 0.3 * len(panels))
+    bars = [len(rows) + 0.6 if rows else 0.5 for *_, rows in panels]
+    for axes, (setting, shown, rows) in zip(_column(figure, bars, sharex=True), panels, strict=True):
+        axes.set_title(f"{shown.title}\n{setting}", fontsize=10.5)
+        if not rows:
+            axes.tick_params(bottom=False)
+            axes.set_yticks([])
+            axes.text(0.5, 0.5, NO_GRAPHS, transform=axes.transAxes, ha="center", va="center", color="#555555")
+            continue
         speedups = [row["speedup"] for row in rows]
         medians = [s["median"] for s in speedups]
         errors = [[s["median"] - s["p20"] for s in speedups], [s["p80"] - s["median"] for s in speedups]]
-        labels = [row["label"] for row in rows]
-        axes.barh(labels, medians, xerr=errors, color=[colour(label) for label in labels], capsize=3, height=0.7)
+        labels = [row["label"].removesuffix(shown.suffix) for row in rows]
+        colours = [colour(row["label"]) for row in rows]
         axes.axvline(1.0, color="black", linewidth=1)
+        axes.barh(labels, medians, xerr=errors, color=colours, capsize=3, height=0.7)
         _write_values(axes, [s["p80"] for s in speedups], [f"{m:.2f}x" for m in medians])
         axes.invert_yaxis()
-        axes.set(title=setting, xlabel=f"times as fast as {BASELINE_OF_LADDER} (round by round)")
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(f"times as fast as {shown.over} (round by round)")
     return figure
+
+
+def _ladder_of(row: Row) -> Ladder:
+    return next((shown for shown in LADDERS if row.get("road") in shown.roads), LADDERS[-1])
 
 
 def memory(results: Results) -> Figure | None:
@@ -101,7 +145,7 @@ def memory(results: Results) -> Figure | None:
         return None
     figure = _figure(results, 9, 5)
     axes = figure.subplots()
-    for marker, (label, rows) in zip("osv^D<>pPX*hH" * len(lines), lines.items(), strict=False):
+    for marker, (label, rows) in zip(MARKERS * len(lines), lines.items(), strict=False):
         rows = sorted(rows, key=lambda row: row["batch"])
         gib = [row["peak_bytes"] / 2**30 for row in rows]
         axes.plot([row["batch"] for row in rows], gib, marker=marker, color=colour(label), label=label)
@@ -128,7 +172,7 @@ def roofline(results: Results) -> Figure | None:
     ends = (0.7 * min(every), 1.4 * max(every))
     axes.plot(ends, ends, color="black", linewidth=1, label="roof: the measured copy or matrix product")
     axes.plot(ends, [2 * e for e in ends], color="black", linewidth=0.7, linestyle=":", label="half of it")
-    for marker, (label, pairs) in zip("osv^D<>", points.items(), strict=False):
+    for marker, (label, pairs) in zip(MARKERS, points.items(), strict=False):
         least, measured = zip(*pairs, strict=True)
         axes.scatter(least, measured, s=28, marker=marker, color=colour(label), alpha=0.8, label=label)
     axes.set(
@@ -166,7 +210,7 @@ def lengths(results: Results) -> Figure | None:
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (op, rows) in zip(grid.flat, panels.items(), strict=False):
-        for marker, (label, mine) in zip("osv^D<>", _by(rows, lambda r: r["label"]).items(), strict=False):
+        for marker, (label, mine) in zip(MARKERS, _by(rows, lambda r: r["label"]).items(), strict=False):
             mine = sorted(mine, key=lambda row: row["T"])
             times = [row["time_ms"] for row in mine]
             errors = [[t["median"] - t["p20"] for t in times], [t["p80"] - t["median"] for t in times]]
@@ -197,14 +241,16 @@ def _figure(results: Results, width: float, height: float) -> Figure:
     return figure
 
 
-def _column(figure: Figure, heights: list[float]) -> Iterable[Any]:
-    return figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).flat
+def _column(figure: Figure, heights: list[float], sharex: bool = False) -> Iterable[Any]:
+    grid = dict(height_ratios=heights)
+    return figure.subplots(len(heights), 1, squeeze=False, sharex=sharex, gridspec_kw=grid).flat
 
 
 def _write_values(axes: Any, places: list[float], texts: list[str]) -> None:
     """At the end of each bar, past its spread."""
     for i, (place, text) in enumerate(zip(places, texts, strict=True)):
-        axes.annotate(text, (place, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+        around = dict(boxstyle="square,pad=0.1", color="white", alpha=0.8)  # readable on a line that it meets
+        axes.annotate(text, (place, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9, bbox=around)
     axes.margins(x=0.12)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -39,7 +39,10 @@ from fastgpt2.gpt2.files import write_atomically
 
 FORMAT = 1
 FOLDER = Path("bench-results")  # where commands write by default
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn", "xformers", "numpy")
+PACKAGES = (
+    *("torch", "triton", "transformers", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4"),
+    *("quack-kernels", "xformers", "numpy"),
+)
 HERE = Path(__file__).resolve().parent
 
 
@@ -58,35 +61,26 @@ class Results:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return cls(kind, machine(device), date, commit(), settings)
 
-    def add(
-        self, name: str, *, what: str, time_ms: dict[str, Any] | None, replace: bool = False, **figures: Any
-    ) -> dict[str, Any]:
-        """One row; `what` says in words what was measured. Returns it.
-
-        replace: the row takes the place of the one of this name. Else raises ValueError for a name that is there.
-        """
-        row = dict(name=name, what=what, time_ms=time_ms, **figures)
-        there = [i for i, other in enumerate(self.rows) if other["name"] == name]
-        if there and not replace:
+    def add(self, name: str, *, what: str, time_ms: dict[str, Any] | None, **figures: Any) -> dict[str, Any]:
+        """One row; `what` says in words what was measured. Returns it. Raises ValueError for a name that is there."""
+        if any(row["name"] == name for row in self.rows):
             raise ValueError(f"results: there is already a row named {name!r}")
-        if there:
-            self.rows[there[0]] = row
-        else:
-            self.rows.append(row)
+        row = dict(name=name, what=what, time_ms=time_ms, **figures)
+        self.rows.append(row)
         return row
 
     def leave_out(self, name: str, why: str) -> None:
         """Notes what was not measured."""
         self.left_out.append(dict(name=name, why=why))
 
-    def save(self, folder: Path) -> Path:
-        """Writes folder/KIND-MACHINE.json, atomically; replaces an older one."""
-        file = folder / f"{self.kind}-{slug(self.machine['name'])}.json"
+    def save(self, folder: Path, part: str = "") -> Path:
+        """Writes folder/KIND-MACHINE.json, or KIND-MACHINE-PART.json, atomically; replaces an older one."""
+        file = folder / (slug(f"{self.kind} {self.machine['name']} {part}") + ".json")
         write_atomically(file, json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
         return file
 
     @contextlib.contextmanager
-    def kept_if_cut_short(self, folder: Path) -> Iterator[None]:
+    def kept_if_cut_short(self, folder: Path, part: str = "") -> Iterator[None]:
         """Saves what there is where an error, Ctrl-C or a polite kill (SIGTERM) ends the block, and lets it pass."""
         try:
             with _ended_by_sigterm():
@@ -94,7 +88,7 @@ class Results:
         except BaseException:
             if self.rows:
                 self.leave_out("the rest", "the run was cut short")
-                print(f"cut short; what was measured is in {self.save(folder)}", file=sys.stderr)
+                print(f"cut short; what was measured is in {self.save(folder, part)}", file=sys.stderr)
             raise
 
     @classmethod
@@ -161,6 +155,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             name=properties.name,
             gpu=properties.name,
             gpu_bytes=properties.total_memory,
+            capability=f"{properties.major}.{properties.minor}",
             multiprocessors=properties.multi_processor_count,
             cuda=torch.version.cuda,
             rocm=torch.version.hip,

@@ -21,10 +21,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastgpt2.bench import roofline, timing
+from fastgpt2.bench import roofline, timing, variants
 from fastgpt2.bench.record import Results
 from fastgpt2.bench.timing import Timing
-from fastgpt2.bench.variants import OURS, Backward, Family, Variant
+from fastgpt2.bench.variants import GRAPH, LAUNCHED, OURS, Backward, Family, Variant
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.model import GPT
@@ -37,7 +37,6 @@ SHARE_FOR_STATE = 0.4  # of the memory: families that need more than this togeth
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 WHAT = "one optimizer step: forward, backward, clipping, fused AdamW"
 NO_MEMORY = "out of memory"
-PLAIN, GRAPHS, COMPILED = (False, False), (True, False), (False, True)
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ class Prepared:
 
     def peak_bytes(self, device: torch.device) -> int | None:
         """Of a step, with parameters and optimizer state, without other variants' models."""
-        peak = timing.peak_bytes(self.step, device)
-        return None if peak is None else peak + self.family.state_bytes() + self.backward.held_bytes()
+        peak, held = timing.peak_bytes(self.step, device), self.backward.held_bytes()
+        return None if peak is None or held is None else peak + self.family.state_bytes() + held
 
 
 @dataclass
@@ -111,10 +110,11 @@ class TrainBench:
     nanogpt: ModuleType | None
 
     def compare(self, setting: Setting) -> None:
-        """All variants at one setting, in turns; one row each. Raises Disagreement.
+        """All variants at one setting, one row each; those of a stage in turns. Raises Disagreement.
 
-        Compiling takes minutes on some machines, and whoever stops it keeps the rows of the others: these are timed
-        before, and then anew beside what is compiled. So it is with CUDA graphs, whose memory others may need.
+        Compiling takes minutes on some machines, and whoever stops it keeps the rows of the stages before. Beside a
+        stage's own variants run our model with PyTorch's kernels launched from Python, and the same on the stage's
+        road, so that a speed-up is always of two variants that took turns.
         """
         weights = GPT(setting.config, kernels="torch")
         try:
@@ -127,37 +127,75 @@ class TrainBench:
             return
         names = list(dict.fromkeys(v.family for v in self.variants))
         for group in [names] if _fit_together(setting, len(names)) else [[name] for name in names]:
-            members = [v for v in self.variants if v.family in group]
-            parts = [[v for v in members if (v.graph, v.compiled) == kind] for kind in (PLAIN, GRAPHS, COMPILED)]
-            parts = [wanted for wanted in parts if wanted]
-            part = dataclasses.replace(setting, budget_s=setting.budget_s / len(parts))
-            timed: list[Variant] = []
-            for wanted in parts:
-                families = {name: self._family(name, setting, weights) for name in group}  # timing trains a model
-                again, new = (
-                    [p for v in variants if (p := self._prepare(setting, families[v.family], v, gradient))]
-                    for variants in (timed, wanted)
-                )
-                if new:
-                    timed = [p.variant for p in self._time(part, again, new)]
-                del families, again, new
-                _forget()
+            stages = variants.stages([v for v in self.variants if v.family in group])
+            part = dataclasses.replace(setting, budget_s=setting.budget_s / len(stages))
+            for stage in stages:
+                self._measure(part, stage, group, weights, gradient)
 
     def sweep(self, setting: Setting) -> None:
         """Variants alone at 1, 2, 4, ... sequences until memory ends, one row each; without single switches, and
         without compiled and captured ones, which would be made anew for each batch."""
         weights = GPT(setting.config, kernels="torch")
         for variant in self.variants:
-            if variant.compiled or variant.graph or len(set(dataclasses.astuple(variant.kernels))) > 1:
+            if variant.road != LAUNCHED or variant.one_switch:
                 continue
             B, fits = 1, True
             while fits and B <= LARGEST_BATCH:
                 at = dataclasses.replace(setting, B=B, budget_s=setting.budget_s / 10)
-                prepared = self._prepare(at, self._family(variant.family, at, weights), variant, None)
-                fits = prepared is not None and bool(self._time(at, [], [prepared], alone=True))
-                del prepared
-                _forget()
+                fits = self._in_turns(at, [variant], [], weights, None)
                 B *= 2
+
+    def _measure(
+        self, setting: Setting, wanted: list[Variant], group: list[str], weights: GPT, gradient: Tensor
+    ) -> None:
+        """Rows of one stage, of variants of the families in `group`. Where memory does not take all in turns, by
+        halves, and a single one without what it is compared with."""
+        bases = [v for v in dict.fromkeys([Variant(OURS), *(v.base for v in wanted)]) if v not in wanted]
+        bases = [v for v in bases if v.family in group]
+        if len(wanted) == 1:
+            fits = bool(bases) and self._in_turns(setting, wanted, bases, weights, gradient, say=False)
+            if not fits:
+                self._in_turns(setting, wanted, [], weights, gradient)
+        elif not self._in_turns(setting, wanted, bases, weights, gradient, say=False):
+            for half in (wanted[: len(wanted) // 2], wanted[len(wanted) // 2 :]):
+                self._measure(setting, half, group, weights, gradient)
+
+    def _in_turns(
+        self,
+        setting: Setting,
+        wanted: list[Variant],
+        bases: list[Variant],
+        weights: GPT,
+        gradient: Tensor | None,
+        say: bool = True,
+    ) -> bool:
+        """Prepares, times and adds a row for each of `wanted`, taking turns with `bases`, which may have rows already.
+
+        gradient: what all must agree with; None for one that is measured alone. -> False where memory ended, for which
+        there are rows unless `say` is False, or where one alone failed.
+        """
+        alone = gradient is None
+        try:
+            families = {v.family: self._family(v.family, setting, weights) for v in (*bases, *wanted)}
+            prepared = [
+                p
+                for v in (*bases, *wanted)
+                if (p := self._prepare(setting, families[v.family], v, gradient)) is not None
+            ]
+            timed = [p for p in prepared if p.variant in wanted]
+            if timed:
+                self._time(setting, prepared, timed, alone)
+            return bool(timed) or not alone
+        except Exception as error:  # a compiler's and a driver's errors share no class
+            if not timing.out_of_memory(error):
+                raise
+        finally:
+            families, prepared, timed = {}, [], []  # timing trains a model: the next stage begins with new ones
+            _forget()
+        if say:
+            for variant in wanted:
+                self._add_row(setting, self._label(setting, variant, weights), variant, what=NO_MEMORY, alone=alone)
+        return False
 
     def _expected_gradient(self, setting: Setting, weights: GPT) -> Tensor:
         reference = self._family(OURS, setting, weights)
@@ -166,8 +204,12 @@ class TrainBench:
     def _family(self, name: str, setting: Setting, weights: GPT) -> Family:
         return Family(name, setting.config, weights, self.nanogpt, setting.device)
 
+    def _label(self, setting: Setting, variant: Variant, weights: GPT) -> str:
+        """Where the device has no memory for the model that says it."""
+        return Family(variant.family, setting.config, weights, self.nanogpt, torch.device("cpu")).label(variant)
+
     def _prepare(self, setting: Setting, family: Family, variant: Variant, gradient: Tensor | None) -> Prepared | None:
-        """Runs a variant once. None where memory ends or the variant fails, which is then in the results.
+        """Runs a variant once. None where it fails, which is then in the results. Raises what says that memory ended.
 
         gradient: what its own must agree with.
         """
@@ -177,11 +219,10 @@ class TrainBench:
         try:
             own = family.gradient(backward)
         except Exception as error:  # a compiler's and a driver's errors share no class
-            family.optimizer.zero_grad(set_to_none=True)
             if timing.out_of_memory(error):
-                self._add_row(setting, label, variant, what=NO_MEMORY, alone=gradient is None)
-            else:
-                self.results.leave_out(f"{setting.name} {label}", f"failed: {(str(error).splitlines() or [''])[0]}")
+                raise
+            family.optimizer.zero_grad(set_to_none=True)
+            self._leave_out(f"{setting.name} {label}", f"failed: {(str(error).splitlines() or [''])[0]}")
             return None
         first_s = time.perf_counter() - start
         if gradient is not None:
@@ -194,50 +235,39 @@ class TrainBench:
                 )
         return Prepared(variant, family, label, backward, family.step(backward), first_s)
 
-    def _time(
-        self, setting: Setting, timed: list[Prepared], new: list[Prepared], alone: bool = False
-    ) -> list[Prepared]:
-        """In turns; a row for each, in place of those that `timed` have. Returns all but those where memory ended."""
+    def _time(self, setting: Setting, prepared: list[Prepared], wanted: list[Prepared], alone: bool) -> None:
+        """All in turns; a row for each of `wanted`. Raises what says that memory ended."""
         peaks: dict[str, int | None] = {}
-        for p in timed + new:
-            try:
-                p.step()  # makes the optimizer's state
-                peaks[p.label] = p.peak_bytes(setting.device)
-            except (RuntimeError, MemoryError) as error:
-                if not timing.out_of_memory(error):
-                    raise
-                p.family.optimizer.zero_grad(set_to_none=True)
-                if p in new:
-                    self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
-        ready = [p for p in timed + new if p.label in peaks]
-        steps = {p.label: p.step for p in ready}
-        try:
-            times = timing.measure(steps, setting.device, budget_s=setting.budget_s, warmup=1, min_rounds=3)
-        except (RuntimeError, MemoryError) as error:  # together they need more than each one did
-            if not timing.out_of_memory(error):
-                raise
-            for p in ready:
-                p.family.optimizer.zero_grad(set_to_none=True)
-                if p in new:
-                    self._add_row(setting, p.label, p.variant, what=NO_MEMORY, alone=alone)
-            return []
-        baseline = next((p.label for p in ready if p.variant == Variant(OURS)), None)
-        for p in ready:
+        for p in prepared:
+            p.step()  # makes the optimizer's state
+            peaks[p.label] = p.peak_bytes(setting.device)
+        steps = {p.label: p.step for p in prepared}
+        times = timing.measure(steps, setting.device, budget_s=setting.budget_s, warmup=1, min_rounds=3)
+        labels = {p.variant: p.label for p in prepared}
+
+        def over(variant: Variant, taken: Timing) -> dict | None:
+            base = labels.get(variant)
+            return None if alone or base is None else dict(over=base, **timing.speedup(times[base], taken).as_dict())
+
+        for p in wanted:
             taken = times[p.label]
-            speedup = None if alone or not baseline else timing.speedup(times[baseline], taken).as_dict()
             self._add_row(
                 setting,
                 p.label,
                 p.variant,
-                what=f"{WHAT}; " + ("alone" if alone else f"{len(ready)} variants in turns"),
+                what=f"{WHAT}; " + ("alone" if alone else f"{len(prepared)} variants in turns"),
                 alone=alone,
                 taken=taken,
                 peak_bytes=peaks[p.label],
-                speedup=speedup and dict(over=baseline, **speedup),
+                speedup=over(p.variant.base, taken),
+                speedup_over_launched=over(Variant(OURS), taken),
                 first_s=round(p.first_s, 2),
-                replace=p in timed,
             )
-        return ready
+
+    def _leave_out(self, name: str, why: str) -> None:
+        """Once: what fails as a base of several stages fails in each."""
+        if dict(name=name, why=why) not in self.results.left_out:
+            self.results.leave_out(name, why)
 
     def _add_row(
         self,
@@ -249,8 +279,8 @@ class TrainBench:
         taken: Timing | None = None,
         peak_bytes: int | None = None,
         speedup: dict | None = None,
+        speedup_over_launched: dict | None = None,
         first_s: float | None = None,
-        replace: bool = False,
     ) -> None:
         tokens = setting.B * setting.T
         per_s = None
@@ -268,16 +298,17 @@ class TrainBench:
             block=setting.T,
             dtype=setting.dtype,
             alone=alone,
-            compiled=variant.compiled,
-            cuda_graph=variant.graph,
+            compiled=variant.mode is not None,
+            cuda_graph=variant.road == GRAPH,
+            road=variant.road,
             kernels=dataclasses.asdict(variant.kernels) if variant.family == OURS else None,
             tokens_per_s=per_s,
             model_ms=setting.model_ms(),
             mfu=setting.mfu(per_s["median"]) if per_s else None,
             peak_bytes=peak_bytes,
             speedup=speedup,
+            speedup_over_launched=speedup_over_launched,
             first_s=first_s,
-            replace=replace,
         )
 
 

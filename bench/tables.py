@@ -32,8 +32,12 @@ def _ms_spread(row: Row) -> str:
 
 
 def _speedup(row: Row) -> str:
+    return _times(row.get("speedup"))
+
+
+def _times(speedup: dict[str, Any] | None) -> str:
     """A baseline over itself is 1 and has no spread."""
-    if (speedup := row.get("speedup")) and speedup["p20"] == speedup["median"] == speedup["p80"]:
+    if speedup and speedup["p20"] == speedup["median"] == speedup["p80"]:
         return f"{speedup['median']:.2f}x"
     return _optional(speedup, lambda s: f"{s['median']:.2f}x ({s['p20']:.2f}..{s['p80']:.2f})")
 
@@ -53,6 +57,9 @@ TRAIN: tuple[Column, ...] = (
     ("20..80%", lambda r: _optional(r["tokens_per_s"], lambda t: f"{t['p20']:,.0f}..{t['p80']:,.0f}")),
     ("ms a step", _ms),
     ("speed-up", _speedup),
+    ("over", lambda r: _optional(r["speedup"], lambda s: s["over"])),
+    # Files of before had this one only.
+    ("over PyTorch, SDPA launched", lambda r: _times(r.get("speedup_over_launched", r["speedup"]))),
     ("roofline model, ms", _model_ms),
     ("MFU", lambda r: _optional(r["mfu"], lambda m: f"{m:.1%}", UNKNOWN)),
     ("peak memory", _mebibytes),
@@ -60,7 +67,7 @@ TRAIN: tuple[Column, ...] = (
 OPS: tuple[Column, ...] = (
     ("op", lambda r: r["name"].split(" ")[0]),
     ("direction", lambda r: r["direction"]),
-    ("variant", lambda r: r["label"]),
+    ("variant", lambda r: r["label"] + (f" {r['version']}" if r.get("version") else "")),
     ("ms", _ms),
     ("20..80%", _ms_spread),
     ("GB/s", lambda r: f"{r['gb_per_s']:,.1f}"),

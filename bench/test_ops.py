@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastgpt2.bench import ops
+from fastgpt2.bench.peers import PEERS, first_line
 from fastgpt2.gpt2.recipe import find_device
 
 DEVICE = find_device("auto")
@@ -29,14 +30,20 @@ def variants() -> list:
 @pytest.mark.parametrize(("case", "label", "direction"), variants())
 def test_op(benchmark, case: str, label: str, direction: str) -> None:
     found, inputs = ops.functions(CASES[case], DEVICE, SCOPE.compiled)[0], CASES[case].inputs(DEVICE)
-    computed, expected = (ops.values(CASES[case], inputs, found[name]) for name in (label, ops.PYTORCH))
-    assert ops.differs(computed, expected) <= ops.AGREEMENT[SCOPE.dtype], "it computes something else than PyTorch"
-    call = ops.calls(CASES[case], inputs, found[label])[direction]
 
     def finished() -> None:
         call()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    finished()
+    try:
+        computed, expected = (ops.values(CASES[case], inputs, found[name]) for name in (label, ops.PYTORCH))
+        call = ops.calls(CASES[case], inputs, found[label])[direction]
+        for _ in range(2):  # some backwards run only once
+            finished()
+    except Exception as error:  # peers share no class
+        if label not in PEERS:
+            raise
+        pytest.skip(f"{label}: {first_line(error)}")
+    assert ops.differs(computed, expected) <= ops.AGREEMENT[SCOPE.dtype], "it computes something else than PyTorch"
     benchmark(finished)

@@ -1,8 +1,9 @@
-"""The ways to train GPT-2 that are compared: ours by every switch, HuggingFace's and nanoGPT's model.
+"""The ways to train GPT-2 that are compared: ours by every switch, HuggingFace's, nanoGPT's and flash-attn's model.
 
-Variants of one family share a model and an optimizer, so that three models are in memory, not twelve. All start from
-the same weights and see the same batch; dropout is 0 everywhere. Labels say what is active: they are made from the
-model's `Kernels` and from what the other models say of themselves.
+Each computes a step on one road, which is how its kernels are launched: from Python, as CUDA graphs, or by
+torch.compile in one of its modes. Variants of one family share a model and an optimizer, so that three or four models
+are in memory, not thirty. All start from the same weights and see the same batch; dropout is 0 everywhere. Labels say
+what is active: they are made from the model's `Kernels` and from what the other models say of themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from fastgpt2.bench import flash_gpt
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
@@ -28,10 +30,20 @@ from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.optim import adamw
 from fastgpt2.gpt2.step_graphs import StepGraphs
 
-OURS, HUGGINGFACE, NANOGPT = "fastgpt2", "HuggingFace", "nanoGPT"
+OURS, HUGGINGFACE, NANOGPT, FLASH_ATTN = "fastgpt2", "HuggingFace", "nanoGPT", "flash-attn"
 LR = 1e-4
 GRAD_CLIP = 1.0
 Autocast = Callable[[], contextlib.AbstractContextManager]
+
+# How a step's kernels are launched; the last three are torch.compile, by its mode. Quick to start first.
+LAUNCHED, GRAPH = "launched", "graph"
+COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE = "compile", "reduce-overhead", "max-autotune"
+ROADS = (LAUNCHED, GRAPH, COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE)
+MODES = {COMPILE: "default", REDUCE_OVERHEAD: "reduce-overhead", MAX_AUTOTUNE: "max-autotune"}  # of torch.compile
+CUDAGRAPH_TREES = (REDUCE_OVERHEAD, MAX_AUTOTUNE)  # Inductor captures and replays CUDA graphs by itself
+SUFFIXES = {LAUNCHED: "", GRAPH: " + CUDA graph", COMPILE: " + compile"} | {
+    road: f" + compile ({MODES[road]})" for road in CUDAGRAPH_TREES
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +52,26 @@ class Variant:
 
     family: str
     kernels: Kernels = ALL_TORCH
-    compiled: bool = False
+    road: str = LAUNCHED
     naive_attention: bool = False
-    graph: bool = False  # forward and backward replayed as CUDA graphs
+
+    @property
+    def mode(self) -> str | None:
+        """Of torch.compile; None where nothing is compiled."""
+        return MODES.get(self.road)
+
+    @property
+    def base(self) -> Variant:
+        """What its speed-up is over: our model with PyTorch's kernels, launched in the same way."""
+        return Variant(OURS, road=self.road)
+
+    @property
+    def one_switch(self) -> bool:
+        """Whether it is a rung of the ladder: some kernels on Triton, some not."""
+        return len(set(dataclasses.astuple(self.kernels))) > 1
 
 
-def label(kernels: Kernels, compiled: bool = False, naive_attention: bool = False, graph: bool = False) -> str:
+def label(kernels: Kernels, road: str = LAUNCHED, naive_attention: bool = False) -> str:
     """What a variant of our model is called, by what is active in it."""
     on_triton = [op for op in Kernels.names() if getattr(kernels, op) == "triton"]
     if not on_triton:
@@ -54,24 +80,39 @@ def label(kernels: Kernels, compiled: bool = False, naive_attention: bool = Fals
         name = "Triton"
     else:
         name = "Triton: " + ", ".join(on_triton)
-    return name + _suffix(compiled, graph)
+    return name + SUFFIXES[road]
 
 
-def _suffix(compiled: bool, graph: bool) -> str:
-    return " + compile" * compiled + " + CUDA graph" * graph
+def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Variant]:
+    """Every comparison, road by road and baselines first; the ladder has each switch alone on Triton, launched from
+    Python and as a CUDA graph.
+
+    HuggingFace's model is launched or compiled, as its users do; flash-attn's is not compiled: Dynamo would stop at
+    each of its operators.
+    """
+    ladder = [Variant(OURS)]
+    if ops.TRITON_INSTALLED:
+        ladder += [Variant(OURS, Kernels.parse(op)) for op in Kernels.names()] + [Variant(OURS, Kernels.all("triton"))]
+    others = [Variant(HUGGINGFACE)] + [Variant(NANOGPT)] * with_nanogpt
+    flash_attn = [Variant(FLASH_ATTN)] * with_flash_attn
+    on_roads = [
+        (LAUNCHED, [Variant(OURS, naive_attention=True), *ladder, *others, *flash_attn]),
+        (GRAPH, [*ladder, *(v for v in others if v.family != HUGGINGFACE), *flash_attn]),
+        *((road, [*(v for v in ladder if not v.one_switch), *others]) for road in MODES),
+    ]
+    return [dataclasses.replace(variant, road=road) for road, some in on_roads for variant in some]
 
 
-def all_variants(with_nanogpt: bool) -> list[Variant]:
-    """Every comparison, baselines first; the ladder has each switch alone on Triton."""
-    triton = Kernels(**dict.fromkeys(Kernels.names(), "triton")) if ops.TRITON_INSTALLED else None
-    ours = [Variant(OURS, naive_attention=True), Variant(OURS), Variant(OURS, compiled=True)]
-    if triton is not None:
-        ours += [Variant(OURS, Kernels.parse(op)) for op in Kernels.names()]
-        ours += [Variant(OURS, triton), Variant(OURS, triton, compiled=True)]
-    others = [HUGGINGFACE, NANOGPT] if with_nanogpt else [HUGGINGFACE]
-    ours += [Variant(family, compiled=compiled) for family in others for compiled in (False, True)]
-    graphs = [v for v in ours if len(set(dataclasses.astuple(v.kernels))) == 1 and not v.compiled | v.naive_attention]
-    return ours + [dataclasses.replace(v, graph=True) for v in graphs if v.family != HUGGINGFACE]
+def stages(variants: list[Variant]) -> list[list[Variant]]:
+    """The variants in the order of what they cost to prepare, those of one stage together: whoever stops a run keeps
+    the stages before. What is compiled begins with ours, and max-autotune is last."""
+
+    def place(variant: Variant) -> tuple[bool, bool, int]:
+        compiled = variant.mode is not None
+        return variant.road == MAX_AUTOTUNE, compiled and variant.family != OURS, ROADS.index(variant.road)
+
+    places = sorted({place(v) for v in variants})
+    return [[v for v in variants if place(v) == where] for where in places]
 
 
 def on_triton(variant: Variant) -> bool:
@@ -116,20 +157,25 @@ def naive_attention(active: bool) -> Iterator[None]:
 class Backward:
     """Makes every parameter's gradient on one batch; compiles or captures at its first call."""
 
-    def __init__(self, loss: Callable[[], Tensor], model: nn.Module, graph: bool):
-        self.loss, self.model, self.captures = loss, model, graph
+    def __init__(self, loss: Callable[[], Tensor], model: nn.Module, road: str):
+        self.loss, self.model, self.road = loss, model, road
         self.graphs: StepGraphs | None = None
 
     def __call__(self) -> None:
-        if not self.captures:
-            self.loss().backward()
+        if self.road == GRAPH:
+            if self.graphs is None:
+                self.graphs = StepGraphs(lambda: (None, self.loss()), self.model, {})
+            self.graphs()[1].backward()
             return
-        if self.graphs is None:
-            self.graphs = StepGraphs(lambda: (None, self.loss()), self.model, {})
-        self.graphs()[1].backward()
+        if self.road in CUDAGRAPH_TREES:  # what the step before has returned may be overwritten: nothing of it is kept
+            torch.compiler.cudagraph_mark_step_begin()
+        self.loss().backward()
 
-    def held_bytes(self) -> int:
-        """GPU memory that stays between calls, beside gradients."""
+    def held_bytes(self) -> int | None:
+        """GPU memory that stays between calls, beside gradients; None where nobody can tell: cudagraph trees keep it
+        in one pool for all that is compiled."""
+        if self.road in CUDAGRAPH_TREES:
+            return None
         return self.graphs.pool_bytes if self.graphs else 0
 
 
@@ -147,12 +193,14 @@ class Family:
         """Derived from the live model."""
         if self.name == OURS:
             with self.model.use_kernels(variant.kernels):
-                return label(self.model.kernels, variant.compiled, variant.naive_attention, variant.graph)
+                return label(self.model.kernels, variant.road, variant.naive_attention)
+        if self.name == FLASH_ATTN:
+            return flash_gpt.label(self.model) + SUFFIXES[variant.road]
         if self.name == HUGGINGFACE:
             attention = self.model.config._attn_implementation
         else:
             attention = "SDPA" if self.model.transformer.h[0].attn.flash else "naive attention"
-        return f"{self.name}, {attention}" + _suffix(variant.compiled, variant.graph)
+        return f"{self.name}, {attention}" + SUFFIXES[variant.road]
 
     def state_bytes(self) -> int:
         """Of parameters and the optimizer's state, which stay between steps; gradients do not."""
@@ -162,7 +210,9 @@ class Family:
     def loss(self, variant: Variant, idx: Tensor, targets: Tensor) -> Callable[[], Tensor]:
         """A function that computes the loss; compiles at its first call."""
         # Static shapes: a later batch size would otherwise be compiled for any size.
-        forward: Any = torch.compile(self.model, dynamic=False) if variant.compiled else self.model
+        forward: Any = torch.compile(self.model, dynamic=False, mode=variant.mode) if variant.mode else self.model
+        if self.name == FLASH_ATTN:
+            return lambda: flash_gpt.loss(forward(idx).logits, targets)
         if self.name == HUGGINGFACE:
             return lambda: forward(input_ids=idx, labels=idx).loss  # shifts the labels by itself, ignores the last
         if self.name == NANOGPT:
@@ -181,7 +231,7 @@ class Family:
             with autocast():
                 return compute()
 
-        return Backward(loss, self.model, variant.graph)
+        return Backward(loss, self.model, variant.road)
 
     def step(self, backward: Backward) -> Callable[[], None]:
         """One optimizer step on one batch: forward, backward, clipping, fused AdamW."""
@@ -197,7 +247,8 @@ class Family:
     def gradient(self, backward: Backward) -> Tensor:
         """Of the position table, which everything above it goes into; (block_size, C) float32 on the CPU."""
         backward()
-        weight = self.model.transformer.wpe.weight
+        embeddings = self.model.transformer
+        weight = embeddings.embeddings.position_embeddings.weight if self.name == FLASH_ATTN else embeddings.wpe.weight
         gradient = weight.grad.detach().float().cpu()
         self.optimizer.zero_grad(set_to_none=True)
         return gradient
@@ -212,6 +263,8 @@ def _build(name: str, config: GPTConfig, weights: GPT, nanogpt: ModuleType | Non
         hf = weights.to_huggingface()
         hf.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
         return hf
+    if name == FLASH_ATTN:
+        return flash_gpt.build(config, weights)
     assert nanogpt is not None
     fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     with contextlib.redirect_stdout(None):  # it prints its size

@@ -98,7 +98,7 @@ class Generation(Iterator[Tensor]):
         self.tokens = torch.zeros(B, T + max_new_tokens, dtype=torch.int64, device=device)
         self.tokens[:, :T] = idx
         self.T = self.end = T
-        self._logprobs = torch.zeros(B, max_new_tokens, device=device) if with_logprobs else None
+        self._logprobs = torch.zeros(B, max_new_tokens, dtype=torch.float32, device=device) if with_logprobs else None
         self.stop = torch.tensor(list(stop_tokens), device=device) if len(stop_tokens) else None
         self.stop_interval = 1 if device.type == "cpu" else STOP_CHECK_INTERVAL
         self.stopped = torch.zeros(B, dtype=torch.bool, device=device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
 from fastgpt2.gpt2.model import GPT, unwrap
 from fastgpt2.gpt2.ops import Kernels
+from fastgpt2.gpt2.stock import PLAIN
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, GPT2Model
@@ -248,21 +249,39 @@ def _check_no_biases(tensors: dict[str, StoredTensor], state: Mapping[str, Tenso
 def huggingface_state(model: GPT) -> dict[str, Tensor]:
     """Our weights under their names and in their layout, without lm_head.weight. Views: not contiguous, not copies.
 
-    A model with bias=False gets zero biases, which compute the same.
+    A model with bias=False gets zero biases, which compute the same. Of a parametrised or pruned layer it is the weight
+    that it computes with. Raises ValueError for a layer that is none of GPT-2's, such as an adapter or a quantised one.
     """
-    own = {name.replace("_orig_mod.", ""): t.detach() for name, t in model.state_dict().items()}
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, shape in huggingface_shapes(model.config).items():
         if name == HEAD:
             continue
-        if name not in own:
-            weight = own[name.removesuffix("bias") + "weight"]
-            state[name] = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        elif name == TOKEN_TABLE:
-            state[name] = own[name][: shape[0]]
+        path, _, kind = name.rpartition(".")
+        layer = _layer(model, path)
+        weight = getattr(layer, kind)
+        if weight is None:
+            state[name] = torch.zeros(shape, dtype=layer.weight.dtype, device=layer.weight.device)
+        elif type(weight) not in PLAIN:
+            raise ValueError(f"{name} is a {type(weight).__name__}, a GPT-2's weights are plain tensors: dequantise it")
         else:
-            state[name] = own[name].t() if name.endswith(CONV1D) else own[name]
+            weight = weight.detach()[: shape[0]] if name == TOKEN_TABLE else weight.detach()
+            state[name] = weight.t() if name.endswith(CONV1D) else weight
     return state
+
+
+def _layer(model: GPT, path: str) -> Any:
+    """The layer of that name, also inside blocks that were compiled one by one."""
+    layer: Any = model
+    for part in path.split("."):
+        layer = getattr(layer, part)
+        layer = getattr(layer, "_orig_mod", layer)
+    if not isinstance(layer, nn.Linear | nn.Embedding | nn.LayerNorm):
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise ValueError(
+            f"{path} is a {kind}, which a GPT-2 has no place for: merge adapters into the layers (peft: "
+            "merge_and_unload()) or put one of torch.nn's own layers back"
+        )
+    return layer
 
 
 # ---------------------------------------------------------------------------------------------------- live models
@@ -290,11 +309,10 @@ def to_huggingface(model: nn.Module) -> GPT2LMHeadModel:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     gpt = unwrap(model)
-    table = gpt.transformer.wte.weight
-    devices = [table.device] if table.device.type == "cuda" else []
+    devices = [gpt.device] if gpt.device.type == "cuda" else []
     # Their constructor draws random weights: they are replaced, and the caller's random numbers stay as they were.
-    with torch.random.fork_rng(devices), torch.device(table.device):
-        hf_model = GPT2LMHeadModel(GPT2Config.from_dict(config_to_huggingface(gpt.config, table.dtype)))
+    with torch.random.fork_rng(devices), gpt.device:
+        hf_model = GPT2LMHeadModel(GPT2Config.from_dict(config_to_huggingface(gpt.config, gpt.dtype)))
     state = huggingface_state(gpt)
     parameters = dict(hf_model.named_parameters())
     assert parameters.keys() == state.keys(), sorted(parameters.keys() ^ state.keys())

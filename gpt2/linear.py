@@ -35,11 +35,13 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # the operator has arguments that no trace can hold
         and all(t.dtype == torch.float32 and type(t) in PLAIN for t in (x, weight, bias) if t is not None)
         and x.numel() >= MIN_ROWS * x.size(-1) > 0
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()  # FlopCounterMode and its like know PyTorch's own operators
     )
 
 

@@ -166,8 +166,9 @@ def embedding(
         return triton_embedding(idx, wte.weight, wpe.weight, positions, dropout_p=dropout_p)
     if positions is None and is_stock(wpe, nn.Embedding):
         x = wte(idx) + wpe.weight[: idx.size(1)]
-    else:
-        x = wte(idx) + wpe(torch.arange(idx.size(1), device=idx.device) if positions is None else positions)
+    else:  # one position a token, so that whoever listens finds rows of the batch
+        positions = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
+        x = wte(idx) + wpe(positions.expand(idx.shape))
     return F.dropout(x, dropout_p) if dropout_p else x
 
 

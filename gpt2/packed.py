@@ -6,6 +6,7 @@ PyTorch's own product of one row and a (N, K) weight, as decoding has it, reache
 from __future__ import annotations
 
 import copy
+import hashlib
 import weakref
 from typing import Any
 
@@ -16,8 +17,10 @@ from fastgpt2.gpt2.model import GPT, MLP, Block, CausalSelfAttention, Transforme
 from fastgpt2.gpt2.stock import is_stock, is_watched
 
 CONTAINERS = (Transformer, nn.ModuleList, Block, CausalSelfAttention, MLP)  # whose linear layers `ops.linear` computes
-Fingerprint = tuple[int, int, int]
+Fingerprint = tuple[int, int, bytes]
 Laid = dict[str, tuple[Fingerprint, Tensor]]  # a module's name -> of what, and the weight laid out
+
+_RANDOM = torch.randint(-(2**63), 2**63 - 1, (1024,), generator=torch.Generator().manual_seed(0))
 
 # Laying a weight out takes as long as some ten products with it, so it is kept while its model lives: a model that is
 # in eval mode, because in training weights change.
@@ -70,14 +73,23 @@ def _twin(module: Any, name: str, before: Laid, kept: Laid) -> Any:
 def _is_words(weight: Tensor) -> bool:
     """Whether the weight can be read as the 64-bit numbers of `_fingerprint`."""
     offset_bytes = weight.storage_offset() * weight.itemsize
-    return weight.is_contiguous() and weight.nbytes % 8 == 0 and offset_bytes % 8 == 0
+    return weight.is_contiguous() and weight.nbytes > 8 and weight.nbytes % 8 == 0 and offset_bytes % 8 == 0
 
 
 def _fingerprint(weight: Tensor) -> Fingerprint:
     """Tells a changed weight, also one that was changed through `.data`, which no version counts: where it is, its
-    version, and the sum of its bits as 64-bit numbers, each row's times an odd number of its own. A CPU takes it at the
-    memory's speed. What it does not see: `.data` of one row whose numbers have changed places."""
+    version, and a digest of its bits, which a CPU takes at a good part of the memory's speed.
+
+    The digest is of products with random numbers modulo 2^64, of the weight as 64-bit words and again of words that
+    begin in the middle of these. A change whose lowest bit is the p-th of its word goes unseen with a probability of
+    2^(p-64), and in one of the two readings p is below 32. Universal hashing after Dietzfelbinger et al., 1997.
+    """
     version = 0 if weight.is_inference() else weight._version
-    words = weight.view(-1).view(torch.int64)
-    rows = words.view(weight.size(0) if words.numel() % weight.size(0) == 0 else 1, -1).sum(1)
-    return weight.data_ptr(), version, int((rows * torch.arange(1, 2 * len(rows), 2)).sum())
+    data = weight.view(torch.uint8).view(-1).numpy()
+    digest = hashlib.sha256()
+    for start in (0, 4):
+        words = torch.frombuffer(data, dtype=torch.int64, offset=start, count=(weight.nbytes - start) // 8)
+        whole = len(words) // len(_RANDOM) * len(_RANDOM)
+        digest.update((words[:whole].view(-1, len(_RANDOM)) @ _RANDOM).numpy().tobytes())
+        digest.update(words[whole:].numpy().tobytes())
+    return weight.data_ptr(), version, digest.digest()

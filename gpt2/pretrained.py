@@ -81,9 +81,9 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     gpt, folder = unwrap(model), Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, save_pretrained writes into a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: t.cpu().contiguous() for name, t in huggingface_state(gpt).items()}
-    settings = config_to_huggingface(gpt.config, gpt.transformer.wte.weight.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config_to_huggingface(gpt.config, gpt.dtype)
     text = json.dumps(settings, indent=2) + "\n"
     config_path, weights_path = folder / CONFIG, folder / SAFETENSORS[0]
     temporary = folder / f".{weights_path.name}.{os.getpid()}"

@@ -8,6 +8,7 @@ time decides.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _launch
 
@@ -32,6 +35,7 @@ def op(
     mutates: tuple[str, ...] = (),
     setup_context: Callable[[Any, tuple, Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Registers `launcher` as `torch.ops.fastgpt2.<launcher name>` and returns the function to call it by.
 
@@ -41,6 +45,8 @@ def op(
     toggle: the field of `Kernels` that switches this operator off; named in errors.
     mutates: names of tensor arguments that the kernels write to.
     setup_context, backward: as in `torch.library.register_autograd`; both or neither.
+    flops: of the same arguments with shapes in the place of tensors, how many floating-point operations the kernels do
+        in matrix products, as `torch.utils.flop_counter` counts them; what PyTorch's products do it counts by itself.
     """
     name = launcher.__name__
     mutated = [place for place, argument in enumerate(inspect.signature(launcher).parameters) if argument in mutates]
@@ -68,11 +74,24 @@ def op(
 
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
+    if not mutates:
+        torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(_one_by_one, registered), lib=_LIBRARY)
+
+    if flops is not None:
+        flop_counter.register_flop_formula(getattr(torch.ops.fastgpt2, name))(
+            lambda *shapes, out_shape=None, **_: flops(*shapes)
+        )
+
+    def flops_are_counted() -> bool:
+        if flops is None or not torch._C._len_torch_dispatch_stack():
+            return False
+        return any(type(mode).__module__ == flop_counter.__name__ for mode in _get_current_dispatch_mode_stack())
 
     if backward is None or setup_context is None:
 
         def call(*args):
-            return registered(*args) if _dispatched(args) else launch(*args)
+            seen = _dispatched(args) or torch._C._are_functorch_transforms_active() or flops_are_counted()
+            return registered(*args) if seen else launch(*args)
 
         return call
 
@@ -80,9 +99,13 @@ def op(
 
     function = _autograd_function(name, launch, setup_context, backward)
 
+    transformed = _transformed_function(name, registered, setup_context, backward)
+
     def call_with_gradient(*args):
-        if _dispatched(args):
+        if _dispatched(args) or flops_are_counted():
             return registered(*args)
+        if torch._C._are_functorch_transforms_active():
+            return transformed.apply(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return function.apply(*args)
         return launch(*args)
@@ -112,6 +135,44 @@ def _autograd_function(
 
     Eager.__name__ = name
     return Eager
+
+
+def _transformed_function(
+    name: str,
+    operator: Callable[..., Any],
+    setup: Callable[[Any, tuple, Any], None],
+    gradient: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    """The operator inside of vmap, grad and the other transforms of torch.func, which want the parts separate."""
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            return operator(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return gradient(ctx, *grads)
+
+    Transformed.__name__ = name
+    return Transformed
+
+
+def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    """What `vmap` makes of an operator: a call a sample, the results stacked."""
+    calls = [
+        operator(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
 
 
 def _let_inductor_call(operator: str) -> None:

@@ -308,7 +308,15 @@ def _backward(ctx, dout, _):
     return dqkv, *(None,) * 7
 
 
-_causal_attention = op(causal_attention_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward)
+def _flops(qkv, *_):
+    """Two products of (T, T, D) a head; as PyTorch counts, which does not discount what causality leaves out."""
+    B, T, C3 = qkv
+    return 4 * B * T * T * (C3 // 3)
+
+
+_causal_attention = op(
+    causal_attention_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward, flops=_flops
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- public

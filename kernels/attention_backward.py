@@ -365,4 +365,10 @@ def _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, w
     return qkv.new_empty(qkv.shape)
 
 
-causal_attention_bwd_op = op(causal_attention_bwd, _bwd_fake, toggle="attention")
+def _flops(dout, *_):
+    """Five products of (T, T, D) a head, counted as the forward's."""
+    B, T, C = dout
+    return 10 * B * T * T * C
+
+
+causal_attention_bwd_op = op(causal_attention_bwd, _bwd_fake, toggle="attention", flops=_flops)

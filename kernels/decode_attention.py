@@ -247,7 +247,13 @@ def _fwd_fake(qkv, cache, lengths, n_head, scale):
     return qkv.new_empty((qkv.shape[0], 1, qkv.shape[2] // 3))
 
 
-_decode_attention = op(decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",))
+def _flops(qkv, cache, *_):
+    """Two products a head, over all that the cache has room for: how much it holds only the device knows."""
+    B, _, C3 = qkv
+    return 4 * B * cache[3] * (C3 // 3)
+
+
+_decode_attention = op(decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",), flops=_flops)
 
 
 # ---------------------------------------------------------------------------------------------------------- public

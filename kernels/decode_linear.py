@@ -18,6 +18,8 @@ Sources: as of layer_norm.py and gelu.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -252,7 +254,11 @@ def _fwd_fake(x, weight, bias, norm_weight, norm_bias, eps, gelu, residual, over
     return (x if residual is None else residual).new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_decode_linear = _op.op(decode_linear_fwd, _fwd_fake, toggle=TOGGLE)
+def _flops(x, weight, *_):
+    return 2 * math.prod(x) * weight[0]
+
+
+_decode_linear = _op.op(decode_linear_fwd, _fwd_fake, toggle=TOGGLE, flops=_flops)
 
 
 # ---------------------------------------------------------------------------------------------------------- public

@@ -25,25 +25,29 @@ def begin(kind: str, **settings) -> Results:
 
 
 def train_results() -> Results:
+    """As `bench train` writes them now."""
     results = begin("train", MFU="a formula")
     ours = [v for v in variants.all_variants(False) if v.family == variants.OURS]
+    steps = {v: 100.0 / (1 + 0.05 * i) for i, v in enumerate(ours)}
     for i, v in enumerate(ours):
-        label, step = variants.label(v.kernels, v.compiled, v.naive_attention, v.graph), 100.0 / (1 + 0.13 * i)
-        whole = len(set(vars(v.kernels).values())) == 1
-        for batch, alone in ((16, False), *((b, True) for b in (1, 2, 4) if whole)):
-            time = step * batch / 16
+        label, base = variants.label(v.kernels, v.road, v.naive_attention), variants.label(v.base.kernels, v.road)
+        alone = (1, 2, 4) if v.road == variants.LAUNCHED and not v.one_switch else ()
+        for batch, by_itself in ((16, False), *((b, True) for b in alone)):
+            time, ratio = steps[v] * batch / 16, steps[v.base] / steps[v]
             per_s = {"p20": 15e6 / time, "median": 16e6 / time, "p80": 17e6 / time}
             results.add(
-                f"gpt2 B={batch} T=1024 bfloat16 {label}" + " alone" * alone,
+                f"gpt2 B={batch} T=1024 bfloat16 {label}" + " alone" * by_itself,
                 what="a step", time_ms=ms(time), label=label, size="gpt2", batch=batch, block=1024, dtype="bfloat16",
-                alone=alone, compiled=v.compiled, kernels={n: getattr(v.kernels, n) for n in Kernels.names()},
+                alone=by_itself, compiled=v.mode is not None, cuda_graph=v.road == variants.GRAPH, road=v.road,
+                kernels={n: getattr(v.kernels, n) for n in Kernels.names()},
                 tokens_per_s=per_s, mfu=0.4, model_ms=40.0, peak_bytes=(i + 3 * batch) << 29,
-                speedup=None if alone else dict(over="PyTorch, SDPA", p20=90 / step, median=100 / step, p80=104 / step),
+                speedup=None if by_itself else dict(over=base, p20=0.97 * ratio, median=ratio, p80=1.02 * ratio),
+                speedup_over_launched=None,
             )  # fmt: skip
     results.add(
         "gpt2 B=16 T=1024 bfloat16 HuggingFace, sdpa", what="out of memory", time_ms=None, label="HuggingFace, sdpa",
-        size="gpt2", batch=16, block=1024, dtype="bfloat16", alone=False, compiled=False, kernels=None,
-        tokens_per_s=None, model_ms=40.0, mfu=None, peak_bytes=None, speedup=None,
+        size="gpt2", batch=16, block=1024, dtype="bfloat16", alone=False, compiled=False, road="launched",
+        kernels=None, tokens_per_s=None, model_ms=40.0, mfu=None, peak_bytes=None, speedup=None,
     )  # fmt: skip
     results.leave_out("nanoGPT", "no path <given>")
     return results

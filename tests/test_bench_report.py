@@ -10,7 +10,9 @@ import pytest
 
 from fastgpt2.bench import __main__ as bench
 from fastgpt2.bench import compare, plots, tables
+from fastgpt2.bench.measured import COMMITTED
 from fastgpt2.bench.record import Results
+from fastgpt2.gpt2.ops import Kernels
 
 EVERY = {
     "train": bench_results.train_results,
@@ -98,6 +100,58 @@ def test_a_baseline_that_wins_is_shown_winning():
     widths = dict(zip(labels, (bar.get_width() for bar in axes.patches), strict=True))
     assert max(widths, key=widths.get) == "PyTorch, SDPA + compile" and widths[max(widths, key=widths.get)] == 1e6
     assert "HuggingFace, sdpa" not in widths, "it ran out of memory"
+
+
+def panels(figure) -> dict[str, tuple[str, list[str], list[float], str]]:
+    """Title -> (label of the x axis, labels of the bars, their lengths, what is written)."""
+    found = {}
+    for axes in figure.axes:
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        written = " ".join(text.get_text() for text in axes.texts)
+        found[axes.get_title().split("\n")[0]] = (
+            axes.get_xlabel(), labels, [bar.get_width() for bar in axes.patches], written,
+        )  # fmt: skip
+    return found
+
+
+def test_the_ladder_of_graphs_comes_first():
+    results = bench_results.train_results()
+    found = panels(plots.ladder(results))
+    graph, launched, compiled = found.values()
+    switches = [f"Triton: {name}" for name in Kernels.names()] + ["Triton"]
+    assert "CUDA graph" in list(found)[0] and "Python" in list(found)[1] and list(found)[2] == "Compiled"
+    assert graph[0].startswith("times as fast as PyTorch, SDPA + CUDA graph (") and graph[1] == switches
+    assert launched[0].startswith("times as fast as PyTorch, SDPA (") and launched[1] == switches
+    assert len(compiled[1]) == 3 and "compiled in the same mode" in compiled[0]
+    expected = {row["label"]: row["speedup"]["median"] for row in results.rows if row["speedup"]}
+    assert graph[2] == pytest.approx([expected[name + " + CUDA graph"] for name in switches])
+    assert launched[2] == pytest.approx([expected[name] for name in switches])
+
+
+def test_results_of_before_say_which_ladder_was_not_measured():
+    """The committed ones of the H200: one base for all, and no switch alone in a graph."""
+    old = Results.load(COMMITTED / "train-nvidia-h200.json")
+    found = panels(plots.ladder(old))
+    empty, launched = found.values()
+    assert list(found)[1] == "All over PyTorch launched from Python", "the one in a graph too"
+    assert empty[2] == [] and "not measured" in empty[3]
+    assert launched[0].startswith("times as fast as PyTorch, SDPA (") and len(launched[1]) == 7
+    assert launched[1][-1] == "Triton + CUDA graph" and launched[2][-1] == pytest.approx(1.6945, abs=1e-4)
+
+
+def test_all_that_was_committed_can_be_reported(tmp_path):
+    files = sorted(COMMITTED.glob("*-*-*.json"))
+    assert len(files) >= 5
+    assert bench.main(["report", *map(str, files), "--out", str(tmp_path)]) == 0
+    assert "529,799" in (tmp_path / "report.md").read_text()
+
+
+def test_a_peer_has_its_version():
+    results = bench_results.ops_results()
+    results.rows[3]["version"] = "9.8.7"
+    headers, rows = tables.table(results)
+    variant = headers.index("variant")
+    assert rows[3][variant] == "flash-attn 9.8.7" and rows[2][variant] == "Triton"
 
 
 def test_no_files_is_an_error_that_helps(tmp_path, monkeypatch):

@@ -5,20 +5,32 @@ import json
 import signal
 import subprocess
 
+import bench_runs
 import pytest
 import torch
+from bench_runs import TINY, read, run
 
 from fastgpt2.bench import __main__ as bench
 from fastgpt2.bench import gate, steps, variants
 from fastgpt2.bench import train as bench_train
-from fastgpt2.bench.record import Results
-from fastgpt2.bench.variants import HUGGINGFACE, NANOGPT, OURS, Family, Variant
+from fastgpt2.bench.variants import (
+    COMPILE,
+    CUDAGRAPH_TREES,
+    GRAPH,
+    HUGGINGFACE,
+    LAUNCHED,
+    MAX_AUTOTUNE,
+    NANOGPT,
+    OURS,
+    REDUCE_OVERHEAD,
+    Family,
+    Variant,
+)
 from fastgpt2.gpt2 import config, hardware
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import Kernels
 
 CPU = torch.device("cpu")
-TINY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
 NANOGPT_LIKE = """
 import dataclasses
 import fastgpt2
@@ -41,11 +53,8 @@ class GPT(fastgpt2.GPT):
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """A size that is fast, verify that is green, and compilation that does nothing."""
-    monkeypatch.setitem(config.PRESETS, "tiny", TINY)
-    monkeypatch.setattr(gate, "verified", lambda device: True)
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+def small(monkeypatch):
+    bench_runs.make_small(monkeypatch)
 
 
 @pytest.fixture
@@ -55,16 +64,6 @@ def nanogpt(tmp_path):
     return file
 
 
-def run(folder, *more) -> int:
-    options = "train --device cpu --size tiny --batch 2 --block 16 --seconds 0.01 --dtype float32".split()
-    return bench.main([*options, "--out", str(folder), *more])
-
-
-def read(folder) -> Results:
-    (file,) = folder.iterdir()
-    return Results.load(file)
-
-
 # ------------------------------------------------------------------------------------------------------- variants
 
 
@@ -72,24 +71,18 @@ def test_labels_derive_from_what_is_active():
     attention = Kernels.parse("attention")
     assert variants.label(Kernels.all("torch")) == "PyTorch, SDPA"
     assert variants.label(Kernels.all("torch"), naive_attention=True) == "PyTorch, naive attention"
-    assert variants.label(Kernels.all("triton"), compiled=True) == "Triton + compile"
+    assert variants.label(Kernels.all("triton"), COMPILE) == "Triton + compile"
+    assert variants.label(Kernels.all("triton"), REDUCE_OVERHEAD) == "Triton + compile (reduce-overhead)"
+    assert variants.label(Kernels.all("torch"), MAX_AUTOTUNE) == "PyTorch, SDPA + compile (max-autotune)"
     assert variants.label(attention) == "Triton: attention"
-    captured = [v for v in variants.all_variants(True) if v.graph]
-    assert [(v.family, v.kernels) for v in captured] == [
-        (OURS, Kernels.all("torch")), (OURS, Kernels.all("triton")), (NANOGPT, Kernels.all("torch")),
-    ]  # fmt: skip
     setting = steps.Setting("tiny", 1, 8, "float32", CPU, 0.1)
     weights = GPT(setting.config)
-    assert Family(OURS, setting.config, weights, None, CPU).label(Variant(OURS, attention)) == "Triton: attention"
-    assert Family(OURS, setting.config, weights, None, CPU).label(captured[1]) == "Triton + CUDA graph"
+    ours = Family(OURS, setting.config, weights, None, CPU)
+    assert ours.label(Variant(OURS, attention)) == "Triton: attention"
+    assert ours.label(Variant(OURS, Kernels.all("triton"), GRAPH)) == "Triton + CUDA graph"
     hf = Family(HUGGINGFACE, setting.config, weights, None, CPU)
     hf.model.config._attn_implementation = "eager"
-    assert hf.label(Variant(HUGGINGFACE, compiled=True)) == "HuggingFace, eager + compile"
-
-
-def test_the_ladder_has_each_switch_alone():
-    alone = [v.kernels for v in variants.all_variants(False) if list(vars(v.kernels).values()).count("triton") == 1]
-    assert alone == [Kernels.parse(name) for name in Kernels.names()]
+    assert hf.label(Variant(HUGGINGFACE, road=COMPILE)) == "HuggingFace, eager + compile"
 
 
 def test_every_variant_computes_the_same_gradient(nanogpt, device):
@@ -98,12 +91,18 @@ def test_every_variant_computes_the_same_gradient(nanogpt, device):
     weights = GPT(setting.config)
     module = variants.nanogpt_module(nanogpt)
     gradients = {}
-    possible = [v for v in variants.all_variants(True) if device.type == "cuda" or not v.graph]
+    without_gpu = (LAUNCHED, *variants.MODES)  # compilation does nothing here: once interpreted is enough
+    possible = [
+        v
+        for v in variants.all_variants(True)
+        if device.type == "cuda" or v.road == LAUNCHED or (v.road in without_gpu and not variants.on_triton(v))
+    ]
     for variant in possible:
         family = Family(variant.family, setting.config, weights, module, device)
         backward = family.backward(variant, *setting.batch(), setting.autocast)
         gradients[family.label(variant)] = family.gradient(backward)
-        assert (backward.held_bytes() > 0) is variant.graph
+        held = backward.held_bytes()
+        assert held is None if variant.road in CUDAGRAPH_TREES else (held > 0) is (variant.road == GRAPH)
     assert len(gradients) == len(possible)
     first = next(iter(gradients.values()))
     for gradient in gradients.values():
@@ -134,18 +133,25 @@ def test_a_run_has_a_row_for_every_variant(tmp_path, capsys, nanogpt):
         per_s, ms = row["tokens_per_s"], row["time_ms"]
         assert per_s["median"] == pytest.approx(2 * 16 / ms["median"] * 1e3)
         assert per_s["p20"] <= per_s["median"] <= per_s["p80"] and ms["runs"] >= 3
-        assert "7 variants in turns" in row["what"] and row["mfu"] is None  # the first four once more, beside compiled
-    sdpa = results.rows[1]
-    assert sdpa["speedup"] == dict(over="PyTorch, SDPA", median=1.0, p20=1.0, p80=1.0)
-    assert ["GPU" in entry["why"] for entry in results.left_out if entry["name"].startswith("all")] == [True, True]
+        assert row["mfu"] is None and row["road"] == (COMPILE if row["compiled"] else LAUNCHED)
+    sdpa, compiled = results.rows[1], results.rows[4]
+    assert sdpa["speedup"] == sdpa["speedup_over_launched"] == dict(over="PyTorch, SDPA", median=1.0, p20=1.0, p80=1.0)
+    assert (
+        compiled["speedup"]["over"] == compiled["label"]
+        and compiled["speedup_over_launched"]["over"] == "PyTorch, SDPA"
+    )
+    turns = [int(row["what"].split("; ")[1].split()[0]) for row in results.rows]
+    assert turns == [4] * 4 + [2] + [4] * 2, "compiled ones beside PyTorch's, launched and compiled"
+    assert ["GPU" in entry["why"] for entry in results.left_out if entry["name"].startswith("all")] == [True] * 4
     out = capsys.readouterr().out
     assert all(label in out for label in labels) and "left out: all variants with Triton" in out and "unknown" in out
+    assert 'kernels="auto" is PyTorch here' in out
     line = json.loads(out.strip().splitlines()[-1])
     assert line["kind"] == "train" and len(line["tokens_per_s"]) == len(labels)
 
 
 def test_what_was_measured_before_compiling_is_kept(tmp_path, monkeypatch):
-    def interrupted(model, dynamic):
+    def interrupted(model, dynamic, mode):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "compile", interrupted)
@@ -286,7 +292,7 @@ def test_a_sweep_doubles_the_batch_until_memory_ends(tmp_path, monkeypatch):
         return measure(self, setting, family, variant, gradient)
 
     monkeypatch.setattr(steps.TrainBench, "_prepare", limited)
-    monkeypatch.setattr(variants, "all_variants", lambda with_nanogpt: [Variant(OURS)])
+    monkeypatch.setattr(variants, "all_variants", lambda *others: [Variant(OURS)])
     assert run(tmp_path, "--sweep") == 0
     alone = [row for row in read(tmp_path).rows if row["alone"]]
     assert [row["batch"] for row in alone] == [1, 2, 4, 8]
@@ -310,6 +316,7 @@ def test_mfu_is_its_formula_and_unknown_hardware_unknown(monkeypatch):
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--batch", "0"], "--batch is 0"),
         (["--seconds", "-1"], "--seconds is -1.0"),
+        (["--road", "graph,rail"], "--road is 'rail', allowed are launched, graph, compile"),
         (["--device", "warp"], "device is 'warp'"),
         (["--nanogpt", "/none/model.py"], "expected the path of nanoGPT's model.py"),
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastgpt2.bench import __main__ as bench
+from fastgpt2.bench.variants import ROADS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -20,8 +21,8 @@ def gpu_sh(*arguments, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
 
 
-def commands(**environment) -> list[list[str]]:
-    done = gpu_sh("--dry-run", **environment)
+def commands(*parts, **environment) -> list[list[str]]:
+    done = gpu_sh("--dry-run", *parts, **environment)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line.removeprefix("+ python3 -m ")) for line in done.stdout.splitlines()]
 
@@ -32,6 +33,7 @@ def test_it_runs_all_that_wants_a_gpu():
         "pytest -q -x",
         "verify",
         "bench ops",
+        "bench train",
         "bench train",
         "bench generate",
         "bench tune",
@@ -46,8 +48,8 @@ def test_its_commands_take_what_they_are_given(monkeypatch):
     listed = [c[2:] for c in commands(NANOGPT="some/model.py", OUT="elsewhere") if c[1:2] == ["bench"]]
     for arguments in listed:
         assert bench.main(arguments) == 0
-    assert len(ran) == len(listed) == 5
-    assert [str(o.nanogpt) for o in ran if hasattr(o, "nanogpt")] == ["some/model.py"] * 2
+    assert len(ran) == len(listed) == 6
+    assert [str(o.nanogpt) for o in ran if hasattr(o, "nanogpt")] == ["some/model.py"] * 3
     assert {str(o.out) for o in ran if hasattr(o, "out")} == {"elsewhere"}
 
 
@@ -65,9 +67,52 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2 and "sees no GPU" in done.stderr and not done.stdout
 
 
-def test_unknown_arguments_are_refused():
-    done = gpu_sh("--dry")
-    assert done.returncode == 2 and "--dry-run" in done.stderr
+@pytest.mark.parametrize("wrong", [["--dry"], ["train", "tests,verify"], ["everything"]])
+def test_unknown_arguments_are_refused(wrong):
+    done = gpu_sh(*wrong)
+    assert done.returncode == 2 and "--dry-run" in done.stderr and "tests verify ops train compile" in done.stderr
+    assert wrong[-1] in done.stderr and not done.stdout
+
+
+PARTS = ("tests", "verify", "ops", "train", "compile", "generate", "tune", "report")
+
+
+def test_its_parts_are_the_whole_in_order():
+    assert [c for part in PARTS for c in commands(part)] == commands()
+    assert commands("report", "verify") == commands("report") + commands("verify")
+
+
+def test_its_trainings_take_every_road_once_and_write_files_of_their_own():
+    """So that a part does not replace what another measured."""
+    asked = [c[c.index("--road") + 1].split(",") for part in ("train", "compile") for c in commands(part)]
+    assert [road for roads in asked for road in roads] == list(ROADS) and len(asked) == 2
+
+
+@pytest.fixture
+def pretended(tmp_path):
+    """A Python that sees a GPU and only says what it would run; `bench train` takes for ever, and ops fails."""
+    file = tmp_path / "python"
+    file.write_text(
+        '#!/usr/bin/env bash\n'
+        'case "$*" in\n'
+        '-c*) ;;\n'
+        '*"bench train"*) exec sleep 60 ;;\n'
+        '*"bench ops"*) exit 3 ;;\n'
+        'esac\n'
+    )  # fmt: skip
+    file.chmod(0o755)
+    return dict(PYTHON=str(file), LIMIT_S="1", OUT=str(tmp_path))
+
+
+def test_a_part_that_takes_too_long_is_cut_off_and_the_rest_runs(pretended):
+    done = gpu_sh("train", "generate", **pretended)
+    assert done.returncode == 124 and done.stderr.startswith("gpu.sh: took longer than 1 seconds")
+    assert done.stderr.strip().endswith(": train") and "bench generate" in done.stdout
+
+
+def test_nothing_runs_after_what_fails(pretended):
+    done = gpu_sh("verify", "ops", "generate", **pretended)
+    assert done.returncode == 3 and "bench ops" in done.stdout and "bench generate" not in done.stdout
 
 
 def test_it_needs_no_network():

@@ -1,0 +1,27 @@
+"""Runs of `bench train` that take seconds on a CPU: what its tests share."""
+
+import torch
+
+from fastgpt2.bench import __main__ as bench
+from fastgpt2.bench import gate
+from fastgpt2.bench.record import Results
+from fastgpt2.gpt2 import config
+
+TINY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
+
+
+def make_small(monkeypatch) -> None:
+    """A size that is fast, verify that is green, and compilation that does nothing."""
+    monkeypatch.setitem(config.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(gate, "verified", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: model)
+
+
+def run(folder, *more) -> int:
+    options = "train --device cpu --size tiny --batch 2 --block 16 --seconds 0.01 --dtype float32".split()
+    return bench.main([*options, "--out", str(folder), *more])
+
+
+def read(folder) -> Results:
+    (file,) = folder.iterdir()
+    return Results.load(file)
