@@ -99,10 +99,11 @@ class Segment:
 
 
 class Turn:
-    """One forward, whose activations lie in the graphs' memory. left: segments whose backward has not run."""
+    """One forward, whose activations lie in the graphs' memory. left: segments whose backward has not run; versions: of
+    the parameters then."""
 
-    def __init__(self, left: int):
-        self.left = left
+    def __init__(self, left: int, versions: list[int]):
+        self.left, self.versions = left, versions
 
 
 class StepGraphs:
@@ -165,7 +166,7 @@ class StepGraphs:
         for name, own in self.inputs.items():
             own.copy_(inputs[name])
         self._replay_forward()
-        turn = Turn(len(self.segments))
+        turn = Turn(len(self.segments), self._versions())
         self._turn = weakref.ref(turn)
         below = None
         for i, segment in enumerate(self.segments):
@@ -178,9 +179,14 @@ class StepGraphs:
         if turn.left != i + 1:
             raise RuntimeError(f"backward goes through a graphed step a second time, {ONLY_ONCE}")
         if upstream is not None:
+            if turn.versions != self._versions():
+                raise RuntimeError("a parameter was changed in place between a graphed step's forward and its backward")
             self._upstream.copy_(upstream)
         self.segments[i].replay()
         turn.left = i
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self._leaves]
 
     # ----------------------------------------------------------------------------------------------------- capture
 

@@ -201,6 +201,12 @@ def test_what_graphs_cannot_give_is_refused(device, replays, segments):
     with pytest.raises(RuntimeError, match="a graphed step a second time"):
         loss.backward()
     del loss
+    loss = model(*pair)[1]
+    with torch.no_grad():
+        model.transformer.h[0].ln_1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between a graphed step's forward and its backward"):
+        loss.backward()
+    del loss
     with pytest.raises(RuntimeError, match="create_graph asks for the backward of a graphed step's backward"):
         torch.autograd.grad(model(*pair)[1], [model.transformer.ln_f.bias], create_graph=True)
 
