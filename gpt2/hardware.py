@@ -75,5 +75,6 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def is_capturing() -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether what is launched now becomes part of a CUDA graph. False where code is traced to be compiled."""
+    traced = torch.compiler.is_compiling()
+    return not traced and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

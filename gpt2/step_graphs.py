@@ -99,10 +99,11 @@ class Segment:
 
 
 class Turn:
-    """One forward, whose activations lie in the graphs' memory. left: segments whose backward has not run."""
+    """One forward, whose activations lie in the graphs' memory. left: segments whose backward has not run; versions: of
+    the parameters then."""
 
-    def __init__(self, left: int):
-        self.left = left
+    def __init__(self, left: int, versions: list[int]):
+        self.left, self.versions = left, versions
 
 
 class StepGraphs:
@@ -165,7 +166,7 @@ class StepGraphs:
         for name, own in self.inputs.items():
             own.copy_(inputs[name])
         self._replay_forward()
-        turn = Turn(len(self.segments))
+        turn = Turn(len(self.segments), self._versions())
         self._turn = weakref.ref(turn)
         below = None
         for i, segment in enumerate(self.segments):
@@ -178,9 +179,14 @@ class StepGraphs:
         if turn.left != i + 1:
             raise RuntimeError(f"backward goes through a graphed step a second time, {ONLY_ONCE}")
         if upstream is not None:
+            if turn.versions != self._versions():
+                raise RuntimeError("a parameter was changed in place between a graphed step's forward and its backward")
             self._upstream.copy_(upstream)
         self.segments[i].replay()
         turn.left = i
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self._leaves]
 
     # ----------------------------------------------------------------------------------------------------- capture
 
@@ -278,15 +284,23 @@ class _Replay(torch.autograd.Function):
         ctx.graphs.replay_backward(ctx.i, ctx.turn, upstream)
         segment = ctx.graphs.segments[ctx.i]
         nodes = [node for node, _ in ctx.next_functions][0 if ctx.is_first else 1 :]
-        found = map(_given_out, segment.parameters, segment.gradients, nodes)
-        return None, None, None, None, *found
+        return None, None, None, None, *_given_out(segment, nodes)
 
 
-def _given_out(p: nn.Parameter, gradient: Tensor, node: Any) -> Tensor:
-    """The graph's own memory where autograd adds it to `p.grad` at once, else a copy: somebody will keep it."""
-    if p.grad is not None and not p._backward_hooks and _accumulates(node):
-        return gradient
-    return gradient.clone()
+def _given_out(segment: Segment, nodes: Sequence[Any]) -> list[Tensor]:
+    """Gradients: the graph's own memory where autograd adds it to `p.grad` at once, else copies, which are kept."""
+    found = list(segment.gradients)
+    kept = [
+        k
+        for k, (p, node) in enumerate(zip(segment.parameters, nodes, strict=True))
+        if p.grad is None or p._backward_hooks or not _accumulates(node)
+    ]
+    if kept:
+        copies = [torch.empty_like(found[k]) for k in kept]
+        torch._foreach_copy_(copies, [found[k] for k in kept])  # in a few launches
+        for k, copy in zip(kept, copies, strict=True):
+            found[k] = copy
+    return found
 
 
 def _accumulates(node: Any) -> bool:

@@ -11,6 +11,7 @@ from fastgpt2 import GPT, GPTConfig, graphed
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.cache import KVCache
 from fastgpt2.gpt2.graphed import graphs_of, release
+from fastgpt2.gpt2.stock import is_watched
 
 SIZES = dict(block_size=8, vocab_size=50, n_layer=3, n_head=1, n_embd=16)
 
@@ -35,7 +36,7 @@ def gradients(model: nn.Module) -> list[Tensor | None]:
 
 
 def loop(model: nn.Module, pairs, to_none: bool, passes: int = 3, n_steps: int = 3) -> list:
-    """Losses and clipped gradients of steps of several passes each."""
+    """Losses and gradients of steps of several passes each, and the weights that they lead to."""
     torch.manual_seed(1)  # dropout's masks are the same, and go on from pass to pass
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     found = []
@@ -44,8 +45,8 @@ def loop(model: nn.Module, pairs, to_none: bool, passes: int = 3, n_steps: int =
             _, loss = model(*pair)
             (loss / passes).backward()
             found.append(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         found += gradients(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=to_none)
     return [*found, *model.parameters()]
@@ -200,6 +201,12 @@ def test_what_graphs_cannot_give_is_refused(device, replays, segments):
     with pytest.raises(RuntimeError, match="a graphed step a second time"):
         loss.backward()
     del loss
+    loss = model(*pair)[1]
+    with torch.no_grad():
+        model.transformer.h[0].ln_1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between a graphed step's forward and its backward"):
+        loss.backward()
+    del loss
     with pytest.raises(RuntimeError, match="create_graph asks for the backward of a graphed step's backward"):
         torch.autograd.grad(model(*pair)[1], [model.transformer.ln_f.bias], create_graph=True)
 
@@ -228,7 +235,7 @@ def test_other_calls_run_as_before(device, replays):
         return found
 
     torch.testing.assert_close(calls(model), calls(plain))
-    assert len(replays) == 1
+    assert len(replays) == 1 and not is_watched(model), "decoding has graphs of its own"
     model(idx=pair[0], targets=pair[1])
     assert len(replays) == 2, "arguments have names, too"
 
@@ -269,7 +276,7 @@ def test_real_graphs_hold_memory_and_launch_less(device):
     graphed(model, *pair)
     model(*pair)[1].backward()
     assert graphs_of(model).pool_bytes > 0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile() as profile:
         model(*pair)[1].backward()
     launches = [e.name for e in profile.events() if "LaunchKernel" in e.name or "cuLaunch" in e.name]
     graphs = [e.name for e in profile.events() if "GraphLaunch" in e.name]

@@ -15,10 +15,10 @@ from tiny_run import settings_in
 
 from fastgpt2 import GPT, GPTConfig, graphed
 from fastgpt2.bench.steps import Setting
-from fastgpt2.bench.variants import Family, Variant
+from fastgpt2.bench.variants import GRAPH, LAUNCHED, Family, Variant
 from fastgpt2.gpt2 import data, ops, step_graphs
 from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.graphed import graphs_of
+from fastgpt2.gpt2.graphed import graphs_of, release
 from fastgpt2.gpt2.tokenizer import BPETokenizer
 from fastgpt2.gpt2.train import TrainConfig, Trainer
 
@@ -155,14 +155,17 @@ def test_a_compiled_model_is_captured(device, replays, in_place):
             m(*pair)[1].backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
     assert len(replays) == 3 and len(graphs_of(called).segments) == 1
+    compiled = model._compiled_call_impl.compiled if in_place else None
+    release(called)
+    assert called._compiled_call_impl is compiled and (compiled is not None) is in_place
 
 
 def test_benches_replay_the_same_graphs(device, replays):
     setting = Setting("baby", 2, 16, "float32", device, budget_s=1.0)
     family = Family("fastgpt2", setting.config, GPT(setting.config, kernels="torch"), None, device)
     found = []
-    for graph in (False, True):
-        backward = family.backward(Variant("fastgpt2", graph=graph), *setting.batch(), setting.autocast)
+    for road in (LAUNCHED, GRAPH):
+        backward = family.backward(Variant("fastgpt2", road=road), *setting.batch(), setting.autocast)
         found += [family.gradient(backward), family.gradient(backward)]
     for gradient in found[1:]:
         torch.testing.assert_close(gradient, found[0])
