@@ -2,9 +2,10 @@
 
 Small CPU tensors, so that PyTorch's operators take next to no time in themselves; kernels go through Triton's real way
 to a launch and a CUDA driver that does nothing (no_device.py). For each op, for one block (what a layer more costs)
-and for a model of 12 layers, forward and backward: microseconds on this CPU, calls (of Python functions and of C from
-Python) and tensors allocated. What a GPU's allocator, streams and dispatch would add is in none of them, so these are
-figures to compare with each other, and no speeds of a GPU.
+and for a model of 12 layers, forward and backward: microseconds of this CPU, calls (of Python functions, and of C from
+Python; own calls are those in this package's code), tensors allocated, and launches of our kernels (those of PyTorch's
+are not counted). What a GPU's allocator, streams and dispatch would add is in none of them: these are figures to
+compare with each other, and no speeds of a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt2.bench import variants
+from fastgpt2.bench import no_device, variants
 from fastgpt2.gpt2 import linear, ops
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
@@ -37,6 +38,7 @@ from fastgpt2.gpt2.ops import ALL_TORCH, ALL_TRITON, Kernels, Stream
 LAYERS = 12
 B, T, C, HEADS, VOCABULARY = 2, 16, 32, 2, 64
 ROUNDS = 15
+OWN = tuple(str(Path(ops.__file__).parents[1] / folder) for folder in ("kernels", "gpt2"))
 ROADS = {"ours": ALL_TRITON, "ours, SDPA": ALL_TORCH}
 
 
@@ -47,7 +49,9 @@ class Pass:
     forward_us: float
     backward_us: float
     calls: float
+    own_calls: float
     allocations: float
+    launches: float
 
     def __sub__(self, other: Pass) -> Pass:
         return Pass(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -152,11 +156,13 @@ class Run:
             self.forward_us, self.backward_us = min(self.forward_us, forward), min(self.backward_us, backward)
 
     def result(self) -> Pass:
-        calls = 0
+        calls = own = 0
 
         def count(frame, event, argument):
-            nonlocal calls
-            calls += event in ("call", "c_call")
+            nonlocal calls, own
+            if event in ("call", "c_call"):
+                calls += 1
+                own += frame.f_code.co_filename.startswith(OWN)
 
         gc.disable()  # its callbacks are no part of a step
         sys.setprofile(count)
@@ -165,17 +171,17 @@ class Run:
         finally:
             sys.setprofile(None)
             gc.enable()
+        before = no_device.launches()
         with _Allocations() as allocations:
             self._step()
-        return Pass(self.forward_us, self.backward_us, calls, allocations.count)
+        launches = no_device.launches() - before
+        return Pass(self.forward_us, self.backward_us, calls, own, allocations.count, launches)
 
 
 def measure(autocast: bool, rounds: int, nanogpt: ModuleType | None) -> dict[str, dict[str, Pass]]:
     """thing -> road -> what it takes; the things are the ops, "block" and "model"."""
-    from fastgpt2.bench.no_device import no_device
-
     runs: dict[str, dict[str, Run]] = {}
-    with no_device(), as_on_gpu():
+    with no_device.no_device(), as_on_gpu():
         for road, kernels in ROADS.items():
             for op, (compute, leaves) in op_runs(kernels).items():
                 runs.setdefault(op, {})[road] = Run(compute, leaves, autocast)
@@ -203,15 +209,21 @@ def measure(autocast: bool, rounds: int, nanogpt: ModuleType | None) -> dict[str
 def table(found: dict[str, dict[str, Pass]], title: str) -> str:
     """Markdown: a row for each thing and road."""
     lines = [
-        f"| {title} | road | forward us | backward us | both / SDPA's | calls | allocations |",
-        "|---|---|---|---|---|---|---|",
+        f"| {title} | road | forward us | backward us | both / SDPA's | calls | own calls | allocations | launches |",
+        "|---" * 9 + "|",
     ]
     for thing, by_road in found.items():
         base = by_road["ours, SDPA"]
         for road, taken in by_road.items():
             ratio = (taken.forward_us + taken.backward_us) / (base.forward_us + base.backward_us)
-            figures = f"{taken.forward_us:.0f} | {taken.backward_us:.0f} | {ratio:.2f} | {taken.calls:.0f}"
-            lines.append(f"| {thing} | {road} | {figures} | {taken.allocations:.0f} |")
+            counts = (taken.calls, taken.own_calls, taken.allocations, taken.launches)
+            cells = [
+                f"{taken.forward_us:.0f}",
+                f"{taken.backward_us:.0f}",
+                f"{ratio:.2f}",
+                *map("{:.0f}".format, counts),
+            ]
+            lines.append(f"| {thing} | {road} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

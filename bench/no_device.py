@@ -16,7 +16,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +36,11 @@ MULTIPROCESSORS = 132
 LIBCUDA = """
 #include <stdint.h>
 #include <stddef.h>
-long launches = 0;
+#include <string.h>
+long launches = 0, functions = 0, last_function = 0;
+unsigned last_config[7];            /* grid, block, shared memory */
+int sizes[64], n_sizes = 0;         /* of the arguments to write down */
+unsigned char last_arguments[512];
 int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGetCount(int *count) { *count = 1; return 0; }
@@ -60,7 +64,10 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)1; return 0; }
 int cuModuleUnload(void *module) { return 0; }
-int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)1; return 0; }
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+  *function = (void *)++functions;
+  return 0;
+}
 int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute ? 0 : 1024; return 0; }
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuFuncSetCacheConfig(void *function, int config) { return 0; }
@@ -68,7 +75,14 @@ int cuGetErrorString(int error, const char **text) { *text = "no error"; return 
 int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) { *(uint64_t *)value = pointer; return 0; }
 int cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return 0; }
-int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) { launches++; return 0; }
+int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) {
+  unsigned char *end = last_arguments;
+  launches++;
+  last_function = (long)function;
+  memcpy(last_config, config, sizeof last_config);
+  for (int i = 0; i < n_sizes; end += sizes[i++]) memcpy(end, arguments[i], sizes[i]);
+  return 0;
+}
 """
 
 
@@ -88,6 +102,22 @@ def _library() -> ctypes.CDLL:
 def launches() -> int:
     """Launches that reached the stand-in, in this process."""
     return ctypes.c_long.in_dll(_library(), "launches").value
+
+
+def write_down(sizes: Sequence[int]) -> None:
+    """From now on, `last_launch` has the first arguments of launches, which have `sizes` bytes."""
+    library = _library()
+    (ctypes.c_int * 64).in_dll(library, "sizes")[: len(sizes)] = sizes
+    ctypes.c_int.in_dll(library, "n_sizes").value = len(sizes)
+
+
+def last_launch() -> tuple[int, list[int], bytes]:
+    """Which function, its grid, block and shared memory, and the bytes of its arguments."""
+    library = _library()
+    n = sum((ctypes.c_int * 64).in_dll(library, "sizes")[: ctypes.c_int.in_dll(library, "n_sizes").value])
+    function = ctypes.c_long.in_dll(library, "last_function").value
+    config = (ctypes.c_uint * 7).in_dll(library, "last_config")
+    return function, list(config), bytes((ctypes.c_ubyte * 512).in_dll(library, "last_arguments")[:n])
 
 
 @functools.cache
