@@ -40,6 +40,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from . import _launch
 from ._frozen import MOST_PLANS
 from ._trace import traced
+from ._transforms import one_by_one, transformed_function
 
 TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -143,7 +144,7 @@ def op(
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
     if not mutates:
-        torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(_one_by_one, registered), lib=_LIBRARY)
+        torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(one_by_one, registered), lib=_LIBRARY)
 
     if flops is not None:
         flop_counter.register_flop_formula(getattr(torch.ops.fastgpt2, name))(
@@ -165,7 +166,7 @@ def op(
         def refuse(ctx, *grads):
             raise RuntimeError(_no_second_derivative(name, toggle))
 
-        transformed = _transformed_function(name, registered, lambda ctx, inputs, output: None, refuse)
+        transformed = transformed_function(name, registered, lambda ctx, inputs, output: None, refuse)
 
         def call(*args):
             tensors = _plain(args, tensor_places)
@@ -188,7 +189,7 @@ def op(
     # What `Function.apply` comes to without functorch's transforms, which it looks for in every argument.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    transformed = _transformed_function(name, registered, registered_context, backward)
+    transformed = transformed_function(name, registered, registered_context, backward)
 
     def call_with_gradient(*args):
         tensors = _plain(args, tensor_places)
@@ -248,44 +249,6 @@ def _autograd_function(
 
     Eager.__name__ = name
     return Eager
-
-
-def _transformed_function(
-    name: str,
-    operator: Callable[..., Any],
-    setup: Callable[[Any, tuple, Any], None],
-    gradient: Callable[..., Any],
-) -> type[torch.autograd.Function]:
-    """The operator inside of vmap, grad and the other transforms of torch.func, which want the parts separate."""
-
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args):
-            return operator(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            setup(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx, *grads):
-            return gradient(ctx, *grads)
-
-    Transformed.__name__ = name
-    return Transformed
-
-
-def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-    """What `vmap` makes of an operator: a call a sample, the results stacked."""
-    calls = [
-        operator(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
 
 
 def _visible() -> bool:
