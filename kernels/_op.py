@@ -34,13 +34,11 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils import flop_counter
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _launch
 from ._frozen import MOST_PLANS
 from ._trace import traced
-from ._transforms import one_by_one, transformed_function
+from ._watched import flops_are_counted, one_by_one, refusing, register_flops, transformed_function
 
 TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -145,32 +143,19 @@ def op(
     registered = getattr(torch.ops.fastgpt2, name).default
     if not mutates:
         torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(one_by_one, registered), lib=_LIBRARY)
-
     if flops is not None:
-        flop_counter.register_flop_formula(getattr(torch.ops.fastgpt2, name))(
-            lambda *shapes, out_shape=None, **_: flops(*shapes)
-        )
-
-    def flops_are_counted() -> bool:
-        if flops is None or not torch._C._len_torch_dispatch_stack():
-            return False
-        return any(type(mode).__module__ == flop_counter.__name__ for mode in _get_current_dispatch_mode_stack())
-
+        register_flops(getattr(torch.ops.fastgpt2, name), flops)
     if KERNELS_IN_KEYS is not None:
         KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_SOURCES_KERNEL]
         if not (opaque or _launch.INTERPRETED):
             torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
     if backward is None or setup_context is None:
-
-        def refuse(ctx, *grads):
-            raise RuntimeError(_no_second_derivative(name, toggle))
-
-        transformed = transformed_function(name, registered, lambda ctx, inputs, output: None, refuse)
+        transformed = transformed_function(name, registered, *refusing(_no_second_derivative(name, toggle)))
 
         def call(*args):
             tensors = _plain(args, tensor_places)
-            if tensors is None or flops_are_counted():
+            if tensors is None or (flops is not None and flops_are_counted()):
                 return registered(*args)
             if torch._C._are_functorch_transforms_active():
                 return registered(*args) if mutates else transformed.apply(*args)
@@ -193,7 +178,7 @@ def op(
 
     def call_with_gradient(*args):
         tensors = _plain(args, tensor_places)
-        if tensors is None or flops_are_counted():
+        if tensors is None or (flops is not None and flops_are_counted()):
             return registered(*args)
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)

@@ -1,4 +1,8 @@
-"""Operators inside of the transforms of torch.func: vmap calls them sample by sample, grad takes their gradient."""
+"""What an operator is to those who watch or transform what PyTorch computes: torch.func and the FLOP counter.
+
+vmap calls an operator sample by sample, grad takes its gradient, and of that there is no other. The FLOP counter sees
+PyTorch's products inside a launcher by itself, and for kernels with products of their own needs the operator.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+def register_flops(packet: Any, flops: Callable[..., int]) -> None:
+    """flops: of the operator's arguments, with shapes in the place of tensors."""
+    formula = flop_counter.register_flop_formula(packet)
+    formula(lambda *shapes, out_shape=None, **_: flops(*shapes))
+
+
+def flops_are_counted() -> bool:
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(mode).__module__ == flop_counter.__name__ for mode in _get_current_dispatch_mode_stack())
 
 
 def transformed_function(
@@ -34,6 +52,15 @@ def transformed_function(
 
     Transformed.__name__ = name
     return Transformed
+
+
+def refusing(message: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The setup_context and backward of an operator that has no gradient."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(message)
+
+    return lambda ctx, inputs, output: None, refuse
 
 
 def one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
