@@ -9,7 +9,8 @@ Several roads lead to one launcher:
   What PyTorch computes there becomes nodes that Inductor compiles with the rest (products, sums, sorting), and each
   launch a node that its code makes by itself: no Python of ours runs between launches, and buffers are Inductor's.
 - The operator stays one opaque node, whose launcher is called from compiled code, where it was registered as `opaque`,
-  in `torch.export`'s programs, which have to be written to files, and where Triton interprets kernels.
+  in `torch.export`'s programs, which have to be written to files, and where Triton interprets kernels, which Inductor
+  cannot.
 - Tensors that are not plain ones (DTensor, FakeTensor, ...) meet the registered operator.
 
 What a launcher may do follows from the second road: sizes may be symbols; it allocates outputs with PyTorch, and gives
@@ -40,6 +41,19 @@ from ._trace import traced
 TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
+
+# PyTorch keeps compiled code on disk, under a key that holds the sources of the kernels noted here for an operator, and
+# the strings that they name. One function that names the digest of this folder stands for its kernels, launchers, fakes
+# and tuning numbers. Without such notes operators stay opaque: what they become would be taken from an older version.
+KERNELS_IN_KEYS: dict[str, list[object]] | None = getattr(torch._library.triton, "triton_ops_to_kernels", None)
+SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
+def _sources():
+    SOURCES  # noqa: B018
+
+
+_SOURCES_KERNEL = triton.JITFunction(_sources)  # also where decorated kernels are the interpreter's
 
 
 def op(
@@ -122,9 +136,10 @@ def op(
 
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
-    if not (opaque or _launch.INTERPRETED):
-        torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
-        _key_caches_by_sources(f"fastgpt2::{name}")
+    if KERNELS_IN_KEYS is not None:
+        KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_SOURCES_KERNEL]
+        if not (opaque or _launch.INTERPRETED):
+            torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
     if backward is None or setup_context is None:
 
@@ -210,23 +225,6 @@ def _visible() -> bool:
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return not custom_triton_ops_decomposition_disabled()
-
-
-def _key_caches_by_sources(operator: str) -> None:
-    """Compiled code that PyTorch has on disk holds our kernels: with another version of these files it is not taken.
-
-    Keys of PyTorch's caches have the sources of the kernels that are noted for an operator, and of the strings that
-    those name. One kernel that names the digest of this folder stands for kernels, tuning numbers and launchers.
-    """
-    torch._library.triton.triton_ops_to_kernels[operator] = [_sources_kernel]
-
-
-SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
-
-
-@triton.jit
-def _sources_kernel():
-    SOURCES  # noqa: B018
 
 
 def _let_inductor_call(operator: str) -> None:

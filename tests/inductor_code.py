@@ -10,12 +10,13 @@ generates stands a function that returns empty tensors of the right shapes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
-import logging
 import pickle
 import re
 import sys
-from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,9 +26,12 @@ import torch._inductor.compile_fx as compile_fx
 import torch._inductor.config as inductor_config
 import torch.utils._pytree as pytree
 import triton
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
 from torch._dynamo.utils import counters
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -42,7 +46,7 @@ H100 = SimpleNamespace(
     shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20, gcnArchName="",
 )  # fmt: skip
-TINY = GPTConfig(block_size=32, vocab_size=97, n_layer=2, n_head=2, n_embd=64)
+TINY = GPTConfig(block_size=24, vocab_size=53, n_layer=1, n_head=2, n_embd=32)
 
 
 @dataclasses.dataclass
@@ -97,6 +101,36 @@ class Compiled:
 # ----------------------------------------------------------------------------------------------- a pretended device
 
 
+def remembered(identify: Callable) -> Callable:
+    """PyTorch asks three times for each launch which tensors it writes to, and Triton's frontend takes its time."""
+    known: dict[tuple, Any] = {}
+
+    def identify_once(kernel, arguments, *rest):
+        function = kernel
+        while hasattr(function, "configs"):
+            function = function.fn
+        key = [(name, str(a.dtype) if hasattr(a, "dtype") else repr(a)) for name, a in sorted(arguments.items())]
+        key = (function, *key)
+        if key not in known:
+            known[key] = identify(kernel, arguments, *rest)
+        return known[key]
+
+    return identify_once
+
+
+@contextlib.contextmanager
+def device_guard():
+    """Gives CUDA the guard of the device "meta", which does nothing: a PyTorch built for CPUs has none for it."""
+    library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
+    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # of c10::DeviceType
+    before, guards[cuda] = guards[cuda], guards[meta]
+    try:
+        yield
+    finally:
+        guards[cuda] = before
+
+
 @contextlib.contextmanager
 def pretended_h100():
     """Answers what PyTorch, Triton and our kernels ask about the device."""
@@ -120,20 +154,20 @@ def pretended_h100():
     kernels = dict(check_device=lambda *t: None, capability=lambda device: (9, 0), sm_count=lambda device: 132)
     try:
         with (
+            device_guard(),
             mock.patch.multiple(torch.cuda, **answers),
             mock.patch.object(CudaInterface, "get_device_properties", properties),
             mock.patch.object(CudaInterface.Worker, "get_device_properties", properties),
             mock.patch.object(CudaInterface, "get_compute_capability", staticmethod(lambda device=None: 90)),
             mock.patch.object(torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True, create=True),
-            # Indexing, as in its own fake, asks the device.
-            mock.patch.object(
-                torch.ops.prims.inductor_lookup_seed.default, "prim_meta_impl", lambda seeds, index: seeds.new_empty(())
-            ),
             mock.patch.multiple(_launch, **kernels),
         ):
             yield
     finally:
         vars(triton.runtime.driver).update(before)
+
+
+IDENTIFY = remembered(triton_kernel_wrap.identify_accessed_tensors)
 
 
 def move(x: Any) -> Any:
@@ -156,7 +190,7 @@ def move_graph(module: torch.fx.GraphModule, inputs) -> None:
 def called(code: str) -> list[str]:
     """What a wrapper calls that launches or computes: kernels by name, `extern_kernels.mm`, `torch.ops.aten.sort`."""
     body = code[re.search(r"def (call|partition_0)\(", code).start() : code.index("\ndef get_args")]
-    found = re.findall(r"(\w+)\.run\(|(extern_kernels\.\w+)\(|(torch\.ops\.\w+\.\w+)", re.sub("'[^']*'", "", body))
+    found = re.findall(r"(\w+)\.run\(|(extern_kernels\.\w+)\(|(torch\.ops\.\w+\.\w+)\.\w+\(", body)
     return [re.sub(r"_\d+$", "", kernel) or extern or operator for kernel, extern, operator in found]
 
 
@@ -172,16 +206,22 @@ def nodes(module: torch.fx.GraphModule) -> list[Node]:
             kernel = kernel_side_table.get_kernel(kwargs["kernel_idx"])
             while hasattr(kernel, "configs"):  # an autotuner of one choice, which holds the number of warps
                 kernel = kernel.fn
-            arguments = kernel_side_table.get_constant_args(kwargs["constant_args_idx"]) | kwargs["kwargs"]
+            arguments = (
+                triton_kernel_wrap.kernel_side_table.get_constant_args(kwargs["constant_args_idx"]) | kwargs["kwargs"]
+            )
             target = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
             kwargs = dict(grid=kwargs["grid"], arguments=arguments)
+        elif node.op == "get_attr":
+            kwargs = dict(nodes=nodes(getattr(module, node.target)))
         elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
             target = node.target.__name__
         found.append(Node(node.name, node.op, target, plain(node.args), plain(kwargs)))
     return found
 
 
-def compile_model(model: GPT, *batch, mode: str | None = None, patches: dict | None = None, **options) -> Compiled:
+def compile_model(
+    model: torch.nn.Module, *batch, mode: str | None = None, patches: dict | None = None, **options
+) -> Compiled:
     """Compiles a training step of `model`; `options` are those of torch.compile."""
     graphs: list[Graph] = []
     first_inputs: list[Any] = []
@@ -236,6 +276,7 @@ def compile_model(model: GPT, *batch, mode: str | None = None, patches: dict | N
         pretended_h100(),
         mock.patch.object(GraphLowering, "compile_to_module", generate),
         mock.patch.object(compile_fx, "cudagraphify", capture),
+        mock.patch.object(triton_kernel_wrap, "identify_accessed_tensors", IDENTIFY),
         inductor_config.patch(fx_graph_cache=False, compile_threads=1),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
@@ -258,12 +299,95 @@ def tokens(B: int = 2, T: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randint(TINY.vocab_size, (2, B, T), generator=torch.Generator().manual_seed(1)))
 
 
+class Counting(torch.nn.Module):
+    """What a CUDA graph may not hold as it is: it writes to a tensor that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, idx, targets):
+        self.steps += 1
+        return None, (idx.float() * self.scale).sum()
+
+
+def opaque():
+    """Inside, torch.compile calls every operator, as it does those that were registered as opaque."""
+    return mock.patch.object(_op, "_visible", lambda: False)
+
+
+def bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def operators(graph: torch.fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if "fastgpt2" in str(node.target) or "triton" in str(node.target)]
+
+
+def exported() -> list[str]:
+    """Operators of the exported model, its products and sums decomposed."""
+    with pretended_h100():
+        return operators(torch.export.export(tiny().eval(), (tokens()[0],)).run_decompositions().graph)
+
+
+def refusal() -> str:
+    """What a compiled model says on a CPU."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(tiny(), backend="aot_eager")(*tokens())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def toggled() -> list[bool]:
+    """Whether each graph of one compiled model, switched between PyTorch and Triton and back, holds launches."""
+    seen = []
+
+    def compile_nothing(module, inputs):
+        seen.append(any("triton_kernel_wrapper" in str(node.target) for node in module.graph.nodes))
+        return module
+
+    model = tiny("torch").eval()
+    torch._dynamo.reset()
+    with pretended_h100(), torch.no_grad(), mock.patch.object(triton.JITFunction, "run"):
+        compiled = torch.compile(model, backend=aot_autograd(fw_compiler=compile_nothing), fullgraph=True)
+        for kernels in ("torch", "triton", "torch", "triton"):
+            model.kernels = kernels
+            compiled(tokens()[0])
+    return seen
+
+
+def keyed_by() -> dict[str, str]:
+    """Operator -> what PyTorch's caches on disk have in their keys for it."""
+    found = {}
+    for name in ("gelu_fwd", "layer_norm_bwd", "mlp_bwd", "linear_cross_entropy_fwd", "decode_linear_fwd"):
+        (kernel,) = torch._library.triton.get_triton_kernels_for_op(f"fastgpt2::{name}")
+        found[name] = user_defined_triton_kernel_transitive_closure_source_code(kernel)
+    return found
+
+
 def main(file: str) -> None:
-    idx, targets = tokens()
-    found = {"one layer": compile_model(tiny(n_layer=1), idx, targets)}
-    found["two layers"] = compile_model(tiny(), idx, targets)
+    batch = tokens()
+    whole = dict(graph_partition=False)  # Inductor says why it would skip a graph, where else it would cut it
+    untimed = dict(max_autotune_gemm_backends="ATEN")  # with more to choose from it would measure
+    found = {
+        "one layer": compile_model(tiny(), *batch),
+        "two layers": compile_model(tiny(n_layer=2), *batch),
+        "dropout": compile_model(tiny(dropout=0.2), *batch, patches=dict(fallback_random=True)),
+        "dynamic": compile_model(tiny(), *batch, dynamic=True),
+        "reduce-overhead": compile_model(tiny(dropout=0.2), *batch, mode="reduce-overhead", patches=whole),
+        "max-autotune": compile_model(tiny(), *batch, mode="max-autotune", patches=untimed),
+        "counting": compile_model(Counting(), *batch, mode="reduce-overhead", patches=whole),
+    }
+    with bfloat16():
+        found["bfloat16"] = compile_model(tiny(), *batch)
+        with opaque():
+            found["opaque"] = compile_model(tiny(), *batch)
+    others = dict(exported=exported(), refusal=refusal(), toggled=toggled(), keyed_by=keyed_by())
     with open(file, "wb") as out:
-        pickle.dump(found, out)
+        pickle.dump(found | others, out)
 
 
 if __name__ == "__main__":
