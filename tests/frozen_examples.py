@@ -93,8 +93,8 @@ def same_as_triton() -> dict:
 
 
 def operators() -> dict:
-    """Calls of operators that compile fast in random order, with inputs of random strides and alignment, through warm plans: every
-    launch is what Triton starts for the same arguments."""
+    """Calls of operators that compile fast, in random order, with inputs of random strides and alignment, through warm
+    plans: every launch is what Triton starts for the same arguments."""
     draw = random.Random(2)
     by_launch, wrong, hits = Launch.__call__, [], 0
     calls = [c for c in CALLS if c.op in ("add_layer_norm", "bias_gelu", "mlp", "token_position_embedding")]
