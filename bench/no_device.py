@@ -107,7 +107,7 @@ def launches() -> int:
 def write_down(sizes: Sequence[int]) -> None:
     """From now on, `last_launch` has the first arguments of launches, which have `sizes` bytes."""
     library = _library()
-    (ctypes.c_int * 64).in_dll(library, "sizes")[: len(sizes)] = sizes
+    (ctypes.c_int * 64).in_dll(library, "sizes")[: len(sizes)] = list(sizes)
     ctypes.c_int.in_dll(library, "n_sizes").value = len(sizes)
 
 

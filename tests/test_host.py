@@ -7,8 +7,18 @@ import sys
 
 import pytest
 
-# own calls, allocations, launches of a forward and a backward
-MOST = {}
+from fastgpt2.bench.__main__ import main as bench
+
+# Own calls, allocations and launches of a forward and a backward. Lower them where they got better.
+MOST = {
+    "add_layer_norm": (138, 9, 3),
+    "attention": (94, 4, 3),
+    "mlp": (114, 10, 3),
+    "embedding": (101, 8, 3),
+    "loss": (147, 9, 4),
+    "block": (494, 37, 12),
+    "model": (6311, 475, 154),
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +29,23 @@ def counted(tmp_path_factory) -> dict:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("thing", MOST)
+def test_our_road_takes_no_more_than_it_did(counted, thing):
+    found = counted["fp32"][thing]["ours"]
+    most = dict(zip(("own_calls", "allocations", "launches"), MOST[thing], strict=True))
+    assert {name: found[name] for name in most if found[name] > most[name]} == {}, f"allowed are {most}"
+
+
+def test_every_road_is_there_with_what_it_takes(counted):
+    for found in counted.values():
+        assert set(found["model"]) == {"ours", "ours, SDPA", "HuggingFace"}
+        assert all(taken["forward_us"] > 0 and taken["calls"] > 0 for taken in found["model"].values())
+        assert all(by_road["ours, SDPA"]["launches"] == 0 for by_road in found.values())
+        assert found["block"]["ours"]["allocations"] < found["block"]["ours, SDPA"]["allocations"]
+
+
+def test_rounds_have_to_be_positive():
+    with pytest.raises(ValueError, match="--rounds is 0"):
+        bench(["host", "--rounds", "0"])
