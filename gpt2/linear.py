@@ -49,6 +49,7 @@ PLAIN = (Tensor, torch.nn.Parameter)  # not sharded, not traced
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "tanh" if then == "gelu" else "")
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from . import _launch
 
 
-def key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
+@triton.jit
+def _key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
     """The run of key tiles that queries [start, stop) need, cut at a <= b <= c <= d <= e into what is masked where.
 
     [a, b): by first(t).  [b, c): nowhere.  [c, d): by the diagonal of queries [start, middle).  [d, e): by that of
@@ -32,7 +33,8 @@ def key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
     return a, b, c, d, e
 
 
-def query_tiles(start, stop, nearest_last, farthest_last, BLOCK_M):
+@triton.jit
+def _query_tiles(start, stop, nearest_last, farthest_last, BLOCK_M):
     """The run of query tiles that keys [start, stop) need, cut at a <= b <= c <= d: [a, b) and [c, d) need a mask.
 
     [a, b) crosses the diagonal, [c, d) window, document or T. nearest_last, farthest_last: the lowest and the highest
@@ -43,10 +45,6 @@ def query_tiles(start, stop, nearest_last, farthest_last, BLOCK_M):
     b = min(max((stop + BLOCK_M - 2) // BLOCK_M, a), d)
     c = max((nearest_last + 1) // BLOCK_M, b)
     return a, b, min(c, d), d
-
-
-_key_tiles = triton.jit(key_tiles)
-_query_tiles = triton.jit(query_tiles)
 
 
 @triton.jit

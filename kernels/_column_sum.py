@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._frozen import Launch, planned
+from ._op import empty_like
 
 
 @triton.jit
@@ -30,30 +32,39 @@ def _sum_columns(partial_ptr, out_ptr, offs_c, mask_c, P, C, BLOCK_P: tl.constex
 
 @triton.jit(do_not_specialize=["P"])
 def _column_sum_kernel(
-    partial0_ptr, partial1_ptr, partial2_ptr, out0_ptr, out1_ptr, out2_ptr,
-    P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    partials_ptr, out0_ptr, out1_ptr, out2_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     k = tl.program_id(1)
+    partials_ptr += k.to(tl.int64) * P * C
     if k == 0:
-        _sum_columns(partial0_ptr, out0_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
-    if partial1_ptr is not None:
+        _sum_columns(partials_ptr, out0_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+    if out1_ptr is not None:
         if k == 1:
-            _sum_columns(partial1_ptr, out1_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
-    if partial2_ptr is not None:
+            _sum_columns(partials_ptr, out1_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+    if out2_ptr is not None:
         if k == 2:
-            _sum_columns(partial2_ptr, out2_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+            _sum_columns(partials_ptr, out2_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+
+
+@planned
+def _plan(K: int, P: int, C: int, device: torch.device) -> Launch:
+    options = _launch.config("column_sum", device)
+    return Launch(_column_sum_kernel, (_launch.cdiv(C, options["BLOCK_C"]), K), P, C, **options)
 
 
 def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """The K tensors `partials[k].sum(0)` in `dtypes[k]`, for `partials` (K, P, C), K of 0 to 3, in one launch."""
+    """The K tensors `partials[k].sum(0)` in `dtypes[k]`, for contiguous `partials` (K, P, C), K of 0 to 3, one launch.
+
+    The kernel gets the whole of `partials`, and adds the offset itself: what is written through a view would be copied
+    under torch.compile.
+    """
     K, P, C = partials.shape
-    outs = [partials.new_empty(C, dtype=dtype) for dtype in dtypes]
     if K == 0:
-        return outs
-    options = _launch.config("column_sum", partials.device)
-    missing = [None] * (3 - K)
-    grid = (_launch.cdiv(C, options["BLOCK_C"]), K)
-    _column_sum_kernel[grid](*partials, *missing, *outs, *missing, P, C, **options)
+        return []
+    outs = [torch.empty(C, dtype=dtypes[0], device=partials.device)]
+    for dtype in dtypes[1:]:
+        outs.append(empty_like(outs[0], dtype))
+    _plan(K, P, C, partials.device)(partials, *outs, *(None,) * (3 - K))
     return outs

@@ -16,12 +16,15 @@ Source: Milakov and Gimelshein 2018 (arXiv 1805.02867), online softmax.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._frozen import Launch, planned
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -159,24 +162,30 @@ def cross_entropy_(
     What lies between a row's V logits and the next row, the last one's too, is read and may be overwritten.
     """
     R, V = logits.shape
-    bits = 8 * logits.element_size()
-    _cross_entropy_kernel[(R,)](
-        logits, targets, scale, losses, logits.stride(0), 1 if scale.shape[0] == R else 0, V,
-        ignore_index, label_smoothing, z_loss, write_grad,
-        VECTOR=128 // bits, **_launch.config("cross_entropy", logits.device, str(bits)),
-    )  # fmt: skip
+    numbers = (logits.stride(0), 1 if scale.shape[0] == R else 0, V, ignore_index, label_smoothing, z_loss, write_grad)
+    _plan(R, 8 * logits.element_size(), logits.device, *numbers)(logits, targets, scale, losses)
+
+
+@planned
+def _plan(R: int, bits: int, device: torch.device, *numbers) -> Launch:
+    options = _launch.config("cross_entropy", device, str(bits))
+    return Launch(_cross_entropy_kernel, (R,), *numbers, VECTOR=128 // bits, **options)
+
+
+@planned
+def _sum_plan(kernel: Any, device: torch.device, *numbers: int) -> Launch:
+    return Launch(kernel, (1,), *numbers, **_launch.config("loss_total", device))
 
 
 def inverse_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """1 / max(1, number of targets that are neither negative nor ignore_index), as a tensor (1,)."""
     inverse = torch.empty(1, dtype=dtype, device=targets.device)
-    options = _launch.config("loss_total", targets.device)
-    _inverse_count_kernel[(1,)](targets, inverse, targets.shape[0], ignore_index, **options)
+    _sum_plan(_inverse_count_kernel, targets.device, targets.shape[0], ignore_index)(targets, inverse)
     return inverse
 
 
 def total(losses: Tensor, factor: Tensor) -> Tensor:
     """factor * sum of losses (R,), as a scalar, in a fixed order."""
     result = torch.empty((), dtype=losses.dtype, device=losses.device)
-    _total_kernel[(1,)](losses, factor, result, losses.shape[0], **_launch.config("loss_total", losses.device))
+    _sum_plan(_total_kernel, losses.device, losses.shape[0])(losses, factor, result)
     return result

@@ -6,8 +6,8 @@ always through this module, so that a test or a tool can answer them differently
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,10 +20,8 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 def check_device(*tensors: Tensor) -> None:
     """Raises RuntimeError unless Triton can run on these tensors: one CUDA or ROCm device, or an interpreted CPU."""
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        raise RuntimeError(f"tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
-    (device,) = devices
+    on_one_device(tensors)
+    device = tensors[0].device
     if device.type == "cuda":
         return
     if not (device.type == "cpu" and INTERPRETED):
@@ -35,6 +33,15 @@ def check_device(*tensors: Tensor) -> None:
         raise RuntimeError(
             "Triton's interpreter computes garbage in bfloat16 (triton issue 11584): use float16 or float32, or a GPU"
         )
+
+
+def on_one_device(tensors: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where tensors are on more than one device."""
+    index = tensors[0].get_device()  # a number is compared much faster than a device
+    if index < 0 or any([t.get_device() != index for t in tensors]):  # -1 is the CPU, and meta
+        devices = {str(t.device) for t in tensors}
+        if len(devices) > 1:
+            raise RuntimeError(f"tensors are on several devices: {', '.join(sorted(devices))}")
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -76,13 +83,6 @@ def mixed_matmul(device: torch.device) -> str:
     if device.type != "cuda" or (torch.version.hip and version < (2, 10)):
         return ""
     return "addmm" if version >= (2, 11) else "mm"
-
-
-def device_guard(tensor: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def _interpreter_has_bfloat16() -> bool:

@@ -1,30 +1,61 @@
 """A launcher becomes `torch.ops.fastgpt2.<name>`, with a fake and a gradient; eager calls skip the dispatcher.
 
-Two roads lead to one launcher. Under `torch.compile` the call goes to the registered operator, which the compiler
-sees as one opaque node. In eager mode it goes straight to the launcher, inside a `torch.autograd.Function` when a
-gradient is wanted: a registered operator costs several times the host time of a Function, and at GPT-2's sizes host
-time decides.
+Several roads lead to one launcher:
+
+- Eager mode calls it straight, inside a `torch.autograd.Function` when a gradient is wanted: a registered operator
+  costs several times the host time of a Function, and at GPT-2's sizes host time decides.
+- `torch.compile` sees into it. Dynamo's graph holds the registered operator and its fake; AOTAutograd, which writes
+  forward and backward down, runs the launcher on fake tensors in its place, as it does for `torch.library.triton_op`.
+  What PyTorch computes there becomes nodes that Inductor compiles with the rest (products, sums, sorting), and each
+  launch a node that its code makes by itself: no Python of ours runs between launches, and buffers are Inductor's.
+- The operator stays one opaque node, whose launcher is called from compiled code, where it was registered as `opaque`,
+  in `torch.export`'s programs, which have to be written to files, and where Triton interprets kernels, which Inductor
+  cannot.
+- Tensors that are not plain ones (DTensor, FakeTensor, ...) meet the registered operator.
+
+What a launcher may do follows from the second road: sizes may be symbols; it allocates outputs with PyTorch, and gives
+kernels whole tensors to write to, because writing to a view makes Inductor copy its base.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
+import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils import flop_counter
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _launch
+from ._frozen import MOST_PLANS
+from ._trace import traced
+from ._watched import flops_are_counted, one_by_one, refusing, register_flops, transformed_function
 
+TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
+
+# PyTorch keeps compiled code on disk, under a key that holds the sources of the kernels noted here for an operator, and
+# the strings that they name. One function that names the digest of this folder stands for its kernels, launchers, fakes
+# and tuning numbers. Without such notes operators stay opaque: what they become would be taken from an older version.
+KERNELS_IN_KEYS: dict[str, list[object]] | None = getattr(torch._library.triton, "triton_ops_to_kernels", None)
+SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
+def _sources():
+    SOURCES  # noqa: B018
+
+
+_SOURCES_KERNEL = triton.JITFunction(_sources)  # also where decorated kernels are the interpreter's
 
 
 def op(
@@ -33,6 +64,9 @@ def op(
     *,
     toggle: str,
     mutates: tuple[str, ...] = (),
+    opaque: bool = False,
+    strided: tuple[str, ...] = (),
+    differentiable: int | None = None,
     setup_context: Callable[[Any, tuple, Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
@@ -40,77 +74,142 @@ def op(
     """Registers `launcher` as `torch.ops.fastgpt2.<launcher name>` and returns the function to call it by.
 
     launcher: positional arguments only, annotated (the operator's schema is read from them); allocates its outputs,
-        launches kernels, mutates none of its inputs but `mutates` and returns tensors that alias nothing.
+        launches kernels, mutates none of its inputs but `mutates` and returns tensors that alias nothing, or None in
+        the place of one that nobody asked for: the operator then has an empty tensor (0,) there.
     fake: same arguments, returns empty tensors with the launcher's shapes, dtypes and strides.
     toggle: the field of `Kernels` that switches this operator off; named in errors.
     mutates: names of tensor arguments that the kernels write to.
+    opaque: torch.compile calls the launcher, and does not look into it.
+    strided: names of tensor arguments that the launcher takes with any strides; the others it gets contiguous.
+    differentiable: of how many outputs, the first ones, there are gradients; of all by default. The others are for
+        backward: eager calls do not return them.
     setup_context, backward: as in `torch.library.register_autograd`; both or neither.
     flops: of the same arguments with shapes in the place of tensors, how many floating-point operations the kernels do
         in matrix products, as `torch.utils.flop_counter` counts them; what PyTorch's products do it counts by itself.
     """
     name = launcher.__name__
-    mutated = [place for place, argument in enumerate(inspect.signature(launcher).parameters) if argument in mutates]
+    parameters = inspect.signature(launcher, eval_str=True).parameters.values()
+    mutated = [place for place, p in enumerate(parameters) if p.name in mutates]
+    tensor_places = [place for place, p in enumerate(parameters) if p.annotation in (Tensor, Tensor | None)]
+    flat = [place for place, p in enumerate(parameters) if place in tensor_places and p.name not in strided + mutates]
 
-    def launch(*args):
-        tensors = [a for a in args if isinstance(a, Tensor)]
+    def check_device(tensors: list[Tensor]) -> None:
         try:
             _launch.check_device(*tensors)
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error} (or switch this kernel off: {toggle}='torch')") from None
+
+    def contiguous(args: tuple) -> tuple:
+        for place in flat:
+            tensor = args[place]
+            if tensor is not None and not tensor.is_contiguous():
+                args = (*args[:place], tensor.contiguous(), *args[place + 1 :])
+        return args
+
+    def launch(*args):
+        index = args[tensor_places[0]].get_device()
+        args = contiguous(args)
         for place in mutated:  # so that autograd refuses a backward that needs what was there before
             torch.autograd.graph.increment_version(args[place])
-        with _launch.device_guard(tensors[0]):
+        if index < 0 or index == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(index):  # Triton launches on the current device
             return launcher(*args)
 
+    def trace(mode, operator, types, args, kwargs=None):
+        """What AOTAutograd calls, under which PyTorch makes everything functional, in place of the operator."""
+        if not _visible():
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        if not all(issubclass(t, TRACED_TYPES) or t is Tensor for t in types):
+            return NotImplemented
+        check_device([a for a in args if isinstance(a, Tensor)])
+        with mode, traced():
+            return _all_there(launcher(*contiguous(args)), args)
+
+    def dispatched(*args):
+        check_device([a for a in args if isinstance(a, Tensor)])
+        return _all_there(launch(*args), args)
+
     # The strides that eager would see, which is what an operator without a tag gets too.
-    schema = name + torch.library.infer_schema(launcher, mutates_args=mutates)
-    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+    _LIBRARY.define(name + _schema(launcher, mutates), tags=(torch.Tag.needs_exact_strides,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, launch, key)
+        _LIBRARY.impl(name, dispatched, key)
 
     def fake_op(*args):
         _let_inductor_call(f"fastgpt2::{name}")
-        return fake(*args)
+        return _all_there(fake(*args), args)
 
     torch.library.register_fake(f"fastgpt2::{name}", fake_op, lib=_LIBRARY)
     registered = getattr(torch.ops.fastgpt2, name).default
     if not mutates:
-        torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(_one_by_one, registered), lib=_LIBRARY)
-
+        torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(one_by_one, registered), lib=_LIBRARY)
     if flops is not None:
-        flop_counter.register_flop_formula(getattr(torch.ops.fastgpt2, name))(
-            lambda *shapes, out_shape=None, **_: flops(*shapes)
-        )
-
-    def flops_are_counted() -> bool:
-        if flops is None or not torch._C._len_torch_dispatch_stack():
-            return False
-        return any(type(mode).__module__ == flop_counter.__name__ for mode in _get_current_dispatch_mode_stack())
+        register_flops(getattr(torch.ops.fastgpt2, name), flops)
+    if KERNELS_IN_KEYS is not None:
+        KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_SOURCES_KERNEL]
+        if not (opaque or _launch.INTERPRETED):
+            torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
     if backward is None or setup_context is None:
+        transformed = transformed_function(name, registered, *refusing(_no_second_derivative(name, toggle)))
 
         def call(*args):
-            seen = _dispatched(args) or torch._C._are_functorch_transforms_active() or flops_are_counted()
-            return registered(*args) if seen else launch(*args)
+            tensors = _plain(args, tensor_places)
+            if tensors is None or (flops is not None and flops_are_counted()):
+                return registered(*args)
+            if torch._C._are_functorch_transforms_active():
+                return registered(*args) if mutates else transformed.apply(*args)
+            check_device(tensors)
+            return launch(*args)
 
         return call
 
-    torch.library.register_autograd(f"fastgpt2::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    def registered_context(ctx, inputs, output):
+        if differentiable is not None:
+            ctx.mark_non_differentiable(*output[differentiable:])
+        setup_context(ctx, inputs, output)
 
-    function = _autograd_function(name, launch, setup_context, backward)
+    torch.library.register_autograd(f"fastgpt2::{name}", backward, setup_context=registered_context, lib=_LIBRARY)
+    function = _autograd_function(name, launch, setup_context, _once(name, toggle, backward), differentiable)
+    # What `Function.apply` comes to without functorch's transforms, which it looks for in every argument.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    transformed = _transformed_function(name, registered, setup_context, backward)
+    transformed = transformed_function(name, registered, registered_context, backward)
 
     def call_with_gradient(*args):
-        if _dispatched(args) or flops_are_counted():
+        tensors = _plain(args, tensor_places)
+        if tensors is None or (flops is not None and flops_are_counted()):
             return registered(*args)
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)
+        check_device(tensors)
+        # Forward-mode derivatives, of which there are none, are refused by the Function.
+        if _require_grad(tensors) or forward_ad._current_level >= 0:
+            return apply(*args)
         return launch(*args)
 
     return call_with_gradient
+
+
+def _schema(launcher: Callable[..., Any], mutates: tuple[str, ...]) -> str:
+    """The operator's schema, in which an output that may be None is a tensor, too (`_all_there`)."""
+
+    def prototype():
+        pass
+
+    signature = inspect.signature(launcher, eval_str=True)
+    if outputs := get_args(signature.return_annotation):
+        signature = signature.replace(return_annotation=tuple[(Tensor,) * len(outputs)])  # type: ignore[misc]
+    prototype.__signature__ = signature  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, mutates_args=mutates)
+
+
+def _all_there(output: Any, args: tuple) -> Any:
+    """What an operator returns for what its launcher did: tensors alone."""
+    if not isinstance(output, tuple):
+        return output
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    return tuple(tensor.new_empty(0) if t is None else t for t in output)
 
 
 def _autograd_function(
@@ -118,6 +217,7 @@ def _autograd_function(
     launch: Callable[..., Any],
     setup_context: Callable[[Any, tuple, Any], None],
     gradient: Callable[..., Any],
+    differentiable: int | None,
 ) -> type[torch.autograd.Function]:
     """The launcher with the gradient that its operator has, without the dispatcher between."""
 
@@ -126,10 +226,9 @@ def _autograd_function(
         def forward(ctx, *args):
             output = launch(*args)
             setup_context(ctx, args, output)
-            return output
+            return output if differentiable is None else output[:differentiable]
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, *grads):
             return gradient(ctx, *grads)
 
@@ -137,42 +236,11 @@ def _autograd_function(
     return Eager
 
 
-def _transformed_function(
-    name: str,
-    operator: Callable[..., Any],
-    setup: Callable[[Any, tuple, Any], None],
-    gradient: Callable[..., Any],
-) -> type[torch.autograd.Function]:
-    """The operator inside of vmap, grad and the other transforms of torch.func, which want the parts separate."""
+def _visible() -> bool:
+    """False while torch.export traces, whose programs keep operators because they cannot hold kernels."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args):
-            return operator(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            setup(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx, *grads):
-            return gradient(ctx, *grads)
-
-    Transformed.__name__ = name
-    return Transformed
-
-
-def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-    """What `vmap` makes of an operator: a call a sample, the results stacked."""
-    calls = [
-        operator(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+    return not custom_triton_ops_decomposition_disabled()
 
 
 def _let_inductor_call(operator: str) -> None:
@@ -187,14 +255,51 @@ def _let_inductor_call(operator: str) -> None:
         called.add(operator)
 
 
-def _dispatched(args: tuple) -> bool:
-    """True where the operator must be seen by PyTorch: under torch.compile, or with tensors that are not plain ones."""
+def _plain(args: tuple, tensor_places: list[int]) -> list[Tensor] | None:
+    """The tensors among `args`; None where PyTorch must see the operator: under torch.compile, or where one of them is
+    not a plain one."""
     if torch.compiler.is_compiling():
-        return True
-    for a in args:  # a loop, because any() takes three times as long
-        if isinstance(a, Tensor) and type(a) is not Tensor and type(a) is not Parameter:
-            return True
+        return None
+    tensors = []
+    for place in tensor_places:
+        tensor = args[place]
+        kind = type(tensor)
+        if kind is Tensor or kind is Parameter:
+            tensors.append(tensor)
+        elif tensor is not None:
+            return None
+    return tensors
+
+
+def _require_grad(tensors: list[Tensor]) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a loop, because any() takes three times as long
+            if tensor.requires_grad:
+                return True
     return False
+
+
+def _no_second_derivative(name: str, toggle: str) -> str:
+    return f"{name} has no second derivative (use {toggle}='torch' for it)"
+
+
+def _once(name: str, toggle: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """`gradient`, whose results raise where they are differentiated again.
+
+    PyTorch's `once_differentiable` lets that pass, and drops it, where the upstream gradient is a constant.
+    """
+    message = _no_second_derivative(name, toggle)
+
+    def once(ctx, *grads):
+        if not torch.is_grad_enabled():  # but for create_graph=True it is off here
+            return gradient(ctx, *grads)
+        with torch.no_grad():
+            made = gradient(ctx, *grads)
+        made = (made,) if isinstance(made, Tensor) else made
+        raising = torch._C._functions.DelayedError(message, len(made))
+        return raising(*[None if t is None else t.detach().requires_grad_() for t in made])  # type: ignore[arg-type]
+
+    return once
 
 
 def check_dtypes(op_name: str, toggle: str, **tensors: Tensor | None) -> None:
@@ -215,11 +320,67 @@ def check_shape(op_name: str, toggle: str, argument: str, tensor: Tensor | None,
         )
 
 
+def dropout_seed(
+    op_name: str, toggle: str, dropout_p: float, seed: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """What the mask is a function of: `seed`, drawn by torch's generator of the device where it is None; None without
+    dropout. Raises ValueError for a dropout_p outside [0, 1) and a seed that is not one int64."""
+    if dropout_p == 0.0:
+        return None
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op_name}: dropout_p is {dropout_p}, allowed is [0, 1) (toggle: {toggle}='torch')")
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"{op_name}: seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one int64 on the device "
+            f"(toggle: {toggle}='torch')"
+        )
+    return seed
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(..., C) as (N, C) with a contiguous last dimension: a view where strides allow, else a copy."""
     C = x.shape[-1] if x.dim() else 1
     x = x.reshape(x.numel() // max(C, 1), C)
     return x if C == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def rows(x: Tensor) -> tuple[Tensor, int]:
+    """(..., C) as memory where rows of C elements lie, and how many elements from one to the next: a kernel's two
+    arguments, which for a contiguous x need no view."""
+    shape = x.shape
+    if x.is_contiguous():
+        return x, shape[-1] if shape else 1
+    x = as_rows(x)
+    return x, x.stride(0)
+
+
+def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, of the shape of x. Several times as fast as `new_empty` where x is what is wanted."""
+    if x.dtype == dtype and x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
+    """`check`, which looks at shapes, dtypes and values, and says nothing of arguments in which these are known."""
+    passed: dict[tuple, Any] = {}
+
+    def checked(*args):
+        if torch.compiler.is_compiling():
+            return check(*args)
+        key = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        try:
+            return passed[key]
+        except KeyError:
+            if len(passed) >= MOST_PLANS:
+                passed.clear()
+            return passed.setdefault(key, check(*args))
+        except TypeError:  # sizes that are symbols have no hash
+            return check(*args)
+
+    return checked
 
 
 def autocast_dtype(tensor: Tensor, default: torch.dtype) -> torch.dtype:

@@ -42,7 +42,8 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
-from ._op import check_dtypes, op
+from ._frozen import Launch, planned
+from ._op import check_dtypes, check_once, op
 from .attention_backward import causal_attention_bwd_op
 
 OP = "causal_attention"
@@ -243,6 +244,21 @@ def _attention_fwd_kernel(
 # --------------------------------------------------------------------------------------------- fakes and launchers
 
 
+@planned
+def _fwd_plan(
+    B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
+    strides: tuple[int, int], documents: int, window: int | None, dropout_p: float, scale: float,
+) -> Launch:  # fmt: skip
+    bounded = documents > 0 or window is not None
+    config = _launch.config("attention_fwd", device, variant(dtype, D, bounded, dropout))
+    queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
+    return Launch(
+        _attention_fwd_kernel, (_launch.cdiv(T, queries) * B, n_head),
+        *strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config,
+    )  # fmt: skip
+
+
 def causal_attention_fwd(
     qkv: Tensor,
     n_head: int,
@@ -258,36 +274,21 @@ def causal_attention_fwd(
     B, T, C = out.shape
     if out.numel() == 0:
         return out, lse
-    D = C // n_head
     qkv = rows_contiguous(qkv)
-    bounded = cu_seqlens is not None or window is not None
-    config = _launch.config("attention_fwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
-    queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
-    _attention_fwd_kernel[(_launch.cdiv(T, queries) * B, n_head)](
-        qkv,
-        cu_seqlens,
-        seed,
-        out,
-        lse,
-        *qkv.stride()[:2],
-        T,
-        n_head,
-        0 if cu_seqlens is None else cu_seqlens.numel() - 1,
-        window,
-        *dropout_scalars(dropout_p),
-        scale,
-        D=D,
-        BLOCK_D=block_d(D),
-        PRECISION="tf32" if tf32 else "ieee",
-        **config,
-    )
+    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    launch = _fwd_plan(
+        B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
+        qkv.stride()[:2], documents, window, dropout_p, scale,
+    )  # fmt: skip
+    launch(qkv, cu_seqlens, seed, out, lse)
     return out, lse
 
 
 def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
     B, T, C3 = qkv.shape
     statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=statistics)
+    out = torch.empty(B, T, C3 // 3, dtype=qkv.dtype, device=qkv.device)
+    return out, torch.empty(B, n_head, T, dtype=statistics, device=qkv.device)
 
 
 # -------------------------------------------------------------------------------------------------------- autograd
@@ -296,11 +297,10 @@ def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
 def _setup_context(ctx, inputs, output):
     qkv, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32 = inputs
     ctx.save_for_backward(qkv, *output, seed, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, _):
+def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 8
     qkv, out, lse, seed, cu_seqlens = ctx.saved_tensors
@@ -315,8 +315,9 @@ def _flops(qkv, *_):
 
 
 _causal_attention = op(
-    causal_attention_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward, flops=_flops
-)
+    causal_attention_fwd, _fwd_fake, toggle=TOGGLE, strided=("qkv",), differentiable=1,
+    setup_context=_setup_context, backward=_backward, flops=_flops,
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -343,7 +344,6 @@ def causal_attention(
     window: a token sees itself and the window - 1 tokens before it.
     tf32: float32 products on tensor cores, 10 bits of mantissa.
     """
-    check_dtypes(OP, TOGGLE, qkv=qkv)
     _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window)
     if dropout_p == 0.0:
         seed = None
@@ -354,19 +354,17 @@ def causal_attention(
     return _causal_attention(qkv, n_head, float(scale), float(dropout_p), seed, cu_seqlens, window, tf32)[0]
 
 
+@check_once
 def _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window):
+    check_dtypes(OP, TOGGLE, qkv=qkv)
     check_heads(OP, TOGGLE, qkv, n_head, scale)
     if not 0 <= dropout_p < 1:
         refuse(OP, TOGGLE, "dropout_p", dropout_p, "0 <= dropout_p < 1")
     if window is not None and window < 1:
         refuse(OP, TOGGLE, "window", window, "None or at least 1")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != qkv.device):
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         refuse(OP, TOGGLE, "seed", describe(seed), f"one int64 on {qkv.device}")
     if cu_seqlens is not None and not (
-        cu_seqlens.dtype == torch.int32
-        and cu_seqlens.dim() == 1
-        and cu_seqlens.numel() > 1
-        and cu_seqlens.is_contiguous()
-        and cu_seqlens.device == qkv.device
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1
     ):
-        refuse(OP, TOGGLE, "cu_seqlens", describe(cu_seqlens), f"contiguous int32 (n_documents + 1,) on {qkv.device}")
+        refuse(OP, TOGGLE, "cu_seqlens", describe(cu_seqlens), f"int32 (n_documents + 1,) on {qkv.device}")

@@ -36,7 +36,8 @@ from ._attention_tiles import (
     rows_contiguous,
     variant,
 )
-from ._op import op
+from ._frozen import Launch, planned
+from ._op import empty_like, op
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -309,6 +310,27 @@ def _attention_bwd_kernel(
 # --------------------------------------------------------------------------------------------- fakes and launchers
 
 
+@planned
+def _plans(
+    B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
+    strides: tuple[int, int], dout_strides: tuple[int, int], documents: int, window: int | None, dropout_p: float,
+    scale: float,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    """The two launches."""
+    sizes = dict(D=D, BLOCK_D=block_d(D))
+    config = _launch.config("attention_delta", device, variant(dtype, D))
+    grid = (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head)
+    delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
+    bounded = documents > 0 or window is not None
+    config = _launch.config("attention_bwd", device, variant(dtype, D, bounded, dropout))
+    tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
+    return delta, Launch(
+        _attention_bwd_kernel, (tiles * B, n_head),
+        *strides, *dout_strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        **sizes, PRECISION="tf32" if tf32 else "ieee", **config,
+    )  # fmt: skip
+
+
 def causal_attention_bwd(
     dout: Tensor,
     qkv: Tensor,
@@ -323,41 +345,19 @@ def causal_attention_bwd(
     tf32: bool,
 ) -> Tensor:
     """dout (B, T, C), qkv (B, T, 3*C), out (B, T, C), lse (B, H, T) -> dqkv (B, T, 3*C)."""
-    dqkv = _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32)
+    dqkv = empty_like(qkv, qkv.dtype)
     B, T, C = out.shape
     if out.numel() == 0:
         return dqkv
-    D = C // n_head
     qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
-    sizes = dict(D=D, BLOCK_D=block_d(D))
+    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    launch_delta, launch_bwd = _plans(
+        B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
+        qkv.stride()[:2], dout.stride()[:2], documents, window, dropout_p, scale,
+    )  # fmt: skip
     delta = torch.empty_like(lse)
-    config = _launch.config("attention_delta", qkv.device, variant(qkv.dtype, D))
-    _attention_delta_kernel[(_launch.cdiv(T, config["BLOCK_M"]) * B, n_head)](
-        out, dout, delta, *dout.stride()[:2], T, n_head, **sizes, **config
-    )
-    bounded = cu_seqlens is not None or window is not None
-    config = _launch.config("attention_bwd", qkv.device, variant(qkv.dtype, D, bounded, seed is not None))
-    tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
-    _attention_bwd_kernel[(tiles * B, n_head)](
-        qkv,
-        dout,
-        lse,
-        delta,
-        cu_seqlens,
-        seed,
-        dqkv,
-        *qkv.stride()[:2],
-        *dout.stride()[:2],
-        T,
-        n_head,
-        0 if cu_seqlens is None else cu_seqlens.numel() - 1,
-        window,
-        *dropout_scalars(dropout_p),
-        scale,
-        **sizes,
-        PRECISION="tf32" if tf32 else "ieee",
-        **config,
-    )
+    launch_delta(out, dout, delta)
+    launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv)
     return dqkv
 
 
@@ -371,4 +371,4 @@ def _flops(dout, *_):
     return 10 * B * T * T * C
 
 
-causal_attention_bwd_op = op(causal_attention_bwd, _bwd_fake, toggle="attention", flops=_flops)
+causal_attention_bwd_op = op(causal_attention_bwd, _bwd_fake, toggle="attention", strided=("dout", "qkv"), flops=_flops)

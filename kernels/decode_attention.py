@@ -19,6 +19,8 @@ Sources: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); FlashAttention-2 (arX
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from . import _launch
 from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, variant
+from ._frozen import Launch, planned
 from ._op import check_dtypes, op
 from ._overlap import start_next, wait_for_previous
 
@@ -204,43 +207,40 @@ def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: in
     B, _, C = out.shape
     S, D = cache.shape[3:]
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    lengths = lengths.contiguous()
-    config = dict(_launch.config("decode_attention", qkv.device, variant(qkv.dtype, D)))
-    programs, block_n = config.pop("PROGRAMS_PER_SM") * _launch.sm_count(qkv.device), config["BLOCK_N"]
-    splits = 1 if S <= config.pop("ONE_SPLIT") else _launch.cdiv(S, block_n)
-    n_splits = max(1, min(programs // (B * n_head), splits))
-    overlap: dict[str, bool] = {"OVERLAP": B == 1 and _launch.can_overlap(qkv.device)}  # as its neighbours' launches
-    if overlap["OVERLAP"]:
-        overlap["launch_pdl"] = True
+    strides = (qkv.stride(0), *cache.stride()[:4])
+    n_splits, attend, merge = _plans(B, n_head, S, D, qkv.dtype, strides, scale, qkv.device)
     parts, lse = out, None
     if n_splits > 1:
         statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         parts = out.new_empty((B, n_head, n_splits, D), dtype=statistics)
         lse = out.new_empty((B, n_head, n_splits), dtype=statistics)
-    _decode_attention_kernel[(B * n_head * n_splits,)](
-        qkv,
-        cache,
-        lengths,
-        parts,
-        lse,
-        qkv.stride(0),
-        *cache.stride()[:4],
-        S,
-        n_head,
-        n_splits,
-        scale,
-        D=D,
-        BLOCK_D=block_d(D),
-        **overlap,
-        **config,
-    )
+    attend(qkv, cache, lengths, parts, lse)
     if lse is not None:
-        config = _launch.config("decode_merge", qkv.device, variant(parts.dtype, D))
-        sizes = (S, n_head, n_splits)
-        _decode_merge_kernel[(B * n_head,)](
-            parts, lse, lengths, out, *sizes, D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, **overlap, **config
-        )
+        merge(parts, lse, lengths, out)
     return out
+
+
+@planned
+def _plans(
+    B: int, n_head: int, S: int, D: int, dtype: torch.dtype, strides: tuple[int, ...], scale: float,
+    device: torch.device,
+) -> tuple[int, Launch, Launch]:  # fmt: skip
+    """Splits of the cache, and the two launches."""
+    config = dict(_launch.config("decode_attention", device, variant(dtype, D)))
+    programs, block_n = config.pop("PROGRAMS_PER_SM") * _launch.sm_count(device), config["BLOCK_N"]
+    splits = 1 if S <= config.pop("ONE_SPLIT") else _launch.cdiv(S, block_n)
+    n_splits = max(1, min(programs // (B * n_head), splits))
+    shared: dict[str, Any] = dict(D=D, BLOCK_D=block_d(D))
+    shared["OVERLAP"] = B == 1 and _launch.can_overlap(device)  # as its neighbours' launches
+    if shared["OVERLAP"]:
+        shared["launch_pdl"] = True
+    grid = (B * n_head * n_splits,)
+    attend = Launch(_decode_attention_kernel, grid, *strides, S, n_head, n_splits, scale, **shared, **config)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    config = _launch.config("decode_merge", device, variant(statistics, D))
+    sizes = (S, n_head, n_splits)
+    merge = Launch(_decode_merge_kernel, (B * n_head,), *sizes, BLOCK_N=block_n, **shared, **config)
+    return n_splits, attend, merge
 
 
 def _fwd_fake(qkv, cache, lengths, n_head, scale):
@@ -253,7 +253,10 @@ def _flops(qkv, cache, *_):
     return 4 * B * cache[3] * (C3 // 3)
 
 
-_decode_attention = op(decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",), flops=_flops)
+# Opaque: the cache is written to, and Inductor would copy it.
+_decode_attention = op(
+    decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",), opaque=True, strided=("qkv",), flops=_flops
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- public

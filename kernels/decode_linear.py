@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _op
+from ._frozen import Launch, planned
 from ._overlap import start_next, wait_for_previous
 from .gelu import _sigmoid_2u
 
@@ -204,32 +205,17 @@ def decode_linear_fwd(
         weight, overlap = weight.contiguous(), False  # the copy is what runs before
     residual = None if residual is None else _op.as_rows(residual)
     (M, K), N = x.shape, weight.shape[0]
-    grid, config = _launch_of(x.device, x.itemsize, M, N, K, overlap)
-    _decode_linear_kernel[grid](
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        residual,
-        y,
-        x.stride(0),
-        weight.stride(0),
-        0 if residual is None else residual.stride(0),
-        M,
-        N,
-        K=K,
-        eps=eps,
-        GELU=gelu,
-        **config,
-    )
+    strides = x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)
+    launch = _plan(strides, M, N, K, x.element_size(), eps, gelu, overlap, x.device)
+    launch(x, weight, bias, norm_weight, norm_bias, residual, y)
     return y
 
 
-def _launch_of(
-    device: torch.device, itemsize: int, M: int, N: int, K: int, overlap: bool
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid, block sizes and launch options."""
+@planned
+def _plan(
+    strides: tuple[int, int, int], M: int, N: int, K: int, itemsize: int, eps: float, gelu: bool, overlap: bool,
+    device: torch.device,
+) -> Launch:  # fmt: skip
     block_m = 1 if M == 1 else min(max(_launch.next_power_of_2(M), 16), MOST_ROWS)
     config = dict(_launch.config("decode_linear", device, f"{8 * itemsize}x{block_m}"))
     multiprocessors = _launch.sm_count(device)
@@ -247,7 +233,8 @@ def _launch_of(
     config["OVERLAP"] = overlap and M == 1 and programs <= 8 * multiprocessors and _launch.can_overlap(device)
     if config["OVERLAP"]:
         config["launch_pdl"] = True
-    return (programs, _launch.cdiv(M, block_m)), config
+    grid = (programs, _launch.cdiv(M, block_m))
+    return Launch(_decode_linear_kernel, grid, *strides, M, N, K=K, eps=eps, GELU=gelu, **config)
 
 
 def _fwd_fake(x, weight, bias, norm_weight, norm_bias, eps, gelu, residual, overlap):
@@ -258,7 +245,10 @@ def _flops(x, weight, *_):
     return 2 * math.prod(x) * weight[0]
 
 
-_decode_linear = _op.op(decode_linear_fwd, _fwd_fake, toggle=TOGGLE, flops=_flops)
+# Opaque: Inductor does not launch early.
+_decode_linear = _op.op(
+    decode_linear_fwd, _fwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight", "residual"), flops=_flops
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- public

@@ -21,6 +21,8 @@ Sources: the sort-and-segment scheme of PyTorch's embedding_dense_backward; Phil
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -28,7 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _op
+from ._frozen import Launch, planned
 
+NAME = "token_position_embedding"
 TOGGLE = "embedding"
 
 
@@ -174,6 +178,26 @@ def _merge_pieces_kernel(
         tl.store(dweight_ptr + key.to(tl.int64) * C + offs_c, dweight, mask=mask_c)
 
 
+@planned
+def _plan(kernel: Any, op: str, rows: int, C: int, device: torch.device, *numbers: Any) -> Launch:
+    """Of `kernel`, with the table's numbers for `op`, over blocks of rows and of columns."""
+    options = _launch.config(op, device)
+    grid = (_launch.cdiv(rows, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
+    return Launch(kernel, grid, *numbers, **options)
+
+
+@planned
+def _segment_plans(
+    strides: tuple[int, int], B: int, T: int, V: int, C: int, dropout_p: float, device: torch.device
+) -> tuple[int, Launch, Launch]:
+    """Windows, and the two launches."""
+    options = _launch.config("embedding_segment_sum", device)
+    windows, column_blocks = _launch.cdiv(B * T, options["WINDOW"]), _launch.cdiv(C, options["BLOCK_C"])
+    numbers = (*strides, B * T, T, V, C, dropout_p)
+    merge = Launch(_merge_pieces_kernel, (windows - 1, column_blocks), B * T, V, C, **options)
+    return windows, Launch(_segment_sum_kernel, (B * T, column_blocks), *numbers, **options), merge
+
+
 def token_position_embedding_fwd(
     idx: Tensor,
     token_weight: Tensor,
@@ -188,20 +212,18 @@ def token_position_embedding_fwd(
     if y.numel() == 0:
         return y
     token_weight, position_weight = _with_rows(token_weight), _with_rows(position_weight)
-    options = _launch.config("embedding_fwd", idx.device)
-    grid = (_launch.cdiv(B * T, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
-    _embedding_fwd_kernel[grid](
-        idx, positions, token_weight, position_weight, seed, y,
+    launch = _plan(
+        _embedding_fwd_kernel, "embedding_fwd", B * T, C, idx.device,
         *idx.stride(), *((0, 0) if positions is None else positions.stride()),
-        token_weight.stride(0), position_weight.stride(0), B * T, T, V, P, C,
-        dropout_p, y.dtype == torch.float64, **options,
+        token_weight.stride(0), position_weight.stride(0), B * T, T, V, P, C, dropout_p, y.dtype == torch.float64,
     )  # fmt: skip
+    launch(idx, positions, token_weight, position_weight, seed, y)
     return y
 
 
 def _fwd_fake(idx, token_weight, position_weight, positions, seed, dropout_p):
     dtype = torch.promote_types(token_weight.dtype, position_weight.dtype)
-    return token_weight.new_empty((*idx.shape, token_weight.shape[1]), dtype=dtype)
+    return torch.empty(*idx.shape, token_weight.shape[1], dtype=dtype, device=token_weight.device)
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -219,10 +241,10 @@ def token_position_embedding_bwd(
     position_rows: int,
     token_dtype: torch.dtype | None,
     position_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """-> dtoken_weight (token_rows, C), dposition_weight (position_rows, C); one whose dtype is None is (0,)."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dtoken_weight (token_rows, C), dposition_weight (position_rows, C); None for one whose dtype is None."""
     dy = _with_rows(dy)
-    dtoken, dposition = dy.new_empty(0), dy.new_empty(0)
+    dtoken = dposition = None
     if token_dtype is not None:
         dtoken = _segment_sum(dy, idx, seed, dropout_p, token_rows, token_dtype)
     if position_dtype is not None and positions is not None:
@@ -234,22 +256,17 @@ def token_position_embedding_bwd(
 
 def _bwd_fake(dy, idx, positions, seed, dropout_p, token_rows, position_rows, token_dtype, position_dtype):
     C = dy.shape[2]
-    return (
-        dy.new_empty(0 if token_dtype is None else (token_rows, C), dtype=token_dtype or dy.dtype),
-        dy.new_empty(0 if position_dtype is None else (position_rows, C), dtype=position_dtype or dy.dtype),
-    )
+    rows = (token_rows, token_dtype), (position_rows, position_dtype)
+    return tuple(None if dtype is None else dy.new_empty((n, C), dtype=dtype) for n, dtype in rows)
 
 
 def _batch_sum(dy: Tensor, seed: Tensor | None, dropout_p: float, P: int, dtype: torch.dtype) -> Tensor:
     """(P, C): the sum of dy (B, T, C) over the batch in rows 0 ... T-1, zeros below."""
     B, T, C = dy.shape
-    dweight = dy.new_empty((P, C), dtype=dtype)
+    dweight = torch.empty(P, C, dtype=dtype, device=dy.device)
     if dweight.numel() > 0:
-        options = _launch.config("embedding_batch_sum", dy.device)
-        grid = (_launch.cdiv(P, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
-        _batch_sum_kernel[grid](
-            dy, seed, dweight, dy.stride(0), dy.stride(1), B, T, P, C, dropout_p, dy.dtype == torch.float64, **options
-        )
+        numbers = (dy.stride(0), dy.stride(1), B, T, P, C, dropout_p, dy.dtype == torch.float64)
+        _plan(_batch_sum_kernel, "embedding_batch_sum", P, C, dy.device, *numbers)(dy, seed, dweight)
     return dweight
 
 
@@ -258,20 +275,17 @@ def _segment_sum(
 ) -> Tensor:
     """(V, C): in row v the sum of the rows of dy (B, T, C) where index (B, T) is v."""
     B, T, C = dy.shape
-    dweight = dy.new_zeros((V, C), dtype=dtype)
+    dweight = torch.zeros(V, C, dtype=dtype, device=dy.device)
     if dy.numel() == 0:
         return dweight
     # 32-bit keys halve the passes of the sort; what lies outside the table stays outside.
     keys, order = torch.sort(index.reshape(-1).clamp(-1, V).to(torch.int32), stable=True)
-    options = _launch.config("embedding_segment_sum", dy.device)
-    windows, column_blocks = _launch.cdiv(B * T, options["WINDOW"]), _launch.cdiv(C, options["BLOCK_C"])
+    windows, launch, merge = _segment_plans(dy.stride()[:2], B, T, V, C, dropout_p, dy.device)
     sum_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    partial = dy.new_empty((windows, 2, C), dtype=sum_dtype)
-    _segment_sum_kernel[(B * T, column_blocks)](
-        keys, order, dy, seed, dweight, partial, dy.stride(0), dy.stride(1), B * T, T, V, C, dropout_p, **options
-    )
+    partial = torch.empty(windows, 2, C, dtype=sum_dtype, device=dy.device)
+    launch(keys, order, dy, seed, dweight, partial)
     if windows > 1:
-        _merge_pieces_kernel[(windows - 1, column_blocks)](keys, partial, dweight, B * T, V, C, **options)
+        merge(keys, partial, dweight)
     return dweight
 
 
@@ -293,8 +307,11 @@ def _backward(ctx, dy):
     return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
-_bwd = _op.op(token_position_embedding_bwd, _bwd_fake, toggle=TOGGLE)
-_fwd = _op.op(token_position_embedding_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward)
+_bwd = _op.op(token_position_embedding_bwd, _bwd_fake, toggle=TOGGLE, strided=("dy", "idx", "positions"))
+_fwd = _op.op(
+    token_position_embedding_fwd, _fwd_fake, toggle=TOGGLE,
+    strided=("idx", "token_weight", "position_weight", "positions"), setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
 
 
 def token_position_embedding(
@@ -313,26 +330,25 @@ def token_position_embedding(
     Indices are not checked, which would wait for the GPU: one outside its table gives a row of NaN.
     seed: int64 () or (1,) on the device, drawn there by torch's generator where it is None.
     """
-    name, toggle = "token_position_embedding", f"(toggle: {TOGGLE}='torch')"
-    _op.check_dtypes(name, TOGGLE, token_weight=token_weight, position_weight=position_weight)
+    _check(idx, token_weight, position_weight, positions)
+    if positions is not None and positions.dim() == 1:
+        positions = positions.expand(idx.shape)
+    seed = _op.dropout_seed(NAME, TOGGLE, dropout_p, seed, idx.device)
+    return _fwd(idx, token_weight, position_weight, positions, seed, dropout_p)
+
+
+@_op.check_once
+def _check(idx, token_weight, position_weight, positions):
+    toggle = f"(toggle: {TOGGLE}='torch')"
+    _op.check_dtypes(NAME, TOGGLE, token_weight=token_weight, position_weight=position_weight)
     for argument, tensor in dict(idx=idx, positions=positions).items():
         if tensor is not None and tensor.dtype != torch.int64:
-            raise TypeError(f"{name}: {argument} is {tensor.dtype}, allowed is torch.int64 {toggle}")
+            raise TypeError(f"{NAME}: {argument} is {tensor.dtype}, allowed is torch.int64 {toggle}")
     if idx.dim() != 2:
-        raise ValueError(f"{name}: idx has shape {tuple(idx.shape)}, expected (B, T) {toggle}")
+        raise ValueError(f"{NAME}: idx has shape {tuple(idx.shape)}, expected (B, T) {toggle}")
     (B, T), P = idx.shape, position_weight.shape[0]
-    _op.check_shape(name, TOGGLE, "position_weight", position_weight, (P, token_weight.shape[1]))
+    _op.check_shape(NAME, TOGGLE, "position_weight", position_weight, (P, token_weight.shape[1]))
     if positions is None and T > P:
-        raise ValueError(f"{name}: idx has {T} positions, position_weight {P} rows {toggle}")
-    if positions is not None:
-        positions = positions.expand(B, T) if positions.shape == (T,) else positions
-        _op.check_shape(name, TOGGLE, "positions", positions, (B, T))
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{name}: dropout_p is {dropout_p}, allowed is [0, 1) {toggle}")
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=idx.device)
-    elif seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"{name}: seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one int64 {toggle}")
-    return _fwd(idx, token_weight, position_weight, positions, seed, dropout_p)
+        raise ValueError(f"{NAME}: idx has {T} positions, position_weight {P} rows {toggle}")
+    if positions is not None and positions.shape != (T,):
+        _op.check_shape(NAME, TOGGLE, "positions", positions, (B, T))

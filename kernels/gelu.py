@@ -26,7 +26,8 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._column_sum import column_sum
-from ._op import as_rows
+from ._frozen import Launch, planned
+from ._op import empty_like, rows
 
 # 2u * log2(e) = x * (LINEAR + CUBIC * x^2); its derivative without log2(e) = LINEAR_GRAD + CUBIC_GRAD * x^2.
 LINEAR = tl.constexpr(2 * 0.7978845608028654 * 1.4426950408889634)
@@ -107,16 +108,22 @@ def _gelu_bwd_kernel(
         tl.store(dbias_ptr + pid_n.to(tl.int64) * C + offs_c, tl.sum(dbias, axis=0), mask=mask_c)
 
 
+@planned
+def _fwd_plan(N: int, C: int, itemsize: int, stride_xn: int, device: torch.device) -> Launch:
+    options = _launch.config("gelu_fwd", device, str(8 * itemsize))
+    grid = (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),)
+    return Launch(_gelu_fwd_kernel, grid, stride_xn, N, C, **options)
+
+
 def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     """-> gelu(x + bias), (..., C) in the dtype of x."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_like(x, x.dtype)
     if y.numel() == 0:
         return y
-    x = as_rows(x)
-    N, C = x.shape
-    options = _launch.config("gelu_fwd", x.device, str(8 * x.element_size()))
-    grid = (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),)
-    _gelu_fwd_kernel[grid](x, bias, y, x.stride(0), N, C, **options)
+    C = x.shape[-1] if x.dim() else 1
+    N = x.numel() // C
+    x, stride_xn = rows(x)
+    _fwd_plan(N, C, x.element_size(), stride_xn, x.device)(x, bias, y)
     return y
 
 
@@ -124,35 +131,51 @@ def _gelu_fwd_fake(x, bias):
     return x.new_empty(x.shape)
 
 
+@planned
+def _bwd_plan(
+    N: int, C: int, itemsize: int, strides: tuple[int, int], sums: bool, device: torch.device
+) -> tuple[int, Launch]:
+    """How many programs share the rows, and the launch."""
+    options = dict(_launch.config("gelu_bwd", device, str(8 * itemsize)))
+    programs_per_sm, min_rows = options.pop("PROGRAMS_PER_SM"), options.pop("MIN_ROWS")
+    blocks_c = _launch.cdiv(C, options["BLOCK_C"])
+    programs = _launch.cdiv(N, options["ROWS"])
+    if sums:
+        programs = _launch.cdiv(_launch.sm_count(device) * programs_per_sm, blocks_c)
+        programs = min(programs, _launch.cdiv(N, min_rows))
+    return programs, Launch(_gelu_bwd_kernel, (programs * blocks_c,), *strides, N, C, **options)
+
+
 def launch_gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, y: Tensor | None, dx: Tensor, dbias_dtype: torch.dtype | None
 ) -> Tensor | None:
-    """Fills dx (it may be dy) and y, contiguous rows (N, C) like the others; -> dbias (C,) where its dtype is given."""
-    N, C = x.shape
+    """Fills dx, which may be dy, and y, both contiguous, for rows (..., C); -> dbias (C,) where its dtype is given."""
+    C = x.shape[-1] if x.dim() else 1
     if dx.numel() == 0:
         return None if dbias_dtype is None else dx.new_zeros(C, dtype=dbias_dtype)
-    options = dict(_launch.config("gelu_bwd", x.device, str(8 * x.element_size())))
-    programs_per_sm, min_rows = options.pop("PROGRAMS_PER_SM"), options.pop("MIN_ROWS")
-    blocks_c = _launch.cdiv(C, options["BLOCK_C"])
-    programs, partials = _launch.cdiv(N, options["ROWS"]), None
+    N = x.numel() // C
+    dy, stride_dyn = rows(dy)
+    x, stride_xn = rows(x)
+    strides = (stride_dyn, stride_xn)
+    programs, launch = _bwd_plan(N, C, x.element_size(), strides, dbias_dtype is not None, x.device)
+    partials = None
     if dbias_dtype is not None:
-        programs = _launch.cdiv(_launch.sm_count(x.device) * programs_per_sm, blocks_c)
-        programs = min(programs, _launch.cdiv(N, min_rows))
-        partials = x.new_empty(1, programs, C, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    _gelu_bwd_kernel[(programs * blocks_c,)](dy, x, bias, y, dx, partials, dy.stride(0), x.stride(0), N, C, **options)
+        sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+        partials = torch.empty(1, programs, C, dtype=sums, device=x.device)
+    launch(dy, x, bias, y, dx, partials)
     return None if partials is None or dbias_dtype is None else column_sum(partials, [dbias_dtype])[0]
 
 
-def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """-> dx (..., C) in the dtype of x; dbias (C,), or (0,) where its dtype is None."""
-    dx, dbias = _gelu_bwd_fake(dy, x, bias, dbias_dtype)
-    filled = launch_gelu_bwd(as_rows(dy), as_rows(x), bias, None, as_rows(dx), dbias_dtype)
-    return dx, dbias if filled is None else filled
+def gelu_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """-> dx (..., C) in the dtype of x; dbias (C,), None where its dtype is None."""
+    dx = empty_like(x, x.dtype)
+    return dx, launch_gelu_bwd(dy, x, bias, None, dx, dbias_dtype)
 
 
 def _gelu_bwd_fake(dy, x, bias, dbias_dtype):
-    dbias = x.new_empty(0) if dbias_dtype is None else x.new_empty(x.shape[-1], dtype=dbias_dtype)
-    return x.new_empty(x.shape), dbias
+    return x.new_empty(x.shape), None if dbias_dtype is None else x.new_empty(x.shape[-1], dtype=dbias_dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -166,8 +189,10 @@ def _backward(ctx, dy):
     return dx, dbias if need_bias else None
 
 
-_gelu_bwd = _op.op(gelu_bwd, _gelu_bwd_fake, toggle="gelu")
-_gelu_fwd = _op.op(gelu_fwd, _gelu_fwd_fake, toggle="gelu", setup_context=_setup_context, backward=_backward)
+_gelu_bwd = _op.op(gelu_bwd, _gelu_bwd_fake, toggle="gelu", strided=("dy", "x"))
+_gelu_fwd = _op.op(
+    gelu_fwd, _gelu_fwd_fake, toggle="gelu", strided=("x",), setup_context=_setup_context, backward=_backward
+)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
     dtotal += rstd * (wdy - mean_C(wdy) - xhat * mean_C(wdy * xhat)),  dweight = sum_N(dy * xhat),  dbias = sum_N(dy)
 
 Shapes: x, residual, total, y (..., C) = (N, C) rows, last dimension contiguous, rows at any stride; weight, bias,
-x_bias (C,); mean, rstd (N,). What backward needs is kept once: total (without a residual: x itself), mean and rstd.
+x_bias (C,); mean, rstd (N,). What backward needs is kept once: total (without a residual: x itself), mean and rstd,
+as one tensor, because the host takes as long for a small tensor as for a launch.
 
 HBM traffic at 2 bytes an element: forward 4 B (with the residual 8 B: read 2, write 2), 1 launch. Backward 6 B (8 B:
 read total, dy and the gradient of total, write one tensor that is both dx and dresidual), 2 launches: the main one
@@ -32,7 +33,8 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._column_sum import column_sum
-from ._op import as_rows
+from ._frozen import Launch, planned
+from ._op import empty_like, rows
 
 ROW_BYTES = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)  # variants in the tuning table
 
@@ -73,11 +75,11 @@ def _dropout_scale(seed_ptr, rows, offs_c, C, dropout_p: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, total_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, total_ptr, y_ptr, statistics_ptr,
     stride_xn, stride_rn, N, C: tl.constexpr, eps: tl.constexpr, dropout_p: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A row at a time: for GPT-2's widths in one warp, whose sums are shuffles without a barrier."""
-    ACC = mean_ptr.dtype.element_ty
+    ACC = statistics_ptr.dtype.element_ty
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_c < C
     weight = tl.load(weight_ptr + offs_c, mask=mask, other=0.0).to(ACC)
@@ -109,8 +111,8 @@ def _layer_norm_fwd_kernel(
         if bias_ptr is not None:
             y += bias
         tl.store(y_ptr + row * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(mean_ptr + row, mean + shift)
-        tl.store(rstd_ptr + row, rstd)
+        tl.store(statistics_ptr + row, mean + shift)
+        tl.store(statistics_ptr + N + row, rstd)
 
 
 # Tiles of backward are (CHUNKS, ROWS, SPAN): a row is CHUNKS * SPAN columns, a SPAN one 128-bit access of its lanes. In
@@ -149,12 +151,12 @@ def _sum_columns(tile, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.conste
 
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, dtotal_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
-    stride_dyn, stride_dtn, stride_tn, N, C: tl.constexpr, dropout_p: tl.constexpr,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+    dy_ptr, dtotal_ptr, total_ptr, weight_ptr, statistics_ptr, seed_ptr, dx_ptr, dresidual_ptr, partials_ptr,
+    stride_dyn, stride_dtn, stride_tn, N, C: tl.constexpr, dropout_p: tl.constexpr, DWEIGHT: tl.constexpr,
+    DBIAS: tl.constexpr, DX_BIAS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    ACC = mean_ptr.dtype.element_ty
+    """partials (K, P, C): sums of each of the P programs for those K of dweight, dbias, dx_bias that are wanted."""
+    ACC = statistics_ptr.dtype.element_ty
     pid = tl.program_id(0)
     offs_c = tl.arange(0, CHUNKS)[:, None, None] * SPAN + tl.arange(0, SPAN)[None, None, :]
     mask_c = offs_c < C
@@ -176,8 +178,8 @@ def _layer_norm_bwd_kernel(
         dy = _load_tile(dy_ptr, stride_dyn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
         if dtotal_ptr is not None:
             from_total = _load_tile(dtotal_ptr, stride_dtn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
-        mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_n, mask=mask_n, other=0.0)
+        mean = tl.load(statistics_ptr + offs_n, mask=mask_n, other=0.0)
+        rstd = tl.load(statistics_ptr + N + offs_n, mask=mask_n, other=0.0)
 
         dy = tl.where(mask_c, dy, 0.0)
         xhat = tl.where(mask_c, (total - mean) * rstd, 0.0)
@@ -199,22 +201,31 @@ def _layer_norm_bwd_kernel(
         dx_bias += dx
 
     partial = pid.to(tl.int64) * C + offs_c
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, _sum_columns(dweight, CHUNKS, ROWS, SPAN), mask=mask_c)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, _sum_columns(dbias, CHUNKS, ROWS, SPAN), mask=mask_c)
-    if dx_bias_ptr is not None:
-        tl.store(dx_bias_ptr + partial, _sum_columns(dx_bias, CHUNKS, ROWS, SPAN), mask=mask_c)
+    next_partial = tl.num_programs(0).to(tl.int64) * C
+    if DWEIGHT:
+        tl.store(partials_ptr + partial, _sum_columns(dweight, CHUNKS, ROWS, SPAN), mask=mask_c)
+        partial += next_partial
+    if DBIAS:
+        tl.store(partials_ptr + partial, _sum_columns(dbias, CHUNKS, ROWS, SPAN), mask=mask_c)
+        partial += next_partial
+    if DX_BIAS:
+        tl.store(partials_ptr + partial, _sum_columns(dx_bias, CHUNKS, ROWS, SPAN), mask=mask_c)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _config(op: str, rows: Tensor, dropout: bool) -> dict[str, int]:
+def _options(op: str, C: int, itemsize: int, dropout: bool, device: torch.device) -> dict[str, int]:
     """What the table has for the narrowest rows that are as wide as these."""
-    variant = ROW_BYTES[bisect.bisect_left(ROW_BYTES, rows.shape[1] * rows.element_size())]
-    return dict(_launch.config(op, rows.device, f"{variant} dropout" if dropout else str(variant)))
+    variant = ROW_BYTES[bisect.bisect_left(ROW_BYTES, C * itemsize)]
+    return dict(_launch.config(op, device, f"{variant} dropout" if dropout else str(variant)))
+
+
+@planned
+def _fwd_plan(
+    N: int, C: int, itemsize: int, strides: tuple[int, int], eps: float, dropout_p: float, device: torch.device
+) -> Launch:
+    options = _options("layer_norm_fwd", C, itemsize, dropout_p > 0.0, device)
+    programs = min(N, _launch.sm_count(device) * options.pop("PROGRAMS_PER_SM"))
+    block_c = _launch.next_power_of_2(C)
+    return Launch(_layer_norm_fwd_kernel, (programs,), *strides, N, C, eps, dropout_p, BLOCK_C=block_c, **options)
 
 
 def layer_norm_fwd(
@@ -227,30 +238,40 @@ def layer_norm_fwd(
     eps: float,
     dropout_p: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> total (..., C), or (0,) without a residual; y (..., C) in `dtype`; mean, rstd (N,)."""
-    total, y, mean, rstd = _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype)
-    N, C = mean.shape[0], x.shape[-1]
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """-> total (..., C), or None without a residual; y (..., C) in `dtype`; statistics (2, N): mean and rstd."""
+    total, y, statistics = _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype)
+    N, C = statistics.shape[1], x.shape[-1]
     if N == 0:
-        return total, y, mean, rstd
-    x = as_rows(x)
-    residual = None if residual is None else as_rows(residual)
-    options = _config("layer_norm_fwd", x, dropout_p > 0.0)
-    grid = (min(N, _launch.sm_count(x.device) * options.pop("PROGRAMS_PER_SM")),)
-    _layer_norm_fwd_kernel[grid](
-        x, residual, weight, bias, x_bias, seed, total, y, mean, rstd,
-        x.stride(0), 0 if residual is None else residual.stride(0), N, C, eps, dropout_p,
-        BLOCK_C=_launch.next_power_of_2(C), **options,
-    )  # fmt: skip
-    return total, y, mean, rstd
+        return total, y, statistics
+    x, stride_xn = rows(x)
+    residual, stride_rn = (None, 0) if residual is None else rows(residual)
+    launch = _fwd_plan(N, C, x.element_size(), (stride_xn, stride_rn), eps, dropout_p, x.device)
+    launch(x, residual, weight, bias, x_bias, seed, total, y, statistics)
+    return total, y, statistics
 
 
 def _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype):
-    C = x.shape[-1]
-    total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=total_dtype)
-    mean, rstd = (x.new_empty(x.numel() // C, dtype=_accumulator(total_dtype)) for _ in range(2))
-    return total, x.new_empty(x.shape, dtype=dtype), mean, rstd
+    total, total_dtype = None, x.dtype
+    if residual is not None:
+        total_dtype = total_dtype if residual.dtype == x.dtype else torch.promote_types(x.dtype, residual.dtype)
+        total = empty_like(x, total_dtype)
+    accumulator = torch.float64 if total_dtype == torch.float64 else torch.float32
+    statistics = torch.empty(2, x.numel() // x.shape[-1], dtype=accumulator, device=x.device)
+    return total, empty_like(x, dtype), statistics
+
+
+@planned
+def _bwd_plan(
+    N: int, C: int, itemsize: int, strides: tuple[int, ...], dropout_p: float, wanted: tuple, device: torch.device
+) -> tuple[int, Launch]:
+    """Programs, and the launch. wanted: whether dweight, dbias, dx_bias are."""
+    options = _options("layer_norm_bwd", C, itemsize, dropout_p > 0.0, device)
+    span = options.pop("SPAN_BYTES") // itemsize
+    programs = _launch.sm_count(device) * options.pop("PROGRAMS_PER_SM")
+    programs = min(programs, _launch.cdiv(N, options.pop("MIN_ROWS")))
+    options |= dict(CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span)
+    return programs, Launch(_layer_norm_bwd_kernel, (programs,), *strides, N, C, dropout_p, *wanted, **options)
 
 
 def layer_norm_bwd(
@@ -258,8 +279,7 @@ def layer_norm_bwd(
     dtotal: Tensor | None,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     seed: Tensor | None,
     dropout_p: float,
     dx_dtype: torch.dtype,
@@ -267,80 +287,71 @@ def layer_norm_bwd(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
     dx_bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dx, dresidual (..., C), dweight, dbias, dx_bias (C,); one whose dtype is None is (0,)."""
-    N, C = mean.shape[0], total.shape[-1]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> dx, dresidual (..., C), dweight, dbias, dx_bias (C,); None for one whose dtype is None."""
+    N, C = statistics.shape[1], total.shape[-1]
     dtypes = (dweight_dtype, dbias_dtype, dx_bias_dtype)
-    dx, dresidual, *_ = _layer_norm_bwd_fake(
-        dy, dtotal, total, weight, mean, rstd, seed, dropout_p, dx_dtype, dresidual_dtype, *dtypes
-    )
+    dx, dresidual = empty_like(total, dx_dtype), None if dresidual_dtype is None else empty_like(total, dresidual_dtype)
     if N == 0:
-        return dx, dresidual, *(dx.new_zeros(0 if t is None else C, dtype=t) for t in dtypes)
-    dy, total = as_rows(dy), as_rows(total)
-    dtotal = None if dtotal is None else as_rows(dtotal)
-    options = _config("layer_norm_bwd", total, dropout_p > 0.0)
-    span = options.pop("SPAN_BYTES") // total.element_size()
-    programs = _launch.sm_count(total.device) * options.pop("PROGRAMS_PER_SM")
-    programs = min(programs, _launch.cdiv(N, options.pop("MIN_ROWS")))
-    wanted = [t for t in dtypes if t is not None]
-    partials = mean.new_empty(len(wanted), programs, C)
-    slots = iter(partials)
-    _layer_norm_bwd_kernel[(programs,)](
-        dy, dtotal, total, weight, mean, rstd, seed,
-        dx, None if dresidual_dtype is None else dresidual, *(None if t is None else next(slots) for t in dtypes),
-        dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), N, C, dropout_p,
-        CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span, **options,
-    )  # fmt: skip
-    sums = iter(column_sum(partials, wanted))
-    return dx, dresidual, *(dx.new_empty(0) if t is None else next(sums) for t in dtypes)
+        dweight, dbias, dx_bias = (None if t is None else dx.new_zeros(C, dtype=t) for t in dtypes)
+        return dx, dresidual, dweight, dbias, dx_bias
+    dy, stride_dyn = rows(dy)
+    dtotal, stride_dtn = (None, 0) if dtotal is None else rows(dtotal)
+    total, stride_tn = rows(total)
+    strides, wanted = (stride_dyn, stride_dtn, stride_tn), tuple([t is not None for t in dtypes])
+    programs, launch = _bwd_plan(N, C, total.element_size(), strides, dropout_p, wanted, total.device)
+    partials = torch.empty(sum(wanted), programs, C, dtype=statistics.dtype, device=total.device)
+    launch(dy, dtotal, total, weight, statistics, seed, dx, dresidual, partials)
+    sums = iter(column_sum(partials, [t for t in dtypes if t is not None]))
+    dweight, dbias, dx_bias = [None if t is None else next(sums) for t in dtypes]
+    return dx, dresidual, dweight, dbias, dx_bias
 
 
 def _layer_norm_bwd_fake(
-    dy, dtotal, total, weight, mean, rstd, seed, dropout_p,
+    dy, dtotal, total, weight, statistics, seed, dropout_p,
     dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype,
 ):  # fmt: skip
-    rows = [total.new_empty(0 if t is None else total.shape, dtype=t) for t in (dx_dtype, dresidual_dtype)]
-    columns = [
-        weight.new_empty(0 if t is None else total.shape[-1], dtype=t)
-        for t in (dweight_dtype, dbias_dtype, dx_bias_dtype)
-    ]
-    return *rows, *columns
+    C, dtypes = total.shape[-1], (dweight_dtype, dbias_dtype, dx_bias_dtype)
+    dx, dresidual = (None if t is None else empty_like(total, t) for t in (dx_dtype, dresidual_dtype))
+    return dx, dresidual, *(None if t is None else weight.new_empty(C, dtype=t) for t in dtypes)
 
 
 def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, x_bias, seed, _, dropout_p, _ = inputs
-    total, _, mean, rstd = output
+    total, _, statistics = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd, *((total,) if residual is None else ()))
-    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd, seed)
+    ctx.save_for_backward(x if residual is None else total, weight, statistics, seed)
     ctx.dropout_p = dropout_p
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias))
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias)]
 
 
 def _backward(ctx, dtotal, dy, *_):
-    total, weight, mean, rstd, seed = ctx.saved_tensors
+    total, weight, statistics, seed = ctx.saved_tensors
+    x_dtype, residual_dtype, *dtypes = ctx.dtypes
+    if residual_dtype is None:
+        dtotal = None  # there was no total
     if dy is None and dtotal is None:
         return (None,) * 9
     if dy is None:
         dy = total.new_zeros(()).expand(total.shape)
-    x_dtype, residual_dtype, *parameter_dtypes = ctx.dtypes
     needs = ctx.needs_input_grad
     # One tensor is the gradient of x and of residual where they are equal.
     shared = residual_dtype == x_dtype and ctx.dropout_p == 0.0
-    wanted = [t if need else None for t, need in zip(parameter_dtypes, needs[2:5], strict=True)]
+    wanted = [t if need else None for t, need in zip(dtypes, needs[2:5])]  # noqa: B905 (strict= takes a call more)
     dx, dresidual, *parameters = _layer_norm_bwd(
-        dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p,
+        dy, dtotal, total, weight, statistics, seed, ctx.dropout_p,
         x_dtype, residual_dtype if needs[1] and not shared else None, *wanted,
     )  # fmt: skip
     dresidual = dx if shared else dresidual
     grads = (dx, dresidual, *parameters)
-    return *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None, None, None
+    return *[g if need else None for g, need in zip(grads, needs)], None, None, None, None  # noqa: B905
 
 
-_layer_norm_bwd = _op.op(layer_norm_bwd, _layer_norm_bwd_fake, toggle="layer_norm")
+_layer_norm_bwd = _op.op(layer_norm_bwd, _layer_norm_bwd_fake, toggle="layer_norm", strided=("dy", "dtotal", "total"))
 _layer_norm_fwd = _op.op(
-    layer_norm_fwd, _layer_norm_fwd_fake, toggle="layer_norm", setup_context=_setup_context, backward=_backward
-)
+    layer_norm_fwd, _layer_norm_fwd_fake, toggle="layer_norm", strided=("x", "residual"),
+    differentiable=2, setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -348,7 +359,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
     The output has the dtype of x, or autocast's, in which the next matrix product will read it.
     """
-    _check("layer_norm", x, weight=weight, bias=bias)
+    _check("layer_norm", x, None, weight, bias, None)
     dtype = _op.autocast_dtype(x, x.dtype)
     return _layer_norm_fwd(x, None, weight, bias, None, None, eps, 0.0, dtype)[1]
 
@@ -369,32 +380,24 @@ def add_layer_norm(
     x, residual (..., C), weight, bias and x_bias (C,). total has the dtype of residual + x, the second output that of
     total or autocast's. seed: int64 () or (1,) on the device, drawn there by torch's generator where it is None.
     """
-    _check("add_layer_norm", x, weight=weight, bias=bias, x_bias=x_bias)
-    _op.check_dtypes("add_layer_norm", "layer_norm", residual=residual)
-    _op.check_shape("add_layer_norm", "layer_norm", "residual", residual, tuple(x.shape))
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"add_layer_norm: dropout_p is {dropout_p}, allowed is [0, 1) (toggle: layer_norm='torch')")
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(
-            f"add_layer_norm: seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one int64 on the device "
-            "(toggle: layer_norm='torch')"
-        )
-    dtype = _op.autocast_dtype(x, torch.promote_types(x.dtype, residual.dtype))
+    _check("add_layer_norm", x, residual, weight, bias, x_bias)
+    seed = _op.dropout_seed("add_layer_norm", "layer_norm", dropout_p, seed, x.device)
+    dtype = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+    dtype = _op.autocast_dtype(x, dtype)
     total, y, *_ = _layer_norm_fwd(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype)
     return total, y
 
 
-def _check(name: str, x: Tensor, **columns: Tensor | None) -> None:
-    _op.check_dtypes(name, "layer_norm", x=x, **columns)
+@_op.check_once
+def _check(name, x, residual, weight, bias, x_bias):
+    columns = dict(weight=weight, bias=bias, x_bias=x_bias)
+    _op.check_dtypes(name, "layer_norm", x=x, residual=residual, **columns)
     limit = ROW_BYTES[-1] // x.element_size()
     if x.dim() == 0 or not 1 <= x.shape[-1] <= limit:
         raise ValueError(
             f"{name}: x has shape {tuple(x.shape)}, its last dimension must be 1 to {limit} "
             f"for {x.dtype} (toggle: layer_norm='torch')"
         )
+    _op.check_shape(name, "layer_norm", "residual", residual, x.shape)
     for argument, tensor in columns.items():
-        _op.check_shape(name, "layer_norm", argument, tensor, (x.shape[-1],))
+        _op.check_shape(name, "layer_norm", argument, tensor, x.shape[-1:])

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from . import _launch, _op
 from ._cross_entropy import cross_entropy_, inverse_count, padded_vocab, statistics_dtype, total
+from ._frozen import Launch, planned
 from ._matmul import PIECE, matmul_
 
 TOGGLE = "cross_entropy"
@@ -120,31 +121,31 @@ def _losses_and_gradients(
     dtype: torch.dtype,
     need_dx: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """losses (N,), dx (N, C) and dweight (V, C) in fp32 (fp64), the gradients times scale, (1,) or (N,).
 
-    A gradient that is not needed is (0,).
+    None for a gradient that is not needed.
     """
     (N, C), V, sums = x.shape, weight.shape[0], statistics_dtype(dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     rows = chunk_rows(N, V, dtype.itemsize, chunk_bytes)
-    buffer = x.new_empty(rows, padded_vocab(V))
-    losses = x.new_empty(N, dtype=sums)
-    dx = x.new_empty((N, C) if need_dx else 0, dtype=sums)
-    dweight = (x.new_empty if N else x.new_zeros)((V, C) if need_dweight else 0, dtype=sums)
+    buffer = torch.empty(rows, padded_vocab(V), dtype=dtype, device=x.device)
+    losses = torch.empty(N, dtype=sums, device=x.device)
+    dx = torch.empty(N, C, dtype=sums, device=x.device) if need_dx else None
+    dweight = (torch.empty if N else torch.zeros)(V, C, dtype=sums, device=x.device) if need_dweight else None
     for n in range(0, N, rows):
         chunk = slice(n, min(n + rows, N))
+        one = chunk.stop - n == N  # the only chunk, of which no views are needed
+        x_n, targets_n, losses_n = (x, targets, losses) if one else (x[chunk], targets[chunk], losses[chunk])
         logits = buffer[: chunk.stop - n, :V]
-        torch.mm(x[chunk], weight.t(), out=logits)
-        row_scale = scale if scale.shape[0] == 1 else scale[chunk]
+        torch.mm(x_n, weight.t(), out=logits)
+        row_scale = scale if one or scale.shape[0] == 1 else scale[chunk]
         write_grad = need_dx or need_dweight
-        cross_entropy_(
-            logits, targets[chunk], row_scale, losses[chunk], ignore_index, label_smoothing, z_loss, write_grad
-        )
-        if need_dx:
-            matmul_(dx[chunk], logits, weight, add=False)
-        if need_dweight:
-            matmul_(dweight, logits.t(), x[chunk], add=n > 0)
+        cross_entropy_(logits, targets_n, row_scale, losses_n, ignore_index, label_smoothing, z_loss, write_grad)
+        if dx is not None:
+            matmul_(dx if one else dx[chunk], logits, weight, add=False)
+        if dweight is not None:
+            matmul_(dweight, logits.t(), x_n, add=n > 0)
     return losses, dx, dweight
 
 
@@ -161,14 +162,13 @@ def linear_cross_entropy_fwd(
     dtype: torch.dtype,
     need_dx: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """-> loss; dx (N, C) and dweight (vocab_size, C) but for the upstream gradient and factor; factor (1,).
 
-    A gradient that is not needed, and both for "none", are (0,).
+    None for a gradient that is not needed, and for both with "none".
     """
     in_forward = reduction != "none"
-    targets = targets.contiguous()
-    scale = x.new_full((1,), _logits_scale(dtype), dtype=statistics_dtype(dtype))
+    scale = torch.full((1,), _logits_scale(dtype), dtype=statistics_dtype(dtype), device=x.device)
     losses, dx, dweight = _losses_and_gradients(
         x, weight[:vocab_size], targets, scale, ignore_index, label_smoothing, z_loss, chunk_bytes, dtype,
         need_dx and in_forward, need_dweight and in_forward,
@@ -184,11 +184,11 @@ def _fwd_fake(
     in_forward, sums = reduction != "none", statistics_dtype(dtype)
     shapes = (
         () if in_forward else x.shape[:1],
-        x.shape if need_dx and in_forward else (0,),
-        (vocab_size, x.shape[1]) if need_dweight and in_forward else (0,),
+        x.shape if need_dx and in_forward else None,
+        (vocab_size, x.shape[1]) if need_dweight and in_forward else None,
         (1,),
     )
-    return tuple(x.new_empty(shape, dtype=sums) for shape in shapes)
+    return tuple(None if shape is None else x.new_empty(shape, dtype=sums) for shape in shapes)
 
 
 def linear_cross_entropy_scale(
@@ -203,20 +203,24 @@ def linear_cross_entropy_scale(
 ) -> tuple[Tensor, Tensor]:
     """dx and dweight (V', C) times dloss * factor / logits_scale -> (N, C) and (weight_rows, C), zeros beyond V'."""
     dx_out, dweight_out = _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype)
-    options = _launch.config("scale_gradients", dx.device)
-    dx_programs = _launch.cdiv(dx.numel(), options["BLOCK"])
-    grid = (dx_programs + _launch.cdiv(dweight_out.numel(), options["BLOCK"]),)
-    if grid[0] > 0:
-        _scale_gradients_kernel[grid](
-            dloss, factor, dx, dweight, dx_out, dweight_out,
-            dx.numel(), dweight.numel(), dweight_out.numel(), dx_programs, logits_scale, **options,
-        )  # fmt: skip
+    sizes = (dx.numel(), dweight.numel(), dweight_out.numel())
+    if sizes != (0, 0, 0):
+        _scale_plan(sizes, logits_scale, dx.device)(dloss, factor, dx, dweight, dx_out, dweight_out)
     return dx_out, dweight_out
 
 
+@planned
+def _scale_plan(sizes: tuple[int, int, int], logits_scale: float, device: torch.device) -> Launch:
+    """sizes: of dx, dweight and dweight_out."""
+    options = _launch.config("scale_gradients", device)
+    dx_programs = _launch.cdiv(sizes[0], options["BLOCK"])
+    grid = (dx_programs + _launch.cdiv(sizes[2], options["BLOCK"]),)
+    return Launch(_scale_gradients_kernel, grid, *sizes, dx_programs, logits_scale, **options)
+
+
 def _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype):
-    dweight_shape = (weight_rows, dweight.shape[1]) if dweight.dim() == 2 else 0
-    return dx.new_empty(dx.shape, dtype=dx_dtype), dweight.new_empty(dweight_shape, dtype=dweight_dtype)
+    dweight_shape = (weight_rows, dweight.shape[1]) if dweight.dim() == 2 else (0,)
+    return _op.empty_like(dx, dx_dtype), torch.empty(dweight_shape, dtype=dweight_dtype, device=dweight.device)
 
 
 def linear_cross_entropy_bwd(
@@ -232,30 +236,29 @@ def linear_cross_entropy_bwd(
     dtype: torch.dtype,
     need_dx: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    """dlosses (N,) -> dx (N, C), dweight (V, C) for reduction "none"; one that is not needed is (0,)."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """dlosses (N,) -> dx (N, C), dweight (V, C) for reduction "none"; None for one that is not needed."""
     _, dx, dweight = _losses_and_gradients(
-        x, weight[:vocab_size], targets.contiguous(), dlosses.contiguous(), ignore_index, label_smoothing, z_loss,
+        x, weight[:vocab_size], targets, dlosses, ignore_index, label_smoothing, z_loss,
         chunk_bytes, dtype, need_dx, need_dweight,
     )  # fmt: skip
-    dx, dweight = dx.to(x.dtype), dweight.to(weight.dtype)
-    if need_dweight and vocab_size < weight.shape[0]:
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    if dweight is not None and vocab_size < weight.shape[0]:
         dweight = F.pad(dweight, (0, 0, 0, weight.shape[0] - vocab_size))
-    return dx, dweight
+    return None if dx is None else dx.to(x.dtype), dweight
 
 
 def _bwd_fake(
     dlosses, x, weight, targets, ignore_index, label_smoothing, z_loss, vocab_size, chunk_bytes, dtype,
     need_dx, need_dweight,
 ):  # fmt: skip
-    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+    return x.new_empty(x.shape) if need_dx else None, weight.new_empty(weight.shape) if need_dweight else None
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, targets, ignore_index, reduction, *numbers, need_dx, need_dweight = inputs
     _, dx, dweight, factor = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(dx, dweight, factor)
     ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else (factor, dx, dweight)))
     ctx.arguments = (ignore_index, *numbers, need_dx, need_dweight)
     ctx.reduction = reduction
@@ -269,13 +272,19 @@ def _backward(ctx, dloss, *_):
     if ctx.reduction == "none":
         dx, dweight = _bwd(dloss, *ctx.saved_tensors, *ctx.arguments)
     else:
-        dx, dweight = _scale(dloss, *ctx.saved_tensors, *ctx.scale_arguments)
+        factor, *grads = ctx.saved_tensors
+        grads = [factor.new_empty(0) if t is None else t for t in grads]
+        dx, dweight = _scale(dloss, factor, *grads, *ctx.scale_arguments)
     return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 10
 
 
 _scale = _op.op(linear_cross_entropy_scale, _scale_fake, toggle=TOGGLE)
-_bwd = _op.op(linear_cross_entropy_bwd, _bwd_fake, toggle=TOGGLE)
-_fwd = _op.op(linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, setup_context=_setup_context, backward=_backward)
+# Opaque: Inductor would write every chunk down, and make a copy of the buffer of logits for each.
+_bwd = _op.op(linear_cross_entropy_bwd, _bwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight"))
+_fwd = _op.op(
+    linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight"), differentiable=1,
+    setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -310,6 +319,7 @@ def linear_cross_entropy(
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
+@_op.check_once
 def _check(x, weight, targets, reduction, label_smoothing, vocab_size, chunk_bytes) -> int:
     """Raises for what is not allowed; returns vocab_size."""
     name, toggle = "linear_cross_entropy", f"(toggle: {TOGGLE}='torch')"

@@ -37,15 +37,14 @@ def mlp_reference(
 def mlp_fwd(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """-> out (..., C'), pre (N, F)."""
-    pre = F.linear(x.reshape(-1, x.shape[-1]), fc_weight)
-    out = F.linear(gelu_fwd(pre, fc_bias), proj_weight, proj_bias)
-    return out.view(*x.shape[:-1], out.shape[-1]), pre
+    """-> out (..., C'), pre (..., F)."""
+    pre = F.linear(x, fc_weight)
+    return F.linear(gelu_fwd(pre, fc_bias), proj_weight, proj_bias), pre
 
 
 def _mlp_fwd_fake(x, fc_weight, fc_bias, proj_weight, proj_bias):
-    pre = x.new_empty(x.numel() // x.shape[-1], fc_weight.shape[0])
-    return x.new_empty(*x.shape[:-1], proj_weight.shape[0]), pre
+    rest = x.shape[:-1]
+    return x.new_empty(*rest, proj_weight.shape[0]), x.new_empty(*rest, fc_weight.shape[0])
 
 
 def mlp_bwd(
@@ -56,31 +55,31 @@ def mlp_bwd(
     fc_bias: Tensor | None,
     proj_weight: Tensor,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the gradients of x, fc_weight, fc_bias, proj_weight, proj_bias; one that is not needed is (0,)."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> the gradients of x, fc_weight, fc_bias, proj_weight, proj_bias; None for one that is not needed."""
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
-    dout, rows = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
-    act = torch.empty_like(pre) if need_proj_weight else None
-    dpre = dout @ proj_weight  # dact, and dpre once the kernel has run
+    dout = dout.reshape(-1, dout.shape[-1])  # (N, C')
+    dpre = torch.mm(dout, proj_weight)  # (N, F): dact, and dpre once the kernel has run
+    act = torch.empty_like(dpre) if need_proj_weight else None
     dfc_bias_dtype = fc_bias.dtype if fc_bias is not None and need_fc_bias else None
     dfc_bias = launch_gelu_bwd(dpre, pre, fc_bias, act, dpre, dfc_bias_dtype)
     return (
-        (dpre @ fc_weight).view(x.shape) if need_x else x.new_empty(0),
-        dpre.t() @ rows if need_fc_weight else x.new_empty(0),
-        x.new_empty(0) if dfc_bias is None else dfc_bias,
-        x.new_empty(0) if act is None else dout.t() @ act,
-        dout.sum(0) if need_proj_bias else x.new_empty(0),
+        torch.mm(dpre, fc_weight).view(x.shape) if need_x else None,
+        torch.mm(dpre.t(), x.reshape(-1, x.shape[-1])) if need_fc_weight else None,
+        dfc_bias,
+        None if act is None else torch.mm(dout.t(), act),
+        dout.sum(0) if need_proj_bias else None,
     )
 
 
 def _mlp_bwd_fake(dout, x, pre, fc_weight, fc_bias, proj_weight, needs):
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     return (
-        x.new_empty(x.shape if need_x else 0),
-        fc_weight.new_empty(fc_weight.shape if need_fc_weight else 0),
-        x.new_empty(0) if fc_bias is None or not need_fc_bias else fc_bias.new_empty(fc_bias.shape),
-        proj_weight.new_empty(proj_weight.shape if need_proj_weight else 0),
-        dout.new_empty(dout.shape[-1] if need_proj_bias else 0),
+        x.new_empty(x.shape) if need_x else None,
+        fc_weight.new_empty(fc_weight.shape) if need_fc_weight else None,
+        fc_bias.new_empty(fc_bias.shape) if fc_bias is not None and need_fc_bias else None,
+        proj_weight.new_empty(proj_weight.shape) if need_proj_weight else None,
+        dout.new_empty(dout.shape[-1]) if need_proj_bias else None,
     )
 
 
@@ -88,20 +87,22 @@ def _setup_context(ctx, inputs, output):
     x, fc_weight, fc_bias, proj_weight, _ = inputs
     _, pre = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(pre)
     ctx.save_for_backward(x, pre, fc_weight, fc_bias, proj_weight)
 
 
-def _backward(ctx, dout, _):
+def _backward(ctx, dout, *_):
     needs = list(ctx.needs_input_grad)
     if dout is None:
         return (None,) * len(needs)
     grads = _mlp_bwd(dout, *ctx.saved_tensors, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return tuple([g if need else None for g, need in zip(grads, needs)])  # noqa: B905
 
 
-_mlp_bwd = _op.op(mlp_bwd, _mlp_bwd_fake, toggle="gelu")
-_mlp_fwd = _op.op(mlp_fwd, _mlp_fwd_fake, toggle="gelu", setup_context=_setup_context, backward=_backward)
+_mlp_bwd = _op.op(mlp_bwd, _mlp_bwd_fake, toggle="gelu", strided=("dout", "x", "fc_weight", "proj_weight"))
+_mlp_fwd = _op.op(
+    mlp_fwd, _mlp_fwd_fake, toggle="gelu", strided=("x", "fc_weight", "proj_weight"),
+    differentiable=1, setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
 
 
 def mlp(
@@ -112,6 +113,22 @@ def mlp(
     Under autocast x and the weights are cast as F.linear casts them. Raises TypeError for an unsupported dtype,
     ValueError for shapes that do not fit or dtypes of x and the weights that differ.
     """
+    _check(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = _op.autocast_dtype(x, x.dtype)
+        x, fc_weight, proj_weight = x.to(dtype), fc_weight.to(dtype), proj_weight.to(dtype)
+        proj_bias = None if proj_bias is None else proj_bias.to(dtype)
+    if not x.dtype == fc_weight.dtype == proj_weight.dtype == (x.dtype if proj_bias is None else proj_bias.dtype):
+        raise ValueError(
+            f"mlp: x is {x.dtype}, fc_weight {fc_weight.dtype}, proj_weight {proj_weight.dtype}"
+            f"{'' if proj_bias is None else f', proj_bias {proj_bias.dtype}'}: they must be equal outside of autocast "
+            "(toggle: gelu='torch')"
+        )
+    return _mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias)[0]
+
+
+@_op.check_once
+def _check(x, fc_weight, fc_bias, proj_weight, proj_bias):
     _op.check_dtypes("mlp", "gelu", x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight)
     _op.check_dtypes("mlp", "gelu", proj_bias=proj_bias)
     if fc_weight.dim() != 2 or proj_weight.dim() != 2:
@@ -128,14 +145,3 @@ def mlp(
     _op.check_shape("mlp", "gelu", "fc_bias", fc_bias, (width,))
     _op.check_shape("mlp", "gelu", "proj_weight", proj_weight, (proj_weight.shape[0], width))
     _op.check_shape("mlp", "gelu", "proj_bias", proj_bias, (proj_weight.shape[0],))
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = _op.autocast_dtype(x, x.dtype)
-        x, fc_weight, proj_weight = x.to(dtype), fc_weight.to(dtype), proj_weight.to(dtype)
-        proj_bias = None if proj_bias is None else proj_bias.to(dtype)
-    if not x.dtype == fc_weight.dtype == proj_weight.dtype == (x.dtype if proj_bias is None else proj_bias.dtype):
-        raise ValueError(
-            f"mlp: x is {x.dtype}, fc_weight {fc_weight.dtype}, proj_weight {proj_weight.dtype}"
-            f"{'' if proj_bias is None else f', proj_bias {proj_bias.dtype}'}: they must be equal outside of autocast "
-            "(toggle: gelu='torch')"
-        )
-    return _mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias)[0]

@@ -4,6 +4,7 @@ Set before Triton is imported: TRITON_INTERPRET is read when a kernel is decorat
 in processes of their own (see test_compiled.py).
 """
 
+import fcntl
 import os
 import sys
 
@@ -66,6 +67,22 @@ def compiled_code_is_forgotten():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """made_once(name, make): a file that `make(path)` writes, once also where pytest runs in several processes."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+
+    def made(name, make):
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / name).exists():
+                make(shared / name)
+        return shared / name
+
+    return made
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ shows on kernels with one fault each that the instrument sees it.
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import pickle
@@ -35,16 +34,10 @@ def examples(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory) -> audit.Audit:
-    """The audit of all kernels, made once also where pytest runs in several processes."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
-    with open(shared / "audit.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        file = shared / "audit.pickle"
-        if not file.exists():
-            file.write_bytes(pickle.dumps(audit.run(jobs=2)))
-        return pickle.loads(file.read_bytes())
+def result(made_once) -> audit.Audit:
+    """The audit of all kernels."""
+    file = made_once("audit.pickle", lambda file: file.write_bytes(pickle.dumps(audit.run(jobs=2))))
+    return pickle.loads(file.read_bytes())
 
 
 # -------------------------------------------------------------------------------------------------- the instrument
