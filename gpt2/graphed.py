@@ -197,13 +197,23 @@ class Graphed:
                 for m in modules
             ],
             "autocast": autocast and torch.get_autocast_dtype(kind),
-            "PyTorch's settings": (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
+            "PyTorch's settings": _settings(),
         }
 
     def _say(self, problem: str) -> None:
         if problem not in self.said:
             self.said.add(problem)
             _say(problem, self.required, stacklevel=5)
+
+
+def _settings() -> tuple[Any, ...]:
+    """What decides in PyTorch, beside autocast, which kernels compute a step."""
+    cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
+    # torch.get_float32_matmul_precision raises where somebody has set the newer of the two.
+    new = hasattr(matmul, "fp32_precision")
+    tf32 = matmul.fp32_precision == "tf32" if new else torch.get_float32_matmul_precision() != "highest"
+    attention = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    return tf32, *attention, cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled()
 
 
 def _called(model: nn.Module) -> nn.Module:

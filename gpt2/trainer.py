@@ -129,14 +129,14 @@ class Trainer:
         """Forward and backward pass number `i` of a step, from 0 -> its loss. Gradients add up to the mean over the
         passes of a step."""
         idx, targets = self.windows.next_batch(self.config.batch_size)
-        documents = self._documents(idx).to(self.device) if self.config.document_mask else None
+        more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
         idx, targets = idx.to(self.device), targets.to(self.device)
         set_gradient_sync(self.spread, i == self.passes - 1)
         if self.captures:
-            graphed(self.spread, idx, targets, documents, required=self.config.cuda_graph == "on")
+            graphed(self.spread, idx, targets, more.get("documents"), required=self.config.cuda_graph == "on")
             self.captures = False
         with self.autocast():
-            _, loss = self.spread(idx, targets, documents=documents)
+            _, loss = self.spread(idx, targets, **more)
         self.scaler.scale(loss / self.passes).backward()
         return loss.detach()
 

@@ -11,6 +11,7 @@ import graph_stand_ins
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as every_module
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +66,7 @@ def global_hook():
 
 @contextlib.contextmanager
 def precision():
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision("highest")
 
@@ -76,6 +77,7 @@ PASSING = {  # what ends again: then the graphs serve again
     "autocast": (lambda m: torch.autocast(m.lm_head.weight.device.type, torch.bfloat16), "autocast changed"),
     "a global hook": (lambda m: global_hook(), "a module has a hook"),
     "precision": (lambda m: precision(), "PyTorch's settings changed"),
+    "attention": (lambda m: sdpa_kernel(SDPBackend.MATH), "PyTorch's settings changed"),
 }
 
 
@@ -201,6 +203,31 @@ def test_copies_are_plain_and_saved_models_whole(model, pair, replays, tmp_path)
         assert graphs_of(twin) is None
         torch.testing.assert_close(step(twin, pair), expected)
     assert len(replays) == 1 and list(torch.load(io.BytesIO(saved.getvalue()))) == list(model.state_dict())
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch 2.9 and later")
+def test_the_newer_way_to_set_precision(model, pair, replays):
+    """After it the older way to ask raises."""
+    graphed(model, *pair)
+    step(model, pair)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        as_before(model, pair, "PyTorch's settings changed")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    step(model, pair)
+    assert len(replays) == 2
+
+
+def test_the_older_way_to_set_precision(model, pair, replays, monkeypatch):
+    """Before PyTorch 2.9 there is no other."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace())
+    graphed(model, *pair)
+    step(model, pair)
+    with precision():
+        as_before(model, pair, "PyTorch's settings changed")
+    assert len(replays) == 1
 
 
 def test_who_looks_at_operators_sees_them(model, pair, replays):
