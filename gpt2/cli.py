@@ -7,7 +7,9 @@ import importlib
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 PROG = "fastgpt2"
 # Name -> (module with `main(argv) -> exit status` and a parser of its own, what it does). Imported when asked for.
@@ -27,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     module, _ = COMMANDS[options.command]
     try:
-        return importlib.import_module(f"fastgpt2.{module}").main([*options.arguments, *rest]) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return importlib.import_module(f"fastgpt2.{module}").main([*options.arguments, *rest]) or 0
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -37,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"{PROG}: error: {lines[0]}", file=sys.stderr)
         return 2
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A line, without the place in the source that Python adds."""
+    print(f"{PROG}: warning: {message}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

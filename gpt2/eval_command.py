@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     examples = None if args.hellaswag is None else read_examples(args.hellaswag)[: args.limit]
     text = None if args.text is None else data.read_text(args.text)
     device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels)
+    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=not args.no_check)
     tokens = None if args.data is None else _validation_tokens(args.data, tokenizer)
     model = model.to(device)
     console = Console()
@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN|FOLDER|NAME", help="a run's folder, a checkpoint, or gpt2, ...")
+    add("--no-check", action="store_true", help="do not compare a run's checkpoint with what the run wrote")
     add("--data", metavar="FOLDER", help="loss on the validation shards of a folder: see fastgpt2 prepare")
     add("--tokens", type=int, default=2**20, metavar="N", help="of --data, at most, always the same (%(default)s)")
     add("--text", metavar="PATH", help="perplexity of a file or folder of text, .jsonl or .parquet")

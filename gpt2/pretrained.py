@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt2.gpt2.checkpoints import folder_to_read, saved_checkpoints
 from fastgpt2.gpt2.files import write_atomically
 from fastgpt2.gpt2.huggingface import (
     StoredTensor,
@@ -53,17 +54,20 @@ def from_pretrained(
     override_args: Mapping[str, Any] | None = None,
     *,
     kernels: str | Kernels = "auto",
+    check: bool = True,
 ) -> GPT:
     """GPT-2's weights from a local folder or from the hub, on the CPU, in float32 whatever the files hold.
 
     name_or_folder: an existing folder, or a name on the hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
-        "distilgpt2", "organisation/name". What was downloaded before is found without a network.
+        "distilgpt2", "organisation/name". What was downloaded before is found without a network. Of a run of
+        `fastgpt2 train` it is the newest whole checkpoint.
     override_args: dropout (0 by default), vocab_multiple; as in nanoGPT, the rest is the checkpoint's.
+    check: compare the files of a run's checkpoint with what the run wrote (reads them once more).
     The model is in train mode, as a new one is.
     Raises FileNotFoundError for a folder that is no checkpoint, OSError when a download fails, ValueError naming file
     and tensor or setting for one that is damaged or is not a GPT-2 that this is.
     """
-    folder = _find(name_or_folder)
+    folder = _find(name_or_folder, check)
     weights = _weights_file(folder)
     config = config_from_huggingface(_read_json(folder / CONFIG), str(folder / CONFIG), override_args)
     return build(config, _stored(weights), str(weights), dtype=torch.float32, kernels=kernels)
@@ -105,14 +109,15 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------ finding a folder
 
 
-def _find(name_or_folder: str | Path) -> Path:
+def _find(name_or_folder: str | Path, check: bool) -> Path:
     """The local folder of a checkpoint, downloaded where it has to be."""
     if not str(name_or_folder):
         raise ValueError("the checkpoint's name is empty: pass a folder, or a name on the hub, such as 'gpt2'")
     folder = Path(name_or_folder)
     # A folder of a hub name that holds no checkpoint is not meant: this project's own sources are in one called gpt2.
-    if folder.is_dir() and ((folder / CONFIG).exists() or str(name_or_folder) not in HUB_NAMES):
-        return folder
+    meant = (folder / CONFIG).exists() or str(name_or_folder) not in HUB_NAMES or saved_checkpoints(folder)
+    if folder.is_dir() and meant:
+        return folder_to_read(folder, check)
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, pass the folder that holds {CONFIG} and the weights")
     if isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_folder):

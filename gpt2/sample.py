@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from fastgpt2.gpt2 import tokenizer as tokenizers
-from fastgpt2.gpt2.checkpoints import saved_checkpoints
+from fastgpt2.gpt2.checkpoints import folder_to_read
 from fastgpt2.gpt2.generate import Generation
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.pieces import Pieces
-from fastgpt2.gpt2.pretrained import CONFIG, HUB_NAMES
+from fastgpt2.gpt2.pretrained import CONFIG, HUB_NAMES, from_pretrained
 from fastgpt2.gpt2.sampling import Sampling
 from fastgpt2.gpt2.tokenizer import Tokenizer
 
@@ -140,16 +140,16 @@ def _begin(
 
 
 def load_checkpoint(
-    checkpoint: str | Path, kernels: str = "auto", tokenizer_spec: str | None = None
+    checkpoint: str | Path, kernels: str = "auto", tokenizer_spec: str | None = None, *, check: bool = True
 ) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run's folder, of a folder that `from_pretrained` reads, or of a hub name.
 
-    tokenizer_spec: as `tokenizer.from_spec` takes it, instead of the checkpoint's own.
+    tokenizer_spec: as `tokenizer.from_spec` takes it, where the checkpoint brings none.
+    check: as for `from_pretrained`.
     """
-    newest = saved_checkpoints(Path(checkpoint)) if str(checkpoint) else []
-    if newest:
-        checkpoint = newest[0]
-    model = GPT.from_pretrained(checkpoint, kernels=kernels)
+    if str(checkpoint) and Path(checkpoint).is_dir():
+        checkpoint = str(folder_to_read(Path(checkpoint), check))
+    model = from_pretrained(checkpoint, kernels=kernels, check=False)
     if tokenizer_spec is None:
         tokenizer = checkpoint_tokenizer(checkpoint, model.config.vocab_size)
     else:

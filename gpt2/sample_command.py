@@ -38,14 +38,13 @@ def main(argv: Sequence[str]) -> int:
     sampling = {name: getattr(args, name) for name in names}
     Sampling(**sampling)  # wrong settings are told before the model is loaded
     device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer)
+    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=not args.no_check)
     model.to(device, DTYPES[args.dtype]).eval()
     settings = dict(
         max_new_tokens=args.max_new_tokens, stop=args.stop, crop=not args.refuse_long, compile=args.compile, **sampling
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="a prompt has")  # one that is typed twice is told about twice
-        warnings.showwarning = lambda message, *_: print(f"fastgpt2: warning: {message}", file=sys.stderr)
         if interactive:
             return _converse(model, tokenizer, args.seed, settings)
         if args.stream:
@@ -121,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN|FOLDER|NAME", help="a run's folder, a checkpoint, or gpt2, ...")
+    add("--no-check", action="store_true", help="do not compare a run's checkpoint with what the run wrote")
     add("--tokenizer", metavar="NAME|PATH", help="gpt2, byte or a vocabulary, where the checkpoint brings none")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins")

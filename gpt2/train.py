@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastgpt2.gpt2.checkpoints import damage, load_checkpoint_state, save_checkpoint, saved_checkpoints
+from fastgpt2.gpt2.checkpoints import load_checkpoint_state, newest_whole, save_checkpoint
 from fastgpt2.gpt2.corpus import Corpus, load_corpus
 from fastgpt2.gpt2.hellaswag import read_examples
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.pretrained import from_pretrained
 from fastgpt2.gpt2.progress import Progress, announce, line, show_end, show_sample
 from fastgpt2.gpt2.ranks import Ranks
 from fastgpt2.gpt2.recipe import TrainConfig, choose_preset, find_device, read_settings
@@ -192,20 +193,13 @@ def _restore(trainer: Trainer, run: Path, console: Console) -> int:
 
     Raises ValueError where there are checkpoints and none is whole.
     """
-    folders = saved_checkpoints(run)
-    for folder in folders:
-        wrong = damage(folder)
-        if wrong is None:
-            break
-        line(console, f"damaged {folder}: {wrong}")
-    else:
-        if folders:
-            raise ValueError(f"{run}: none of its checkpoints is whole, the newest: {damage(folders[0])}")
+    folder = newest_whole(run, lambda text: line(console, text))
+    if folder is None:
         line(console, f"resumes {run} from the beginning, it has no checkpoint yet")
         return 0
     state = load_checkpoint_state(folder)
     _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
-    trainer.load_state_dict(GPT.from_pretrained(folder), state)
+    trainer.load_state_dict(from_pretrained(folder, check=False), state)
     line(console, f"resumes {folder}")
     for name, version in versions().items():
         if state["versions"][name] != version:
