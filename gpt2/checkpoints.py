@@ -60,7 +60,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, stat
         shutil.rmtree(final)
     os.replace(folder, final)
     _flush(final.parent)
-    _link_newest(run, final)
+    link_newest(run, final)
     _remove_old(run, final, keep)
     return final
 
@@ -176,14 +176,25 @@ def _stored_weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _link_newest(run: Path, folder: Path) -> None:
+def link_newest(run: Path, folder: Path) -> None:
+    """RUN/checkpoint leads to `folder`. Raises FileExistsError where something is there that no run made."""
+    link = run / NEWEST
+    if link.exists() and not link.is_symlink():  # as in a copy that followed the link: cp -rL
+        if not any(_same_files(link, saved) for saved in saved_checkpoints(run)):
+            raise FileExistsError(f"{link} is no link and no copy of a checkpoint of this run: move it away")
+        shutil.rmtree(link)
     temporary = run / f".{NEWEST}.{os.getpid()}.tmp"
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(folder.relative_to(run), target_is_directory=True)
     except OSError:  # Windows, for users without the right to: `saved_checkpoints` finds the folder without a link
         return
-    os.replace(temporary, run / NEWEST)
+    os.replace(temporary, link)
+
+
+def _same_files(a: Path, b: Path) -> bool:
+    names = [folder / FILES for folder in (a, b)]
+    return all(name.is_file() for name in names) and names[0].read_bytes() == names[1].read_bytes()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

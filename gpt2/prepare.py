@@ -25,6 +25,7 @@ import numpy as np
 from fastgpt2.gpt2 import shards
 from fastgpt2.gpt2 import tokenizer as tokenizers
 from fastgpt2.gpt2.data import encode
+from fastgpt2.gpt2.files import LOCK, exclusive
 from fastgpt2.gpt2.shards import Manifest
 from fastgpt2.gpt2.sources import Piece, Position, Source
 from fastgpt2.gpt2.tokenizer import Tokenizer
@@ -51,7 +52,8 @@ def prepare(
     processes: that encode; default: one a core. The files do not depend on it.
     report: called with the manifest so far, and the documents and tokens encoded so far.
     Raises ValueError for a number out of range, a source too short for both splits, or a folder that was begun with
-    other settings; FileExistsError for a folder with other files in it; and what the source raises.
+    other settings; FileExistsError for a folder with other files in it; BlockingIOError where another process is
+    writing into it; and what the source raises.
     """
     out = Path(out)
     val_tokens = source.val_tokens if val_tokens is None else val_tokens
@@ -61,6 +63,21 @@ def prepare(
             raise ValueError(f"{name} is {value}, allowed are whole numbers of at least 1")
     settings = {**source.describe(), "tokenizer": tokenizer, "val_tokens": val_tokens}
     settings["shard_tokens"] = shard_tokens
+    manifest = _begun(out, settings)  # before a lock is put into somebody else's folder
+    if manifest is not None and manifest.position is None:
+        return manifest
+    with exclusive(out):
+        return _prepare(source, out, settings, processes, report)
+
+
+def _prepare(
+    source: Source,
+    out: Path,
+    settings: dict[str, Any],
+    processes: int,
+    report: Callable[[Manifest, int, int], None],
+) -> Manifest:
+    tokenizer, val_tokens, shard_tokens = (settings[name] for name in ("tokenizer", "val_tokens", "shard_tokens"))
     manifest = _begun(out, settings)
     for half_written in out.glob(".*.tmp"):  # by a call that was killed
         half_written.unlink()
@@ -92,7 +109,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> Manifest | None:
                     "choose another folder, or delete it"
                 )
         return manifest
-    ours = ("tokenizer.json", "tokenizer_config.json")
+    ours = ("tokenizer.json", "tokenizer_config.json", LOCK)
     if out.exists() and any(f.name not in ours and f.suffix != ".tmp" for f in out.iterdir()):
         raise FileExistsError(f"out is {str(out)!r}, which is not an empty folder: choose another")
     return None

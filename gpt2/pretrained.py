@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.gpt2.checkpoints import folder_to_read, saved_checkpoints
-from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.files import temporary_beside, write_atomically
 from fastgpt2.gpt2.huggingface import (
     StoredTensor,
     build,
@@ -90,9 +90,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     settings = config_to_huggingface(gpt.config, gpt.dtype)
     text = json.dumps(settings, indent=2) + "\n"
     config_path, weights_path = folder / CONFIG, folder / SAFETENSORS[0]
-    temporary = folder / f".{weights_path.name}.{os.getpid()}"
-    try:
-        temporary.touch()
+    with temporary_beside(weights_path) as temporary:
         mode = temporary.stat().st_mode
         save_file(state, str(temporary), metadata={"format": "pt"})
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
@@ -102,8 +100,6 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
             config_path.unlink()  # new weights must not meet old settings, not even after a crash right here
         os.replace(temporary, weights_path)
         write_atomically(config_path, text)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ finding a folder

@@ -42,7 +42,7 @@ def failed(capsys, *args) -> str:
 
 def test_train_writes_a_run(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "about.json", "log.jsonl", "checkpoint", "checkpoints", "loss.png",
+        "config.yaml", "about.json", "log.jsonl", "checkpoint", "checkpoints", "loss.png", ".fastgpt2.lock",
     }  # fmt: skip
 
 
