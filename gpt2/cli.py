@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import fastgpt2
+
 PROG = "fastgpt2"
 # Name -> (module with `main(argv) -> exit status` and a parser of its own, what it does). Imported when asked for.
 COMMANDS = {
@@ -57,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="commands:\n" + "\n".join(f"  {name:<{width}}  {help}" for name, (_, help) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"{PROG} {fastgpt2.__version__}"
+    top.add_argument("--version", action="version", version=version)
     top.add_argument("--traceback", action="store_true", help="show where an error came from (before the command)")
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below; each has a --help")
     top.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,6 +48,12 @@ def main(argv: Sequence[str]) -> int:
             results["val"] = _validation_loss(model, tokens, args.tokens, args.batch_size, device, _watch(console))
             line(console, "data       val loss {loss:.4f} nats a token, {tokens:,} tokens".format(**results["val"]))
         if text is not None:
+            if unknown := "".join(dict.fromkeys("".join(map(tokenizer.unknown, text.documents)))):
+                warnings.warn(
+                    f"--text: the tokenizer has no token for {len(unknown)} of its characters, such as {unknown[0]!r}: "
+                    "all of them are one character to it, and its loss is not that of the text",
+                    stacklevel=1,
+                )
             found = text_loss(
                 model,
                 tokenizer,

@@ -44,21 +44,18 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises BlockingIOError where another has it. Where the system or the disk knows no locks, nothing is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
+            import fcntl
+
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another process"
             raise BlockingIOError(
                 f"{folder} is in use by {holder}: wait until that ends, or give another folder"
             ) from None
-        except OSError:  # a disk without locks
+        except (OSError, ImportError):  # a disk without locks, Windows
             yield
             return
         os.ftruncate(handle, 0)

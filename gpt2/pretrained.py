@@ -125,8 +125,8 @@ def _download(name: str) -> Path:
     """The hub's files in its cache: config.json and weights, as safetensors where they exist."""
     try:
         from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise ImportError(f"downloading {name!r} needs the package huggingface_hub; {LOCAL_INSTEAD}") from error
+    except ModuleNotFoundError:
+        raise ImportError(f"downloading {name!r} needs the package huggingface_hub; {LOCAL_INSTEAD}") from None
 
     failure: Exception | None = None
     for repository in dict.fromkeys((name, HUB_NAMES.get(name, name))):
@@ -143,7 +143,7 @@ def _download(name: str) -> Path:
     raise OSError(
         f"{name!r} is no local folder and could not be downloaded from the model hub "
         f"({type(failure).__name__}: {reason}); {LOCAL_INSTEAD}"
-    ) from failure
+    ) from None
 
 
 def _weights_file(folder: Path) -> Path:
@@ -228,4 +228,6 @@ def _pickled(path: Path) -> Iterator[StoredTensor]:
             raise ValueError(f"{path}: tensor {name!r} is {tensor.layout}, expected a dense one")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: tensor {name!r} has fewer numbers than its shape {tuple(tensor.shape)}")
         yield StoredTensor(str(path), name, tuple(tensor.shape), tensor.dtype, partial(lambda t: t, tensor))

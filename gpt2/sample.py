@@ -121,6 +121,12 @@ def _begin(
 ) -> Generation:
     if not prompt:
         raise ValueError("prompt is empty: give at least one character to go on from")
+    if unknown := tokenizer.unknown(prompt):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(
+            f"prompt holds {', '.join(map(repr, unknown[:5]))}{more}, which the tokenizer has no token for: "
+            f"its vocabulary is {tokenizer.vocab_size} characters"
+        )
     device = model.device
     row = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(device)
     return Generation(
@@ -153,12 +159,23 @@ def load_checkpoint(
     if tokenizer_spec is None:
         tokenizer = checkpoint_tokenizer(checkpoint, model.config.vocab_size)
     else:
-        tokenizer = tokenizers.from_spec(tokenizer_spec, [])
+        tokenizer = _named_tokenizer(checkpoint, tokenizer_spec)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
+    """Raises ValueError where a folder brings another tokenizer than `spec` names."""
+    try:
+        own = tokenizers.load(checkpoint)
+    except FileNotFoundError:
+        return tokenizers.from_spec(spec, [])
+    if not tokenizers.is_named(spec, own):
+        raise ValueError(f"tokenizer is {spec!r}, and {checkpoint} brings another one: leave tokenizer out")
+    return own
 
 
 def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:

@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         warnings.filterwarnings("always", message="a prompt has")  # one that is typed twice is told about twice
         if interactive:
             return _converse(model, tokenizer, args.seed, settings)
+        _check_length(model, tokenizer, prompt, settings)
         if args.stream:
             _stream(model, tokenizer, prompt, seed=args.seed, **settings)
             return 0
@@ -81,6 +82,13 @@ def _decoded(name: str, content: bytes) -> str:
         raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def _check_length(model: GPT, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> None:
+    """Raises ValueError, in the words of the command line, for a long prompt where --refuse-long was given."""
+    length, most = len(tokenizer.encode(prompt)), model.config.block_size
+    if not settings["crop"] and length > most:
+        raise ValueError(f"the prompt has {length} tokens, block_size is {most}, and --refuse-long is given")
+
+
 def _stream(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> None:
     pieces = stream_text(model, tokenizer, prompt, **settings)
     print(prompt, end="", flush=True)
@@ -103,6 +111,7 @@ def _converse(model: GPT, tokenizer: Tokenizer, seed: int, settings: dict[str, A
         if not prompt:
             continue
         try:
+            _check_length(model, tokenizer, prompt, settings)
             _stream(model, tokenizer, prompt, seed=seed, **settings)
         except KeyboardInterrupt:
             pass

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fastgpt2.gpt2 import data
+from fastgpt2.gpt2 import tokenizer as tokenizers
 from fastgpt2.gpt2.checkpoints import link_newest, load_checkpoint_state, newest_whole, save_checkpoint
 from fastgpt2.gpt2.corpus import Corpus, load_corpus
 from fastgpt2.gpt2.files import exclusive
@@ -80,6 +82,8 @@ def train(
     config = config.on_this_machine()
     ranks = Ranks.join(config.device)
     try:
+        if config.parallel == "fsdp" and ranks.size == 1:
+            raise ValueError("parallel is 'fsdp' and there is one process: start more with torchrun")
         with contextlib.ExitStack() as held:
             return _train(config, None if resume is None else Path(resume), ranks, console or Console(), held)
     except BaseException as error:
@@ -102,11 +106,13 @@ def _train(
         ranks.from_first(lambda: held.enter_context(exclusive(resumed)))
     check_trackers(config)
     text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
-    corpus = ranks.on_all(lambda: load_corpus(*text, rank=ranks.rank, world_size=ranks.size))
+    place: dict[str, Any] = dict(rank=ranks.rank, world_size=ranks.size)
+    corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=config.text_tokenizer(), **place))
     examples = ranks.from_first(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
     torch.manual_seed(config.seed)
     trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks)
-    done = 0 if resumed is None else _restore(trainer, resumed, console)
+    held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
+    done = 0 if resumed is None else _restore(trainer, resumed, held_out, console)
     val_loss = trainer.validation_loss()  # also meets what a kernel refuses, before anything is written
 
     new = resumed is None
@@ -136,7 +142,7 @@ def _train(
                 tracker.log(record)
             progress.show(record)
             if due or stopped_by is not None:
-                _save(trainer, folder.path, step)
+                _save(trainer, folder.path, step, held_out)
             if stopped_by is not None:
                 break
     for tracker in trackers:
@@ -168,9 +174,9 @@ def _begin_tracking(config: TrainConfig, folder: Path, done: int, new: bool) -> 
         raise
 
 
-def _save(trainer: Trainer, folder: Path, step: int) -> None:
+def _save(trainer: Trainer, folder: Path, step: int, held_out: dict[str, int]) -> None:
     model, config = trainer.whole_model(), trainer.config
-    state = {**trainer.state_dict(), "config": dataclasses.asdict(config), "versions": versions()}
+    state = {**trainer.state_dict(), "config": dataclasses.asdict(config), "versions": versions(), "val": held_out}
 
     def save() -> None:
         if trainer.ranks.first:
@@ -198,10 +204,10 @@ def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
             )
 
 
-def _restore(trainer: Trainer, run: Path, console: Console) -> int:
+def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Console) -> int:
     """Loads the newest whole checkpoint; returns its step, 0 for a run that was killed before its first one.
 
-    Raises ValueError where there are checkpoints and none is whole.
+    Raises ValueError where there are checkpoints and none is whole, and for data that is not the run's.
     """
     folder = newest_whole(run, lambda text: line(console, text))
     if folder is None:
@@ -209,6 +215,11 @@ def _restore(trainer: Trainer, run: Path, console: Console) -> int:
         return 0
     state = load_checkpoint_state(folder)
     _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
+    if tokenizers.load(folder) != trainer.tokenizer:
+        raise ValueError(f"{folder} was trained on tokens of another tokenizer than the data's")
+    for name, value in state.get("val", {}).items():
+        if held_out[name] != value:
+            raise ValueError(f"{name} of the held-out data is {held_out[name]}, the run was validated with {value}")
     trainer.load_state_dict(from_pretrained(folder, check=False), state)
     trainer.ranks.from_first(lambda: link_newest(run, folder))  # a kill may have come before it
     line(console, f"resumes {folder}")

@@ -258,7 +258,7 @@ def test_data_may_move_and_other_data_of_its_length_is_refused(whole, tmp_path):
     content = Path(whole[0]["data"]).read_text()
     text.write_text(content.replace("cat", "cow"))
     moved = TrainConfig(**{**whole[0], "data": str(text)})
-    with pytest.raises(ValueError, match="checksum of the data is"):
+    with pytest.raises(ValueError, match="content of the data is"):
         finish(moved, resume=run)
     text.write_text(content)
     result, log, _ = finish(moved, resume=run)

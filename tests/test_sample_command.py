@@ -107,7 +107,7 @@ def test_what_is_no_text_is_named(sample, tmp_path):
 def test_a_line_that_cannot_be_used_is_told_and_the_next_one_asked_for(sample, monkeypatch):
     typed(monkeypatch, f"{'x' * 20}\na\n", terminal=True)
     status, out, err = sample("--refuse-long")
-    assert status == 0 and "a prompt has 20 tokens" in err and "> a" in out
+    assert status == 0 and "the prompt has 20 tokens, block_size is 8, and --refuse-long" in err and "> a" in out
 
 
 def test_a_terminal_is_asked_again_and_again(sample, monkeypatch):
