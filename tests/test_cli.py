@@ -12,6 +12,7 @@ from importlib import metadata
 import pytest
 
 from fastgpt2.gpt2 import cli, sample_command
+from fastgpt2.gpt2.progress import shell_word
 from fastgpt2.gpt2.recipe import TrainConfig
 
 SMALL = (
@@ -90,6 +91,23 @@ def test_a_run_is_resumed_with_its_own_settings(run, tmp_path, capsys):
     assert "lr is 0.5, the run" in failed(capsys, "train", "--resume", str(copy), "--lr", "0.5")
 
 
+def test_the_next_command_is_one_that_bash_passes_on(run, tmp_path, capsys):
+    """What is printed at the end of a run, taken by bash, is what was meant."""
+    prompts = ["\n", "def ", "it's\t$HOME `x` \\n", "\x1b[0m!", "é 'q' \"", "a\nb'c"]
+    words = subprocess.run(
+        ["bash", "-c", "printf '%s\\0' " + " ".join(map(shell_word, prompts))], capture_output=True, check=True
+    )
+    assert words.stdout.decode().split("\0")[:-1] == prompts
+    capsys.readouterr()
+    copy = shutil.copytree(run, tmp_path / "a run", symlinks=True)
+    assert cli.main(["train", "--resume", str(copy)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("more")]
+    code = "import sys; sys.argv.pop(0); print(sys.argv)\n"
+    fastgpt2 = f"fastgpt2() {{ {sys.executable} -c '{code}' \"$@\"; }}; "
+    seen = subprocess.run(["bash", "-c", fastgpt2 + line.removeprefix("more")], capture_output=True, text=True)
+    assert seen.stdout == f"{['sample', '--checkpoint', str(copy), '--prompt', chr(10)]}\n", seen
+
+
 # -------------------------------------------------------------------------------------------------------- sample
 
 
@@ -140,8 +158,16 @@ def test_mistakes_in_training_are_one_line(tmp_path, capsys):
         (["--preset", "babby"], "preset 'babby' is unknown"),
         (["--schedule", "wsd", "--decay-fraction", "2"], "decay_fraction is 2.0"),
         (["--n-head", "5", "--device", "cpu"], "divisible by n_head"),
+        (["--lr", "1e-5", "--min-lr", "1e-4"], "min_lr is 0.0001, allowed are numbers up to lr, which is 1e-05"),
+        (["--parallel", "fsdp", "--device", "cpu"], "parallel is 'fsdp' and there is one process"),
     ):
         assert message in failed(capsys, "train", *args)
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"fastgpt2 {metadata.version('fastgpt2')}\n"
 
 
 @pytest.mark.parametrize("args", [[], ["tarin"], ["train", "--stesp", "3"], ["sample"]])
