@@ -217,10 +217,10 @@ def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Con
     _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
     if tokenizers.load(folder) != trainer.tokenizer:
         raise ValueError(f"{folder} was trained on tokens of another tokenizer than the data's")
+    trainer.load_state_dict(from_pretrained(folder, check=False), state)
     for name, value in state.get("val", {}).items():
         if held_out[name] != value:
             raise ValueError(f"{name} of the held-out data is {held_out[name]}, the run was validated with {value}")
-    trainer.load_state_dict(from_pretrained(folder, check=False), state)
     trainer.ranks.from_first(lambda: link_newest(run, folder))  # a kill may have come before it
     line(console, f"resumes {folder}")
     for name, version in versions().items():
