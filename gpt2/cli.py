@@ -7,7 +7,11 @@ import importlib
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
+
+import fastgpt2
 
 PROG = "fastgpt2"
 # Name -> (module with `main(argv) -> exit status` and a parser of its own, what it does). Imported when asked for.
@@ -27,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     module, _ = COMMANDS[options.command]
     try:
-        return importlib.import_module(f"fastgpt2.{module}").main([*options.arguments, *rest]) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return importlib.import_module(f"fastgpt2.{module}").main([*options.arguments, *rest]) or 0
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -39,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A line, without the place in the source that Python adds."""
+    print(f"{PROG}: warning: {message}", file=sys.stderr)
+
+
 def parser() -> argparse.ArgumentParser:
     """What stands before a command's own options."""
     width = max(map(len, COMMANDS))
@@ -48,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="commands:\n" + "\n".join(f"  {name:<{width}}  {help}" for name, (_, help) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"{PROG} {fastgpt2.__version__}"
+    top.add_argument("--version", action="version", version=version)
     top.add_argument("--traceback", action="store_true", help="show where an error came from (before the command)")
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below; each has a --help")
     top.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")

@@ -24,15 +24,22 @@ class Corpus:
 
 
 def load_corpus(
-    source: str | None, tokenizer: str, val_fraction: float, block_size: int, *, rank: int = 0, world_size: int = 1
+    source: str | None,
+    tokenizer: str | None,
+    val_fraction: float,
+    block_size: int,
+    *,
+    text_tokenizer: str = "char",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Corpus:
     """Token shards where `source` is a folder of them, else text, encoded here.
 
-    source: see `data.read_text` and `shards.open_tokens`. tokenizer: see `tokenizers.from_spec`; a folder of shards
-        that brings its own needs none. val_fraction: of a text; shards have a validation split of their own.
+    source: see `data.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
+    tokenizer: see `tokenizers.from_spec`; None: the one that shards bring, and `text_tokenizer` for text and others.
     rank, world_size: of this process, among those that read the same shards.
-    Raises OSError or ValueError for data that cannot be used, naming the file, and for tokens that the tokenizer does
-    not have.
+    Raises OSError or ValueError for data that cannot be used, naming the file, for a tokenizer that is not the one that
+    shards bring, and for tokens that the tokenizer does not have.
     """
     if source is not None and Path(source).is_file() and Path(source).suffix in shards.SUFFIXES:
         raise ValueError(
@@ -40,26 +47,37 @@ def load_corpus(
         )
     if source is None or not shards.holds_tokens(source):
         text = data.read_text(source)
-        made = tokenizers.from_spec(tokenizer, text.documents)
+        made = tokenizers.from_spec(tokenizer or text_tokenizer, text.documents)
         tokens = data.encode(((document, True) for document in text.documents), made)
         train, val = data.split(tokens, val_fraction, block_size)
-        return Corpus(text.name, len(text.documents), train, val, made, text.prompt)
-    made = shards_tokenizer(source, tokenizer)
+        return Corpus(text.name, len(text.documents), train, val, made, _known(text.prompt, train, made))
+    made = shards_tokenizer(source, tokenizer, text_tokenizer)
     parts = {split: shards.open_tokens(source, split, rank=rank, world_size=world_size) for split in shards.SPLITS}
     for part in parts.values():
         data.check_tokens(part, made.vocab_size)
     documents = shards.read_manifest(source).documents if (Path(source) / shards.MANIFEST).is_file() else None
-    return Corpus(source, documents, parts["train"], parts["val"], made)
+    return Corpus(source, documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
 
 
-def shards_tokenizer(folder: str, spec: str) -> Tokenizer:
-    """The tokenizer that lies beside the shards of `folder`; where there is none, the one that `spec` names."""
+def shards_tokenizer(folder: str, spec: str | None, otherwise: str = "char") -> Tokenizer:
+    """The tokenizer that lies beside the shards of `folder`; where there is none, the one that `spec` names, or
+    `otherwise`. Raises ValueError where there is one and `spec` names another."""
     try:
-        return tokenizers.load(folder)
+        made = tokenizers.load(folder)
     except FileNotFoundError:
-        if spec != "char":
-            return tokenizers.from_spec(spec, [])
-    raise ValueError(
-        f"{folder} holds tokens without their tokenizer, and tokenizer is 'char', which is made from text: "
-        "name the one they were made with, such as gpt2"
-    )
+        if (spec or otherwise) != "char":
+            return tokenizers.from_spec(spec or otherwise, [])
+        raise ValueError(
+            f"{folder} holds tokens without their tokenizer, and tokenizer is 'char', which is made from text: "
+            "name the one they were made with, such as gpt2"
+        ) from None
+    if spec is not None and not tokenizers.is_named(spec, made):
+        raise ValueError(
+            f"tokenizer is {spec!r}, and {folder} was encoded by another one, which lies there: leave tokenizer out"
+        )
+    return made
+
+
+def _known(prompt: str, tokens: Tokens, tokenizer: Tokenizer) -> str:
+    """`prompt`, or a first token of the text where the tokenizer lacks some of its characters."""
+    return tokenizer.decode(tokens[:1]) if tokenizer.unknown(prompt) else prompt

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     examples = None if args.hellaswag is None else read_examples(args.hellaswag)[: args.limit]
     text = None if args.text is None else data.read_text(args.text)
     device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels)
+    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=not args.no_check)
     tokens = None if args.data is None else _validation_tokens(args.data, tokenizer)
     model = model.to(device)
     console = Console()
@@ -47,6 +48,12 @@ def main(argv: Sequence[str]) -> int:
             results["val"] = _validation_loss(model, tokens, args.tokens, args.batch_size, device, _watch(console))
             line(console, "data       val loss {loss:.4f} nats a token, {tokens:,} tokens".format(**results["val"]))
         if text is not None:
+            if unknown := "".join(dict.fromkeys("".join(map(tokenizer.unknown, text.documents)))):
+                warnings.warn(
+                    f"--text: the tokenizer has no token for {len(unknown)} of its characters, such as {unknown[0]!r}: "
+                    "all of them are one character to it, and its loss is not that of the text",
+                    stacklevel=1,
+                )
             found = text_loss(
                 model,
                 tokenizer,
@@ -85,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN|FOLDER|NAME", help="a run's folder, a checkpoint, or gpt2, ...")
+    add("--no-check", action="store_true", help="do not compare a run's checkpoint with what the run wrote")
     add("--data", metavar="FOLDER", help="loss on the validation shards of a folder: see fastgpt2 prepare")
     add("--tokens", type=int, default=2**20, metavar="N", help="of --data, at most, always the same (%(default)s)")
     add("--text", metavar="PATH", help="perplexity of a file or folder of text, .jsonl or .parquet")

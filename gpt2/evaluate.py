@@ -125,7 +125,7 @@ def continuation_loss(
                 begin = max(0, end - rows[i][1])
                 idx[row, :end] = torch.from_numpy(tokens[:-1])
                 targets[row, begin:end] = torch.from_numpy(tokens[begin + 1 :])
-            x = model.transformer(idx.to(device), model.kernels)  # (B, T, C)
+            x = model.transformer(idx.to(device), Context(model.kernels))  # (B, T, C)
             counted = targets >= 0
             logits = model.lm_head(x[counted.to(device)])[:, :V]  # only where a token is to be predicted
             nats = F.cross_entropy(logits.float(), targets[counted].to(device), reduction="none")

@@ -165,5 +165,5 @@ def _download() -> Path:
             with urllib.request.urlopen(URL, timeout=TIMEOUT_S) as answer:
                 write_atomically(path, answer.read())
         except OSError as error:
-            raise OSError(f"{URL} could not be downloaded ({error}); give a local copy: --hellaswag FILE") from error
+            raise OSError(f"{URL} could not be downloaded ({error}); give a local copy: --hellaswag FILE") from None
     return path

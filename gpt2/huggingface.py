@@ -13,7 +13,7 @@ Source: transformers, models/gpt2/modeling_gpt2.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ SIZES = {
 }
 SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
 OURS_ALONE = ("bias", "vocab_multiple", "dropout")  # no such setting there: kept under "fastgpt2" in config.json
+LARGEST_MULTIPLE = 2**16  # of a small vocabulary in a file: a few bytes there shall not take gigabytes here
 OVERRIDES = ("dropout", "vocab_multiple")
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")  # one function
 
@@ -84,6 +85,9 @@ def config_from_huggingface(
         config = GPTConfig(**{**fields, **extra})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from None
+    most = max(config.vocab_size, LARGEST_MULTIPLE)
+    if config.vocab_multiple > most and "vocab_multiple" not in override_args:
+        refuse("vocab_multiple", config.vocab_multiple, f"up to {most}; override_args takes any")
     try:
         config = dataclasses.replace(config, **override_args)
     except (TypeError, ValueError) as error:
@@ -153,6 +157,8 @@ def build(
 
     Raises ValueError, before anything is read, for a tensor that is missing, misshapen, of a wrong dtype or unknown.
     """
+    stored = list(stored)
+    _check_sizes(config, stored, source)
     with torch.device("meta"):
         model = GPT(config, kernels)
     tensors = _checked(config, stored, source)
@@ -168,6 +174,22 @@ def build(
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model
+
+
+def _check_sizes(config: GPTConfig, stored: Sequence[StoredTensor], source: str) -> None:
+    """Raises ValueError for sizes that the tensors cannot have, before a model of them takes time or memory."""
+    if config.n_layer > len(stored):
+        raise ValueError(f"{source}: n_layer is {config.n_layer}, but there are {len(stored)} tensors in all")
+    tables = {"wte.weight": (config.vocab_size, config.n_embd), "wpe.weight": (config.block_size, config.n_embd)}
+    for tensor in stored:
+        _check_shape(tensor, tables.get(tensor.name.removeprefix("transformer."), tensor.shape))
+
+
+def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(
+            f"{tensor.source}: tensor {tensor.name!r} has shape {tensor.shape}, the configuration says {expected}"
+        )
 
 
 def _checked(config: GPTConfig, stored: Iterable[StoredTensor], source: str) -> dict[str, StoredTensor]:
@@ -190,11 +212,7 @@ def _checked(config: GPTConfig, stored: Iterable[StoredTensor], source: str) -> 
     if unknown:
         raise ValueError(f"{source}: {_listed(unknown)} unknown to a GPT-2 of {config.n_layer} layers")
     for name, tensor in tensors.items():
-        shape = expected[name]
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{tensor.source}: tensor {tensor.name!r} has shape {tensor.shape}, the configuration says {shape}"
-            )
+        _check_shape(tensor, expected[name])
         if tensor.dtype not in FLOATING:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
             raise ValueError(f"{tensor.source}: tensor {tensor.name!r} is {tensor.dtype}, allowed are {allowed}")

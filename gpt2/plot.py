@@ -1,4 +1,4 @@
-"""Loss curves as PNG, from the logs of runs."""
+"""Loss curves as a picture, from the logs of runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import numpy as np
 from fastgpt2.gpt2.files import write_atomically
 from fastgpt2.gpt2.run_folder import LOG, read_log
 
+FORMATS = (".pdf", ".png", ".svg")
+# The largest unit of time in which the longest run is at least 2: not "0.02 hours" for a minute.
+UNITS = {"days": 24.0, "hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}
 SMOOTHING_WINDOWS = 50  # a running mean over a 50th of a run
 # acc_norm of OpenAI's weights, as build-nanogpt reports it; the same examples for every model, so always comparable.
 HELLASWAG_REFERENCES = {"chance": 0.25, "OpenAI's GPT-2 124M (build-nanogpt)": 0.2955}
@@ -46,23 +49,26 @@ class Curve:
         return cls(run.resolve().name, column("tokens"), hours, *columns)
 
 
-def plot_runs(runs: Sequence[Path], png: Path, references: Mapping[str, float] | None = None) -> None:
-    """Loss against tokens and against time, and HellaSwag against tokens where it was scored, of all runs in one PNG.
+def plot_runs(runs: Sequence[Path], picture: Path, references: Mapping[str, float] | None = None) -> None:
+    """All runs in one picture: loss against tokens and against time, and HellaSwag against tokens where it was scored.
 
-    runs: folders. Thin lines: every step; thick: running mean; dots: validation. references: name -> loss, drawn as
-    horizontal lines.
+    runs: folders. picture: a file that ends in .pdf, .png or .svg; ValueError for another.
+    Thin lines: every step; thick: running mean; dots: validation. references: name -> loss, drawn as horizontal lines.
     """
+    if picture.suffix not in FORMATS:
+        raise ValueError(f"out is {str(picture)!r}, allowed are names that end in {', '.join(FORMATS)}")
     from matplotlib.figure import Figure
 
     curves = [Curve.read(run) for run in runs]
     scored = [curve for curve in curves if np.isfinite(curve.hellaswag).any()]
     panels = 3 if scored else 2
     figure = Figure(figsize=(6.5 * panels, 5), dpi=100, layout="constrained")
-    by_tokens, by_hours, *rest = figure.subplots(1, panels)
+    unit = time_unit(max(float(curve.hours[-1]) for curve in curves))
+    by_tokens, by_time, *rest = figure.subplots(1, panels)
     for i, curve in enumerate(curves):
         _draw_loss(by_tokens, curve, curve.tokens, f"C{i}")
-        _draw_loss(by_hours, curve, curve.hours, f"C{i}")
-    for axes, label in ((by_tokens, "tokens trained on"), (by_hours, "hours of training")):
+        _draw_loss(by_time, curve, curve.hours / UNITS[unit], f"C{i}")
+    for axes, label in ((by_tokens, "tokens trained on"), (by_time, f"{unit} of training")):
         _references(axes, references or {})
         axes.set(xlabel=label, ylabel="cross-entropy, nats a token")
     for axes in rest:
@@ -72,8 +78,13 @@ def plot_runs(runs: Sequence[Path], png: Path, references: Mapping[str, float] |
             axes.plot(curve.tokens[there], curve.hellaswag[there], color=color, marker="o", label=curve.name)
         _references(axes, HELLASWAG_REFERENCES)
         axes.set(xlabel="tokens trained on", ylabel="HellaSwag, acc_norm")
-    _finish([by_tokens, by_hours, *rest], [by_hours])
-    _save(figure, png)
+    _finish([by_tokens, by_time, *rest], [by_time])
+    _save(figure, picture)
+
+
+def time_unit(hours: float) -> str:
+    """One of `UNITS`, for the longest run."""
+    return next((unit for unit, size in UNITS.items() if hours >= 2 * size), "seconds")
 
 
 def plot_losses(log: Path, png: Path, title: str) -> None:
@@ -118,7 +129,7 @@ def _finish(all_axes: Sequence[Any], against_time: Sequence[Any]) -> None:
         axes.legend()
 
 
-def _save(figure: Any, png: Path) -> None:
+def _save(figure: Any, picture: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(png, buffer.getvalue())
+    figure.savefig(buffer, format=picture.suffix.removeprefix("."))
+    write_atomically(picture, buffer.getvalue())

@@ -10,7 +10,7 @@ from fastgpt2.gpt2.plot import plot_runs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes a PNG; returns 0."""
+    """Writes a picture; returns 0."""
     args = parser().parse_args(argv)
     plot_runs([Path(run) for run in args.runs], Path(args.out), dict(args.reference))
     print(args.out)
@@ -21,11 +21,13 @@ def parser() -> argparse.ArgumentParser:
     """What can be typed after `fastgpt2 plot`."""
     parser = argparse.ArgumentParser(
         prog="fastgpt2 plot",
-        description="Overlays runs in one PNG: loss against tokens and against hours of training, and HellaSwag where "
-        "it was scored. Losses of runs on different texts or tokenizers do not compare.",
+        description="Overlays runs in one picture: loss against tokens and against time of training, and HellaSwag "
+        "where it was scored. Losses of runs on different texts or tokenizers do not compare.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", default="runs.png", metavar="FILE", help="the picture (%(default)s)")
+    parser.add_argument(
+        "--out", default="runs.png", metavar="FILE", help="the picture, .png, .pdf or .svg (%(default)s)"
+    )
     parser.add_argument(
         "--reference",
         action="append",

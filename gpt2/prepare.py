@@ -10,6 +10,7 @@ place in the source where the next one begins. So the same call after a kill mak
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -25,12 +26,14 @@ import numpy as np
 from fastgpt2.gpt2 import shards
 from fastgpt2.gpt2 import tokenizer as tokenizers
 from fastgpt2.gpt2.data import encode
+from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 from fastgpt2.gpt2.shards import Manifest
 from fastgpt2.gpt2.sources import Piece, Position, Source
 from fastgpt2.gpt2.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 VAL_PART = 10  # of a source that has no usual validation set: one token in so many of its first shard
+INPUTS = "inputs.json"  # see `Source.inputs`
 BATCHES_AHEAD = 4  # a process
 
 
@@ -51,7 +54,8 @@ def prepare(
     processes: that encode; default: one a core. The files do not depend on it.
     report: called with the manifest so far, and the documents and tokens encoded so far.
     Raises ValueError for a number out of range, a source too short for both splits, or a folder that was begun with
-    other settings; FileExistsError for a folder with other files in it; and what the source raises.
+    other settings; FileExistsError for a folder with other files in it; BlockingIOError where another process is
+    writing into it; and what the source raises.
     """
     out = Path(out)
     val_tokens = source.val_tokens if val_tokens is None else val_tokens
@@ -61,12 +65,28 @@ def prepare(
             raise ValueError(f"{name} is {value}, allowed are whole numbers of at least 1")
     settings = {**source.describe(), "tokenizer": tokenizer, "val_tokens": val_tokens}
     settings["shard_tokens"] = shard_tokens
-    manifest = _begun(out, settings)
+    manifest = _begun(out, settings, source)  # before a lock is put into somebody else's folder
+    if manifest is not None and manifest.position is None:
+        return manifest
+    with exclusive(out):
+        return _prepare(source, out, settings, processes, report)
+
+
+def _prepare(
+    source: Source,
+    out: Path,
+    settings: dict[str, Any],
+    processes: int,
+    report: Callable[[Manifest, int, int], None],
+) -> Manifest:
+    tokenizer, val_tokens, shard_tokens = (settings[name] for name in ("tokenizer", "val_tokens", "shard_tokens"))
+    manifest = _begun(out, settings, source)
     for half_written in out.glob(".*.tmp"):  # by a call that was killed
         half_written.unlink()
     if manifest is None:
         made = tokenizers.from_spec(tokenizer, source.texts())
         made.save(out)
+        write_atomically(out / INPUTS, json.dumps(source.inputs(), indent=1) + "\n")
         start = {"source": None, "skip": 0, "documents": 0}
         manifest = Manifest(settings, made.vocab_size, made.end_of_text, position=start)
         manifest.save(out)
@@ -78,24 +98,43 @@ def prepare(
         writer.add(_Batch(tokens, position, skip, documents))
         documents, skip = documents + sum(ends for _, ends in pieces), 0
         report(writer.manifest, documents, writer.tokens)
+    _check_inputs(out, source)  # what changed while it was read may be there twice or not at all
     return writer.finish(documents)
 
 
-def _begun(out: Path, settings: dict[str, Any]) -> Manifest | None:
+def _begun(out: Path, settings: dict[str, Any], source: Source) -> Manifest | None:
     """The manifest of a folder that these settings began, None for a new folder."""
     if (out / shards.MANIFEST).is_file():
         manifest = shards.read_manifest(out)
+        if manifest.source.get("name") == source.name:
+            _check_inputs(out, source)
         for name in sorted(settings.keys() | manifest.source.keys()):
             if manifest.source.get(name) != settings.get(name):
                 raise ValueError(
                     f"{out} was begun with {name} {manifest.source.get(name)!r}, now it is {settings.get(name)!r}: "
                     "choose another folder, or delete it"
                 )
+        spec = settings["tokenizer"]
+        if spec not in ("char", "byte", "gpt2") and tokenizers.from_spec(spec, []) != tokenizers.load(out):
+            raise ValueError(f"{out} was begun with another vocabulary than {spec} holds now: choose another folder")
         return manifest
-    ours = ("tokenizer.json", "tokenizer_config.json")
+    ours = (INPUTS, "tokenizer.json", "tokenizer_config.json", LOCK)
     if out.exists() and any(f.name not in ours and f.suffix != ".tmp" for f in out.iterdir()):
         raise FileExistsError(f"out is {str(out)!r}, which is not an empty folder: choose another")
     return None
+
+
+def _check_inputs(out: Path, source: Source) -> None:
+    """Raises ValueError naming a file that is not what it was when `out` was begun."""
+    try:
+        before = json.loads((out / INPUTS).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out} does not say what it was made from: {error}; delete it and begin again") from None
+    now = source.inputs()
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            how = "is gone" if name not in now else "is new" if name not in before else "was changed"
+            raise ValueError(f"{name} {how} since {out} was begun: delete that folder, or choose another")
 
 
 # ------------------------------------------------------------------------------------------------------ encoding

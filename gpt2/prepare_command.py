@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastgpt2.gpt2 import sources
 from fastgpt2.gpt2.prepare import SHARD_TOKENS, prepare
-from fastgpt2.gpt2.progress import line
+from fastgpt2.gpt2.progress import line, shell_word
 from fastgpt2.gpt2.shards import Manifest
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     train, val = (sum(shard.tokens for shard in part) for part in (manifest.train, manifest.val))
     line(console, f"folder  {args.out}: {manifest.documents:,} documents, vocabulary {manifest.vocab_size}")
     line(console, f"tokens  {train:,} in {len(manifest.train)} training shards, {val:,} for validation")
-    line(console, f"next    fastgpt2 train --data {args.out}")
+    line(console, f"next    fastgpt2 train --data {shell_word(args.out)}")
     return 0
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.checkpoints import folder_to_read, saved_checkpoints
+from fastgpt2.gpt2.files import temporary_beside, write_atomically
 from fastgpt2.gpt2.huggingface import (
     StoredTensor,
     build,
@@ -53,17 +54,20 @@ def from_pretrained(
     override_args: Mapping[str, Any] | None = None,
     *,
     kernels: str | Kernels = "auto",
+    check: bool = True,
 ) -> GPT:
     """GPT-2's weights from a local folder or from the hub, on the CPU, in float32 whatever the files hold.
 
     name_or_folder: an existing folder, or a name on the hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
-        "distilgpt2", "organisation/name". What was downloaded before is found without a network.
+        "distilgpt2", "organisation/name". What was downloaded before is found without a network. Of a run of
+        `fastgpt2 train` it is the newest whole checkpoint.
     override_args: dropout (0 by default), vocab_multiple; as in nanoGPT, the rest is the checkpoint's.
+    check: compare the files of a run's checkpoint with what the run wrote (reads them once more).
     The model is in train mode, as a new one is.
     Raises FileNotFoundError for a folder that is no checkpoint, OSError when a download fails, ValueError naming file
     and tensor or setting for one that is damaged or is not a GPT-2 that this is.
     """
-    folder = _find(name_or_folder)
+    folder = _find(name_or_folder, check)
     weights = _weights_file(folder)
     config = config_from_huggingface(_read_json(folder / CONFIG), str(folder / CONFIG), override_args)
     return build(config, _stored(weights), str(weights), dtype=torch.float32, kernels=kernels)
@@ -86,9 +90,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     settings = config_to_huggingface(gpt.config, gpt.dtype)
     text = json.dumps(settings, indent=2) + "\n"
     config_path, weights_path = folder / CONFIG, folder / SAFETENSORS[0]
-    temporary = folder / f".{weights_path.name}.{os.getpid()}"
-    try:
-        temporary.touch()
+    with temporary_beside(weights_path) as temporary:
         mode = temporary.stat().st_mode
         save_file(state, str(temporary), metadata={"format": "pt"})
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
@@ -98,21 +100,20 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
             config_path.unlink()  # new weights must not meet old settings, not even after a crash right here
         os.replace(temporary, weights_path)
         write_atomically(config_path, text)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ finding a folder
 
 
-def _find(name_or_folder: str | Path) -> Path:
+def _find(name_or_folder: str | Path, check: bool) -> Path:
     """The local folder of a checkpoint, downloaded where it has to be."""
     if not str(name_or_folder):
         raise ValueError("the checkpoint's name is empty: pass a folder, or a name on the hub, such as 'gpt2'")
     folder = Path(name_or_folder)
     # A folder of a hub name that holds no checkpoint is not meant: this project's own sources are in one called gpt2.
-    if folder.is_dir() and ((folder / CONFIG).exists() or str(name_or_folder) not in HUB_NAMES):
-        return folder
+    meant = (folder / CONFIG).exists() or str(name_or_folder) not in HUB_NAMES or saved_checkpoints(folder)
+    if folder.is_dir() and meant:
+        return folder_to_read(folder, check)
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, pass the folder that holds {CONFIG} and the weights")
     if isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_folder):
@@ -124,8 +125,8 @@ def _download(name: str) -> Path:
     """The hub's files in its cache: config.json and weights, as safetensors where they exist."""
     try:
         from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise ImportError(f"downloading {name!r} needs the package huggingface_hub; {LOCAL_INSTEAD}") from error
+    except ModuleNotFoundError:
+        raise ImportError(f"downloading {name!r} needs the package huggingface_hub; {LOCAL_INSTEAD}") from None
 
     failure: Exception | None = None
     for repository in dict.fromkeys((name, HUB_NAMES.get(name, name))):
@@ -142,7 +143,7 @@ def _download(name: str) -> Path:
     raise OSError(
         f"{name!r} is no local folder and could not be downloaded from the model hub "
         f"({type(failure).__name__}: {reason}); {LOCAL_INSTEAD}"
-    ) from failure
+    ) from None
 
 
 def _weights_file(folder: Path) -> Path:
@@ -227,4 +228,6 @@ def _pickled(path: Path) -> Iterator[StoredTensor]:
             raise ValueError(f"{path}: tensor {name!r} is {tensor.layout}, expected a dense one")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: tensor {name!r} has fewer numbers than its shape {tuple(tensor.shape)}")
         yield StoredTensor(str(path), name, tuple(tensor.shape), tensor.dtype, partial(lambda t: t, tensor))

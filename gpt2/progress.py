@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 from collections import deque
 from pathlib import Path
@@ -133,4 +134,16 @@ def show_end(console: Console, folder: Path, prompt: str, record: Record, stoppe
     if stopped_by is not None:
         line(console, f"stopped by {stopped_by.name} after step {record.step}, saved as it stands")
     line(console, f"run    {folder}")
-    line(console, f"more   fastgpt2 sample --checkpoint {folder} --prompt {prompt!r}")
+    line(console, f"more   fastgpt2 sample --checkpoint {shell_word(str(folder))} --prompt {shell_word(prompt)}")
+
+
+def shell_word(text: str) -> str:
+    """`text` as bash and zsh read it back: what cannot be seen is escaped."""
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else _escaped(c) for c in text) + "'"
+
+
+def _escaped(c: str) -> str:
+    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", "'": "\\'"}
+    return known.get(c, f"\\U{ord(c):08x}")

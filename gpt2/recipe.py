@@ -42,6 +42,8 @@ class TrainConfig(Settings):
         for name in ("min_lr", "warmup", "weight_decay"):
             if not 0.0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {value}, allowed are numbers of at least 0")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}, allowed are numbers up to lr, which is {self.lr}")
         for name in ("beta2", "val_fraction", "decay_fraction"):
             if not 0.0 < (value := getattr(self, name)) < 1.0:
                 raise ValueError(f"{name} is {value}, allowed are numbers between 0 and 1")
@@ -58,6 +60,11 @@ class TrainConfig(Settings):
         """The model that is trained."""
         names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "vocab_multiple")
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+
+    def text_tokenizer(self) -> str:
+        """Of text, and of tokens that bring none, where `tokenizer` is None."""
+        small = self.preset.endswith("-smoke")
+        return "char" if not self.preset.startswith("gpt2") else "byte" if small else "gpt2"
 
     def passes(self, world_size: int) -> int:
         """Forward and backward passes of each rank whose mean gradient makes one step.
@@ -148,7 +155,7 @@ def settings_text(config: TrainConfig) -> str:
 
 # GPT-2's sizes: 524,288 tokens a step over 10B tokens (build-nanogpt), peak learning rates from GPT-3's table 2.1.
 _GPT2 = dict(
-    tokenizer="gpt2", steps=19073, total_batch_tokens=2**19, batch_size=16, block_size=1024, n_layer=12, n_head=12,
+    steps=19073, total_batch_tokens=2**19, batch_size=16, block_size=1024, n_layer=12, n_head=12,
     n_embd=768, dropout=0.0, vocab_multiple=128, lr=6e-4, min_lr=6e-5, warmup=715, beta2=0.95, eval_tokens=10 * 2**20,
 )  # fmt: skip
 _MEDIUM = dict(n_layer=24, n_head=16, n_embd=1024, batch_size=8, lr=3e-4, min_lr=3e-5)
@@ -157,7 +164,7 @@ _XL = dict(n_layer=48, n_head=25, n_embd=1600, batch_size=4, lr=2e-4, min_lr=2e-
 # The recipe and depth of a GPT-2 at a width and for a time that a CPU has, with no vocabulary to download; a step's
 # tokens divide by eight processes.
 _SMOKE = dict(
-    tokenizer="byte", steps=30, total_batch_tokens=512, batch_size=1, block_size=64, n_head=4, n_embd=64, warmup=3,
+    steps=30, total_batch_tokens=512, batch_size=1, block_size=64, n_head=4, n_embd=64, warmup=3,
     eval_interval=10, eval_tokens=2048,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {

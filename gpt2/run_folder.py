@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from fastgpt2.gpt2.corpus import Corpus
-from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import kernels_digest
 from fastgpt2.gpt2.recipe import TrainConfig, settings_text
@@ -61,18 +62,35 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, out: str | None, preset: str) -> RunFolder:
-        """A new folder: `out`, or runs/DATE-TIME-PRESET. Raises FileExistsError where something is in it already."""
+    def create(cls, out: str | None, preset: str, held: contextlib.ExitStack) -> RunFolder:
+        """A new folder, which is this process's until `held` is closed: `out`, or runs/DATE-TIME-PRESET.
+
+        What a run left there that was killed before its config.yaml was written goes. Raises FileExistsError where
+        anything else is in it, BlockingIOError where another run is using it.
+        """
         if out is None:
             named = Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{preset}"
             candidates = [named, *(named.with_name(f"{named.name}-{i}") for i in range(2, 100))]
         else:
             candidates = [Path(out)]
         for path in candidates:
-            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-                path.mkdir(parents=True, exist_ok=True)
+            if not _is_new(path):
+                continue
+            try:
+                held.enter_context(exclusive(path))
+            except BlockingIOError:
+                if out is not None:
+                    raise
+                continue
+            if _is_new(path):  # still: nobody was quicker
+                for leftover in path.iterdir():
+                    if leftover.name != LOCK:
+                        leftover.unlink()
                 return cls(path)
-        raise FileExistsError(f"out is {str(candidates[0])!r}, which is not an empty folder: choose another")
+        path = candidates[0]
+        if (path / CONFIG).is_file():
+            raise FileExistsError(f"out is {str(path)!r}, which holds a run: --resume {path} goes on with it")
+        raise FileExistsError(f"out is {str(path)!r}, which is not an empty folder: choose another")
 
     def write_config(self, config: TrainConfig, model: GPT, corpus: Corpus) -> None:
         """Every setting as it was used, which `--config` takes; beside it what the settings led to."""
@@ -106,9 +124,23 @@ class RunFolder:
         plot_losses(self.path / LOG, self.path / PLOT, title=self.path.name)
 
 
+def _is_new(path: Path) -> bool:
+    """Whether nothing is there but what a run leaves that was killed before its config.yaml was written."""
+    if not path.exists():
+        return True
+    temporary = tuple(f".{name}." for name in (ABOUT, CONFIG))
+    ours = (f.name in (LOCK, ABOUT) or f.name.startswith(temporary) for f in path.iterdir()) if path.is_dir() else ()
+    return path.is_dir() and all(ours)
+
+
 def check_run(folder: Path) -> None:
     """Raises FileNotFoundError for a folder that is no run's."""
     if not (folder / CONFIG).is_file():
+        if (folder / LOCK).is_file() and _is_new(folder):
+            raise FileNotFoundError(
+                f"resume is {str(folder)!r}, where a run was killed before its settings were written: begin it again "
+                "with the command that began it"
+            )
         raise FileNotFoundError(f"resume is {str(folder)!r}, which is no run: it has no {CONFIG}")
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from fastgpt2.gpt2 import tokenizer as tokenizers
-from fastgpt2.gpt2.checkpoints import saved_checkpoints
+from fastgpt2.gpt2.checkpoints import folder_to_read
 from fastgpt2.gpt2.generate import Generation
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.pieces import Pieces
-from fastgpt2.gpt2.pretrained import CONFIG, HUB_NAMES
+from fastgpt2.gpt2.pretrained import CONFIG, HUB_NAMES, from_pretrained
 from fastgpt2.gpt2.sampling import Sampling
 from fastgpt2.gpt2.tokenizer import Tokenizer
 
@@ -121,6 +121,12 @@ def _begin(
 ) -> Generation:
     if not prompt:
         raise ValueError("prompt is empty: give at least one character to go on from")
+    if unknown := tokenizer.unknown(prompt):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(
+            f"prompt holds {', '.join(map(repr, unknown[:5]))}{more}, which the tokenizer has no token for: "
+            f"its vocabulary is {tokenizer.vocab_size} characters"
+        )
     device = model.device
     row = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(device)
     return Generation(
@@ -140,25 +146,36 @@ def _begin(
 
 
 def load_checkpoint(
-    checkpoint: str | Path, kernels: str = "auto", tokenizer_spec: str | None = None
+    checkpoint: str | Path, kernels: str = "auto", tokenizer_spec: str | None = None, *, check: bool = True
 ) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run's folder, of a folder that `from_pretrained` reads, or of a hub name.
 
-    tokenizer_spec: as `tokenizer.from_spec` takes it, instead of the checkpoint's own.
+    tokenizer_spec: as `tokenizer.from_spec` takes it, where the checkpoint brings none.
+    check: as for `from_pretrained`.
     """
-    newest = saved_checkpoints(Path(checkpoint)) if str(checkpoint) else []
-    if newest:
-        checkpoint = newest[0]
-    model = GPT.from_pretrained(checkpoint, kernels=kernels)
+    if str(checkpoint) and Path(checkpoint).is_dir():
+        checkpoint = str(folder_to_read(Path(checkpoint), check))
+    model = from_pretrained(checkpoint, kernels=kernels, check=False)
     if tokenizer_spec is None:
         tokenizer = checkpoint_tokenizer(checkpoint, model.config.vocab_size)
     else:
-        tokenizer = tokenizers.from_spec(tokenizer_spec, [])
+        tokenizer = _named_tokenizer(checkpoint, tokenizer_spec)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
+    """Raises ValueError where a folder brings another tokenizer than `spec` names."""
+    try:
+        own = tokenizers.load(checkpoint)
+    except FileNotFoundError:
+        return tokenizers.from_spec(spec, [])
+    if not tokenizers.is_named(spec, own):
+        raise ValueError(f"tokenizer is {spec!r}, and {checkpoint} brings another one: leave tokenizer out")
+    return own
 
 
 def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:

@@ -38,16 +38,16 @@ def main(argv: Sequence[str]) -> int:
     sampling = {name: getattr(args, name) for name in names}
     Sampling(**sampling)  # wrong settings are told before the model is loaded
     device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer)
+    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=not args.no_check)
     model.to(device, DTYPES[args.dtype]).eval()
     settings = dict(
         max_new_tokens=args.max_new_tokens, stop=args.stop, crop=not args.refuse_long, compile=args.compile, **sampling
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="a prompt has")  # one that is typed twice is told about twice
-        warnings.showwarning = lambda message, *_: print(f"fastgpt2: warning: {message}", file=sys.stderr)
         if interactive:
             return _converse(model, tokenizer, args.seed, settings)
+        _check_length(model, tokenizer, prompt, settings)
         if args.stream:
             _stream(model, tokenizer, prompt, seed=args.seed, **settings)
             return 0
@@ -82,6 +82,13 @@ def _decoded(name: str, content: bytes) -> str:
         raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def _check_length(model: GPT, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> None:
+    """Raises ValueError, in the words of the command line, for a long prompt where --refuse-long was given."""
+    length, most = len(tokenizer.encode(prompt)), model.config.block_size
+    if not settings["crop"] and length > most:
+        raise ValueError(f"the prompt has {length} tokens, block_size is {most}, and --refuse-long is given")
+
+
 def _stream(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> None:
     pieces = stream_text(model, tokenizer, prompt, **settings)
     print(prompt, end="", flush=True)
@@ -104,6 +111,7 @@ def _converse(model: GPT, tokenizer: Tokenizer, seed: int, settings: dict[str, A
         if not prompt:
             continue
         try:
+            _check_length(model, tokenizer, prompt, settings)
             _stream(model, tokenizer, prompt, seed=seed, **settings)
         except KeyboardInterrupt:
             pass
@@ -121,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN|FOLDER|NAME", help="a run's folder, a checkpoint, or gpt2, ...")
+    add("--no-check", action="store_true", help="do not compare a run's checkpoint with what the run wrote")
     add("--tokenizer", metavar="NAME|PATH", help="gpt2, byte or a vocabulary, where the checkpoint brings none")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins")

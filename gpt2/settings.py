@@ -14,7 +14,7 @@ class Settings:
 
     preset: str = "baby"  # where settings not given come from: baby, gpt2, -medium, -large, -xl; each also -smoke
     data: str | None = None  # text (file or folder), or token shards of `prepare`; None: Python library's sources
-    tokenizer: str = "char"  # char, byte, gpt2, or the path of a vocabulary (folder, or tiktoken's ranks)
+    tokenizer: str | None = None  # char, byte, gpt2, or a vocabulary's path; None: the data's own, or the preset's
     out: str | None = None  # the run's folder; None: runs/DATE-TIME-PRESET
 
     steps: int = 5000  # optimizer steps

@@ -4,7 +4,8 @@
     len(tokens), tokens[start:stop]             # (stop - start,) uint16 or uint32, across the ends of shards
 
 A prepared folder holds shards as .npy, the tokenizer, and manifest.json with the length and SHA-256 of every shard.
-Read as well, in folders without a manifest, by the word train or val in a file's name: nanoGPT's .bin (uint16 and
+Read as well, in folders without a manifest, by the word train or val in a file's name (fineweb_val_000000.bin, and
+medieval_train.bin is train): nanoGPT's .bin (uint16 and
 nothing else), build-nanogpt's .npy, llm.c's .bin (256 int32 of header, then uint16).
 """
 
@@ -14,6 +15,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
+import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,7 @@ from fastgpt2.gpt2.files import write_atomically
 
 MANIFEST, FORMAT, VERSION = "manifest.json", "fastgpt2 tokens", 1
 SPLITS = ("train", "val")
+NAMES = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
 SUFFIXES = (".bin", ".npy")
 # karpathy/llm.c, dev/data/data_common.py: int32 magic, version, number of tokens, then zeros up to 256 numbers.
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 1024
@@ -44,15 +48,20 @@ class Tokens(Protocol):
 class Shards:
     """Arrays (N_i,) one after another as if they were one of (sum N_i,).
 
-    names: what to call each in an error. maxima: the largest token of each, where that is known.
+    names: what to call each in an error. maxima: the largest token of each, where that is known. sha256s: of each
+    file, where they were compared.
     """
 
     def __init__(
-        self, parts: Sequence[np.ndarray], names: Sequence[str] | None = None, maxima: Sequence[int] | None = None
+        self,
+        parts: Sequence[np.ndarray],
+        names: Sequence[str] | None = None,
+        maxima: Sequence[int] | None = None,
+        sha256s: Sequence[str] | None = None,
     ):
         self.parts = list(parts)
         self.names = [f"shard {i}" for i in range(len(parts))] if names is None else list(names)
-        self._maxima = maxima
+        self._maxima, self._sha256s = maxima, sha256s
         self._ends = np.cumsum([len(part) for part in parts]).tolist()
 
     def maxima(self) -> Sequence[int]:
@@ -61,6 +70,13 @@ class Shards:
             with ThreadPoolExecutor() as threads:
                 self._maxima = list(threads.map(lambda part: int(part.max()), self.parts))
         return self._maxima
+
+    def content(self) -> int:
+        """CRC-32 of all checksums: of the files', or else of every token, which are then read."""
+        if self._sha256s is None:
+            with ThreadPoolExecutor() as threads:
+                parts = [f"{part:08x}" for part in threads.map(array_content, self.parts)]
+        return zlib.crc32("".join(parts if self._sha256s is None else self._sha256s).encode())
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -79,6 +95,14 @@ class Shards:
             pieces.append(part[start - begin : stop - begin])
             start = end
         return np.concatenate(pieces) if pieces else np.array(self.parts[0][:0])
+
+
+def array_content(tokens: np.ndarray) -> int:
+    """CRC-32 of every token (N,) as uint32."""
+    found = 0
+    for first in range(0, len(tokens), CHUNK_BYTES):
+        found = zlib.crc32(tokens[first : first + CHUNK_BYTES].astype("<u4").tobytes(), found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -138,9 +162,16 @@ def write_shard(folder: Path, file: str, tokens: np.ndarray) -> Shard:
 
 
 def holds_tokens(path: str | Path) -> bool:
-    """Whether `path` is a folder of token shards, and not text that is still to be encoded."""
+    """Whether `path` is a folder of token shards, and not text that is still to be encoded.
+
+    One has a manifest, or files of tokens that are named train or val, or nothing but files of tokens.
+    """
     path = Path(path)
-    return (path / MANIFEST).is_file() or bool(_files(path, ""))
+    if not path.is_dir() or (path / MANIFEST).is_file():
+        return path.is_dir()
+    files = [f for f in path.iterdir() if not f.name.startswith(".")]
+    tokens = [f for f in files if f.suffix in SUFFIXES and f.is_file()]
+    return bool(tokens) and (len(tokens) == len(files) or any(_split(f) for f in tokens))
 
 
 def open_tokens(folder: str | Path, split: str, *, rank: int = 0, world_size: int = 1) -> Shards:
@@ -168,17 +199,29 @@ def open_tokens(folder: str | Path, split: str, *, rank: int = 0, world_size: in
     parts = [_listed(folder, shard) for shard in shards]
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda shard: _compare_checksum(folder, shard), shards[rank::world_size]))
-    return Shards(parts, [str(folder / shard.file) for shard in shards], [shard.max_token for shard in shards])
+    names = [str(folder / shard.file) for shard in shards]
+    return Shards(parts, names, [shard.max_token for shard in shards], [shard.sha256 for shard in shards])
 
 
 def _files(folder: Path, split: str) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and split in f.stem and f.is_file())
+    return sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and f.is_file() and _split(f) == split)
+
+
+def _split(file: Path) -> str | None:
+    """train or val, by the words of a file's name. Raises ValueError where that is not clear."""
+    words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", file.stem)}
+    said = [split for split, names in NAMES.items() if words & names]
+    if len(said) == 2 or (not said and any(split in file.stem for split in SPLITS)):
+        raise ValueError(f"{file} may be train or val: name it one of them, as a word of its own")
+    return said[0] if said else None
 
 
 def _listed(folder: Path, shard: Shard) -> np.ndarray:
     path = folder / shard.file
+    if Path(shard.file).name != shard.file or "\\" in shard.file:
+        raise ValueError(f"{folder / MANIFEST} lists {shard.file!r}, expected names of files beside it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, {MANIFEST} lists it")
     tokens = _map(path)

@@ -15,13 +15,19 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import platform
 import re
 import sysconfig
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from fastgpt2.gpt2 import shards
+from fastgpt2.gpt2.files import LOCK
+from fastgpt2.gpt2.shards import SUFFIXES as TOKEN_SUFFIXES
 
 Piece: TypeAlias = tuple[str, bool]
 Position: TypeAlias = dict[str, Any]
@@ -46,6 +52,10 @@ class Source(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What tells this source from another one; JSON can hold it."""
+
+    def inputs(self) -> dict[str, list[int]]:
+        """Every file that is read: [bytes, time of its last change in ns]. None of the hub's."""
+        return {}
 
     @abstractmethod
     def batches(self, position: Position | None = None) -> Iterator[tuple[Position, list[Piece]]]:
@@ -88,6 +98,10 @@ class Files(Source):
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "files": len(self.files), "bytes": sum(f.stat().st_size for f in self.files)}
+
+    def inputs(self) -> dict[str, list[int]]:
+        stats = ((str(file), file.stat()) for file in self.files if file.exists())
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
 
     def batches(self, position: Position | None = None) -> Iterator[tuple[Position, list[Piece]]]:
         position = position or {"file": 0, "piece": 0}
@@ -198,7 +212,7 @@ class HubDataset(Source):
                     yield position, batch
                     position, size, batch = rows.state_dict(), 0, []
         except Exception as error:  # of its HTTP libraries, Arrow's, the operating system's
-            raise OSError(f"{self.dataset} broke off ({_reason(error)}); given again, the command goes on") from error
+            raise OSError(f"{self.dataset} broke off ({_reason(error)}); given again, the command goes on") from None
         if batch:
             yield position, batch
 
@@ -213,7 +227,7 @@ class HubDataset(Source):
             raise OSError(
                 f"{self.dataset} could not be opened ({_reason(error)}); without a network, give the folder of its "
                 "Parquet files"
-            ) from error
+            ) from None
         split = (rows.info.splits or {}).get("train")
         self.documents = split.num_examples if split else None
         return rows
@@ -233,8 +247,9 @@ HUB = {
 def find_source(spec: str | Path | None, *more: str | Path) -> Source:
     """None or "python": the sources of Python's library. A name of `HUB`. Else a file, or a folder and all below it.
 
-    more: others, one after another; not of the hub. Hidden files of a folder are left out.
-    Raises FileNotFoundError for a path that is missing, ValueError for an empty folder.
+    more: others, one after another; not of the hub. Hidden files of a folder are left out, and with a warning runs and
+    shards that lie in it. Raises FileNotFoundError for a path that is missing, ValueError for an empty folder, for one
+    that holds files of tokens, and for a run.
     """
     if more:
         parts = [find_source(part) for part in (spec, *more)]
@@ -253,8 +268,34 @@ def find_source(spec: str | Path | None, *more: str | Path) -> Source:
         return Files(str(path), [path])
     if not path.is_dir():
         raise FileNotFoundError(f"data is {str(spec)!r}, there is no such file or folder")
-    below = sorted(path.rglob("*"))
-    files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
+    if _made_here(path):
+        raise ValueError(f"{path} was written by fastgpt2 train or prepare: give a folder of text")
+    files = sorted(_below(path))
+    for file in files:
+        if file.suffix in TOKEN_SUFFIXES:
+            raise ValueError(f"{path} is a folder of text, and {file} looks like tokens: move it away")
     if not files:
         raise ValueError(f"{path} holds no files: give a text, JSONL or Parquet file, or a folder of them")
     return Files(str(path), files)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file, but for hidden ones and what this package made."""
+    for name, folders, files in os.walk(folder):
+        here = Path(name)
+        for below in sorted(folders):
+            if not below.startswith(".") and _made_here(here / below):
+                warnings.warn(f"{here / below} was written by fastgpt2 and is no part of {folder}", stacklevel=3)
+                folders.remove(below)
+        folders[:] = [below for below in folders if not below.startswith(".")]
+        yield from (here / file for file in files if not file.startswith(".") and (here / file).is_file())
+
+
+def _made_here(folder: Path) -> bool:
+    """Whether a run or prepared shards are in a folder, also when they are not finished."""
+    if (folder / LOCK).is_file():
+        return True
+    try:
+        return bool(shards.read_manifest(folder))
+    except (OSError, ValueError):
+        return False

@@ -26,6 +26,7 @@ from fastgpt2.gpt2.files import write_atomically
 GPT2_VOCAB_SIZE = 50257
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+GPT2_SAYS = {"Hello world": [15496, 995], ", the": [11, 262]}  # no other vocabulary of that size does
 # The splits before any merge, from openai/gpt-2, src/encoder.py.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 OFFLINE_HELP = (
@@ -43,6 +44,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Tokens of `text`, (N,)."""
+
+    def unknown(self, text: str) -> str:
+        """The characters of `text` that have no token, each once."""
+        return ""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -115,6 +120,9 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return self._tokens[_code_points(text)]
+
+    def unknown(self, text: str) -> str:
+        return "".join(c for c in dict.fromkeys(text) if self._tokens[ord(c)] == 0 and c != UNKNOWN)
 
     def decode(self, ids: Iterable[int]) -> str:
         return _text(self._codes[self._checked(ids)])
@@ -210,6 +218,16 @@ def from_spec(spec: str, texts: Iterable[str]) -> Tokenizer:
     raise ValueError(f"tokenizer is {spec!r}, allowed are char, byte, gpt2, or the path of a vocabulary")
 
 
+def is_named(spec: str, tokenizer: Tokenizer) -> bool:
+    """Whether `spec` means this tokenizer. Needs no network, and "char" is every tokenizer of characters."""
+    if spec == "char":
+        return isinstance(tokenizer, CharTokenizer)
+    if spec == "gpt2":
+        size = isinstance(tokenizer, BPETokenizer) and tokenizer.vocab_size == GPT2_VOCAB_SIZE
+        return size and all(tokenizer.encode(text).tolist() == ids for text, ids in GPT2_SAYS.items())
+    return from_spec(spec, []) == tokenizer
+
+
 def load(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint: tokenizer.json, or vocab.json and merges.txt as older GPT-2 folders have them.
 
@@ -267,7 +285,7 @@ def gpt2() -> BPETokenizer:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise OSError(
             f"GPT-2's vocabulary is in no cache and could not be downloaded ({reason}); {OFFLINE_HELP}"
-        ) from error
+        ) from None
     return BPETokenizer(encoding._mergeable_ranks)
 
 
@@ -279,7 +297,7 @@ def download(name: str) -> Tokenizer:
         folder = snapshot_download(name, allow_patterns=["tokenizer.json", "vocab.json", "merges.txt"])
     except Exception as error:  # its own errors, its HTTP library's, the operating system's
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name!r} has no tokenizer that could be downloaded ({reason})") from error
+        raise FileNotFoundError(f"{name!r} has no tokenizer that could be downloaded ({reason})") from None
     return load(folder)
 
 

@@ -12,6 +12,7 @@ by a cosine or, with `schedule="wsd"`, late and linearly. Same config, same CPU:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import signal
@@ -23,10 +24,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastgpt2.gpt2.checkpoints import damage, load_checkpoint_state, save_checkpoint, saved_checkpoints
+from fastgpt2.gpt2 import data
+from fastgpt2.gpt2 import tokenizer as tokenizers
+from fastgpt2.gpt2.checkpoints import link_newest, load_checkpoint_state, newest_whole, save_checkpoint
 from fastgpt2.gpt2.corpus import Corpus, load_corpus
+from fastgpt2.gpt2.files import exclusive
 from fastgpt2.gpt2.hellaswag import read_examples
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.pretrained import from_pretrained
 from fastgpt2.gpt2.progress import Progress, announce, line, show_end, show_sample
 from fastgpt2.gpt2.ranks import Ranks
 from fastgpt2.gpt2.recipe import TrainConfig, choose_preset, find_device, read_settings
@@ -66,6 +71,7 @@ def train(
     resume: the folder of a run that did not reach its end: goes on from its newest whole checkpoint.
     A first SIGINT or SIGTERM ends the run after the step at hand and saves what stands; a second leaves at once.
     Sets PyTorch's global seed. Under torchrun every rank calls this; rank 0 writes.
+    A folder is one run's at a time: BlockingIOError where another process has it.
     Raises ValueError or OSError before the first step for data or settings that do not work or, with `resume`, are not
     the run's, FloatingPointError when the loss is no longer a number: what was saved last then stands.
     """
@@ -76,7 +82,10 @@ def train(
     config = config.on_this_machine()
     ranks = Ranks.join(config.device)
     try:
-        return _train(config, None if resume is None else RunFolder(Path(resume)), ranks, console or Console())
+        if config.parallel == "fsdp" and ranks.size == 1:
+            raise ValueError("parallel is 'fsdp' and there is one process: start more with torchrun")
+        with contextlib.ExitStack() as held:
+            return _train(config, None if resume is None else Path(resume), ranks, console or Console(), held)
     except BaseException as error:
         if ranks.size > 1:
             # DDP must be freed before its process group is left: freed after it, by the last frame that holds it, it
@@ -87,24 +96,32 @@ def train(
         ranks.leave()
 
 
-def _train(config: TrainConfig, folder: RunFolder | None, ranks: Ranks, console: Console) -> TrainResult:
-    """folder: of the run that goes on, None for a new one."""
+def _train(
+    config: TrainConfig, resumed: Path | None, ranks: Ranks, console: Console, held: contextlib.ExitStack
+) -> TrainResult:
+    """resumed: the folder of the run that goes on, None for a new one. held: until the end of the run."""
     if not ranks.first:
         console = Console(quiet=True)
+    if resumed is not None:
+        ranks.from_first(lambda: held.enter_context(exclusive(resumed)))
     check_trackers(config)
     text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
-    corpus = ranks.on_all(lambda: load_corpus(*text, rank=ranks.rank, world_size=ranks.size))
+    place: dict[str, Any] = dict(rank=ranks.rank, world_size=ranks.size)
+    corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=config.text_tokenizer(), **place))
     examples = ranks.from_first(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
     torch.manual_seed(config.seed)
     trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks)
-    done = 0 if folder is None else _restore(trainer, folder.path, console)
+    held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
+    done = 0 if resumed is None else _restore(trainer, resumed, held_out, console)
     val_loss = trainer.validation_loss()  # also meets what a kernel refuses, before anything is written
 
-    new = folder is None
-    if folder is None:
-        folder = ranks.from_first(lambda: _new_folder(config, trainer.model, corpus))
-    elif ranks.first:
-        folder.rewind_log(done)
+    new = resumed is None
+    if resumed is None:
+        folder = ranks.from_first(lambda: _new_folder(config, trainer.model, corpus, held))
+    else:
+        folder = RunFolder(resumed)
+        if ranks.first:
+            folder.rewind_log(done)
     trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
     announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
 
@@ -125,7 +142,7 @@ def _train(config: TrainConfig, folder: RunFolder | None, ranks: Ranks, console:
                 tracker.log(record)
             progress.show(record)
             if due or stopped_by is not None:
-                _save(trainer, folder.path, step)
+                _save(trainer, folder.path, step, held_out)
             if stopped_by is not None:
                 break
     for tracker in trackers:
@@ -141,8 +158,8 @@ def _train(config: TrainConfig, folder: RunFolder | None, ranks: Ranks, console:
     return TrainResult(folder.path, model, corpus.tokenizer, record.step, record.loss, val_loss, stopped_by)
 
 
-def _new_folder(config: TrainConfig, model: GPT, corpus: Corpus) -> RunFolder:
-    folder = RunFolder.create(config.out, config.preset)
+def _new_folder(config: TrainConfig, model: GPT, corpus: Corpus, held: contextlib.ExitStack) -> RunFolder:
+    folder = RunFolder.create(config.out, config.preset, held)
     folder.write_config(config, model, corpus)
     return folder
 
@@ -157,9 +174,9 @@ def _begin_tracking(config: TrainConfig, folder: Path, done: int, new: bool) -> 
         raise
 
 
-def _save(trainer: Trainer, folder: Path, step: int) -> None:
+def _save(trainer: Trainer, folder: Path, step: int, held_out: dict[str, int]) -> None:
     model, config = trainer.whole_model(), trainer.config
-    state = {**trainer.state_dict(), "config": dataclasses.asdict(config), "versions": versions()}
+    state = {**trainer.state_dict(), "config": dataclasses.asdict(config), "versions": versions(), "val": held_out}
 
     def save() -> None:
         if trainer.ranks.first:
@@ -187,25 +204,24 @@ def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
             )
 
 
-def _restore(trainer: Trainer, run: Path, console: Console) -> int:
+def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Console) -> int:
     """Loads the newest whole checkpoint; returns its step, 0 for a run that was killed before its first one.
 
-    Raises ValueError where there are checkpoints and none is whole.
+    Raises ValueError where there are checkpoints and none is whole, and for data that is not the run's.
     """
-    folders = saved_checkpoints(run)
-    for folder in folders:
-        wrong = damage(folder)
-        if wrong is None:
-            break
-        line(console, f"damaged {folder}: {wrong}")
-    else:
-        if folders:
-            raise ValueError(f"{run}: none of its checkpoints is whole, the newest: {damage(folders[0])}")
+    folder = newest_whole(run, lambda text: line(console, text))
+    if folder is None:
         line(console, f"resumes {run} from the beginning, it has no checkpoint yet")
         return 0
     state = load_checkpoint_state(folder)
     _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
-    trainer.load_state_dict(GPT.from_pretrained(folder), state)
+    if tokenizers.load(folder) != trainer.tokenizer:
+        raise ValueError(f"{folder} was trained on tokens of another tokenizer than the data's")
+    trainer.load_state_dict(from_pretrained(folder, check=False), state)
+    for name, value in state.get("val", {}).items():
+        if held_out[name] != value:
+            raise ValueError(f"{name} of the held-out data is {held_out[name]}, the run was validated with {value}")
+    trainer.ranks.from_first(lambda: link_newest(run, folder))  # a kill may have come before it
     line(console, f"resumes {folder}")
     for name, version in versions().items():
         if state["versions"][name] != version:

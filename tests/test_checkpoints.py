@@ -29,6 +29,8 @@ KILLS = [
     ("step", 1), ("step", 4), ("update", 7), ("log", 8), ("step", 10),
     *(("sync", n) for n in (3, 7, 9, 10, 11, 15, 17)), *(("rename", n) for n in (5, 8, 9, 15, 16)), ("remove", 1),
 ]  # fmt: skip
+# Before config.yaml is there: the same command begins again.
+EARLY = [("sync", 1), ("rename", 1), ("sync", 2), ("rename", 2)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,15 +66,16 @@ def assert_same(whole, result, log):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, whole):
-    """The folder of a run that was killed, for each of KILLS."""
+    """The folder of a run that was killed, for each of EARLY and KILLS."""
     folder = tmp_path_factory.mktemp("killed")
-    outs = [str(folder / f"{place}-{count}") for place, count in KILLS]
-    runs = [({**whole[0], "out": out}, *kill) for out, kill in zip(outs, KILLS, strict=True)]
+    kills = [*EARLY, *KILLS]
+    outs = [str(folder / f"{place}-{count}") for place, count in kills]
+    runs = [({**whole[0], "out": out}, *kill) for out, kill in zip(outs, kills, strict=True)]
     (folder / "runs.json").write_text(json.dumps(runs))
     worker = Path(__file__).with_name("killed_runs.py")
     done = subprocess.run([sys.executable, str(worker), str(folder)], capture_output=True, text=True)
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(KILLS), done.stdout + done.stderr
-    return {kill: Path(out) for out, kill in zip(outs, KILLS, strict=True)}
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(kills), done.stdout + done.stderr
+    return {kill: Path(out) for out, kill in zip(outs, kills, strict=True)}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -82,6 +85,18 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, killed, kill):
     assert_same(whole, result, log)
     assert all(damage(folder) is None for folder in saved_checkpoints(result.folder))
     assert (result.folder / "checkpoint").resolve() == saved_checkpoints(result.folder)[0].resolve()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kill", EARLY, ids=str)
+def test_a_run_that_was_killed_before_its_settings_stood_begins_again(whole, killed, kill):
+    folder = killed[kill]
+    assert folder.is_dir() and not (folder / "config.yaml").exists()
+    with pytest.raises(FileNotFoundError, match="killed before its settings were written: begin it again"):
+        finish(None, resume=folder)
+    result, log, _ = run({**whole[0], "out": str(folder)})
+    assert_same(whole, result, log)
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_a_signal_and_a_resume_are_a_run_that_nobody_stopped(whole, tmp_path, monkeypatch):
@@ -171,6 +186,38 @@ def test_a_write_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
+# --------------------------------------------------------------------------------------------------------- the link
+
+
+def test_a_link_that_a_kill_left_behind_is_made_new(whole, tmp_path):
+    run = copied(whole, tmp_path)
+    newest, before = saved_checkpoints(run)
+    checkpoints.link_newest(run, before)
+    finish(None, resume=run)
+    assert (run / "checkpoint").resolve() == newest.resolve()
+
+
+def test_a_copy_that_followed_the_link_goes_on(whole, tmp_path):
+    run = shutil.copytree(whole[1].folder, tmp_path / "copy")  # as cp -rL
+    shutil.rmtree(saved_checkpoints(run)[0])
+    shutil.rmtree(run / "checkpoint")
+    shutil.copytree(saved_checkpoints(run)[0], run / "checkpoint")
+    result, log, _ = finish(None, resume=run)
+    assert_same(whole, result, log)
+    assert (run / "checkpoint").is_symlink()
+    assert (run / "checkpoint").resolve() == saved_checkpoints(run)[0].resolve()
+
+
+def test_a_folder_of_somebody_else_in_the_links_place_stays(whole, tmp_path):
+    run = copied(whole, tmp_path)
+    (run / "checkpoint").unlink()
+    (run / "checkpoint").mkdir()
+    (run / "checkpoint" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="checkpoint is no link and no copy of a checkpoint of this run"):
+        finish(None, resume=run)
+    assert (run / "checkpoint" / "thesis.txt").read_text() == "mine"
+
+
 # ---------------------------------------------------------------------------------------------------- another config
 
 
@@ -211,7 +258,7 @@ def test_data_may_move_and_other_data_of_its_length_is_refused(whole, tmp_path):
     content = Path(whole[0]["data"]).read_text()
     text.write_text(content.replace("cat", "cow"))
     moved = TrainConfig(**{**whole[0], "data": str(text)})
-    with pytest.raises(ValueError, match="checksum of the data is"):
+    with pytest.raises(ValueError, match="content of the data is"):
         finish(moved, resume=run)
     text.write_text(content)
     result, log, _ = finish(moved, resume=run)

@@ -12,6 +12,7 @@ from importlib import metadata
 import pytest
 
 from fastgpt2.gpt2 import cli, sample_command
+from fastgpt2.gpt2.progress import shell_word
 from fastgpt2.gpt2.recipe import TrainConfig
 
 SMALL = (
@@ -42,7 +43,7 @@ def failed(capsys, *args) -> str:
 
 def test_train_writes_a_run(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "about.json", "log.jsonl", "checkpoint", "checkpoints", "loss.png",
+        "config.yaml", "about.json", "log.jsonl", "checkpoint", "checkpoints", "loss.png", ".fastgpt2.lock",
     }  # fmt: skip
 
 
@@ -62,11 +63,11 @@ def test_options_reach_the_config(monkeypatch):
     result = types.SimpleNamespace(stopped_by=None)
     monkeypatch.setattr("fastgpt2.gpt2.train.train", lambda config, resume, console: seen.append(config) or result)
     assert cli.main(["train"]) == 0
-    assert cli.main("train --preset gpt2 --lr 1e-5 --compile --data x --steps 3".split()) == 0
+    assert cli.main("train --preset gpt2 --lr 1e-5 --min-lr 1e-6 --compile --data x --steps 3".split()) == 0
     assert cli.main("train --device cpu --no-compile --kernels attention,gelu".split()) == 0
     default, second, third = seen
     assert default.preset in ("baby", "baby-smoke")
-    assert second == TrainConfig.from_preset("gpt2", lr=1e-5, compile=True, data="x", steps=3)
+    assert second == TrainConfig.from_preset("gpt2", lr=1e-5, min_lr=1e-6, compile=True, data="x", steps=3)
     assert third == TrainConfig.from_preset("baby-smoke", device="cpu", compile=False, kernels="attention,gelu")
 
 
@@ -88,6 +89,23 @@ def test_a_run_is_resumed_with_its_own_settings(run, tmp_path, capsys):
     assert cli.main(["train", "--resume", str(copy)]) == 0
     assert f"resumes {copy}" in capsys.readouterr().out
     assert "lr is 0.5, the run" in failed(capsys, "train", "--resume", str(copy), "--lr", "0.5")
+
+
+def test_the_next_command_is_one_that_bash_passes_on(run, tmp_path, capsys):
+    """What is printed at the end of a run, taken by bash, is what was meant."""
+    prompts = ["\n", "def ", "it's\t$HOME `x` \\n", "\x1b[0m!", "é 'q' \"", "a\nb'c"]
+    words = subprocess.run(
+        ["bash", "-c", "printf '%s\\0' " + " ".join(map(shell_word, prompts))], capture_output=True, check=True
+    )
+    assert words.stdout.decode().split("\0")[:-1] == prompts
+    capsys.readouterr()
+    copy = shutil.copytree(run, tmp_path / "a run", symlinks=True)
+    assert cli.main(["train", "--resume", str(copy)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("more")]
+    code = "import sys; sys.argv.pop(0); print(sys.argv)\n"
+    fastgpt2 = f"fastgpt2() {{ {sys.executable} -c '{code}' \"$@\"; }}; "
+    seen = subprocess.run(["bash", "-c", fastgpt2 + line.removeprefix("more")], capture_output=True, text=True)
+    assert seen.stdout == f"{['sample', '--checkpoint', str(copy), '--prompt', chr(10)]}\n", seen
 
 
 # -------------------------------------------------------------------------------------------------------- sample
@@ -140,8 +158,16 @@ def test_mistakes_in_training_are_one_line(tmp_path, capsys):
         (["--preset", "babby"], "preset 'babby' is unknown"),
         (["--schedule", "wsd", "--decay-fraction", "2"], "decay_fraction is 2.0"),
         (["--n-head", "5", "--device", "cpu"], "divisible by n_head"),
+        (["--lr", "1e-5", "--min-lr", "1e-4"], "min_lr is 0.0001, allowed are numbers up to lr, which is 1e-05"),
+        (["--parallel", "fsdp", "--device", "cpu"], "parallel is 'fsdp' and there is one process"),
     ):
         assert message in failed(capsys, "train", *args)
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"fastgpt2 {metadata.version('fastgpt2')}\n"
 
 
 @pytest.mark.parametrize("args", [[], ["tarin"], ["train", "--stesp", "3"], ["sample"]])

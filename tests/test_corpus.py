@@ -25,10 +25,10 @@ def test_prepared_shards_bring_their_tokenizer(tmp_path):
     manifest = write_prepared(tmp_path)
     BPETokenizer({bytes([b]): b for b in range(256)} | {b"he": 256}).save(tmp_path)
     with pytest.raises(ValueError, match=rf"{tmp_path}/train_.\.npy holds token .*, vocab_size is 258"):
-        load_corpus(str(tmp_path), "char", 0.1, block_size=8)
+        load_corpus(str(tmp_path), None, 0.1, block_size=8)
     dataclasses.replace(manifest, train=manifest.train[:0]).save(tmp_path)
     with pytest.raises(FileNotFoundError, match="lists no train shard"):
-        load_corpus(str(tmp_path), "char", 0.1, block_size=8)
+        load_corpus(str(tmp_path), None, 0.1, block_size=8)
 
 
 def test_shards_without_a_tokenizer_need_its_name(tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_training_reads_shards(tmp_path, monkeypatch, write):
     monkeypatch.setattr(test_shards, "TOKENS", (TOKENS % 256).astype(np.uint16))
     write(tmp_path)
     ByteTokenizer().save(tmp_path)
-    settings = {**TINY, "data": str(tmp_path), "out": str(tmp_path / "run"), "tokenizer": "char"}
+    settings = {**TINY, "data": str(tmp_path), "out": str(tmp_path / "run"), "tokenizer": None}
     result, log, said = run(settings, steps=2)
     assert result.steps == 2 and result.model.config.vocab_size == 256 and "1,000 tokens and 100 held out" in said
     assert len(log) == 2

@@ -7,11 +7,12 @@ import pytest
 import test_evaluate
 import test_hellaswag
 from test_cli import failed
+from tiny_models import tiny
 
 from fastgpt2.gpt2 import cli, data, shards
 from fastgpt2.gpt2.evaluate import mean_loss, text_loss
 from fastgpt2.gpt2.hellaswag import hellaswag, read_examples
-from fastgpt2.gpt2.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.tokenizer import ByteTokenizer, CharTokenizer
 
 model, file = test_evaluate.model, test_hellaswag.file
 TEXT = "the theatre, then another thing.\n" * 10
@@ -67,6 +68,18 @@ def test_shards_of_others_are_read(tmp_path, capsys, checkpoint):
     np.array([258] * 100, np.uint16).tofile(tmp_path / "val.bin")
     said = failed(capsys, "eval", "--checkpoint", checkpoint, "--data", str(tmp_path))
     assert f"{tmp_path}/val.bin holds token 258, vocab_size is 258" in said
+
+
+@pytest.mark.filterwarnings("default:--text")
+def test_characters_that_the_tokenizer_does_not_have_are_told(tmp_path, capsys):
+    tiny(vocab_size=4).save_pretrained(tmp_path / "checkpoint")
+    CharTokenizer("abc").save(tmp_path / "checkpoint")
+    for text, said in (("abcabc", ""), ("ab€d", "no token for 2 of its characters, such as '€': all of them are one")):
+        (tmp_path / "a.txt").write_text(text)
+        options = ["--checkpoint", str(tmp_path / "checkpoint"), "--text", str(tmp_path / "a.txt")]
+        assert cli.main(["eval", *options]) == 0
+        err = capsys.readouterr().err
+        assert said in err and bool(err) == bool(said)
 
 
 def test_what_cannot_be_evaluated_is_named(tmp_path, capsys, checkpoint, prepared):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,14 @@ def test_a_source_folder_called_gpt2_does_not_hide_the_hub_s(hub, tmp_path, hf):
     assert same_weights(GPT.from_pretrained("gpt2"), hf)
     write_folder(tmp_path / "gpt2", hf_gpt2(seed=5))
     assert not same_weights(GPT.from_pretrained("gpt2"), hf)
+
+
+def test_a_failed_download_is_the_only_error_of_a_traceback(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: 1 / 0)
+    with pytest.raises(OSError, match="could not be downloaded") as error:
+        GPT.from_pretrained("gpt2")
+    text = "".join(traceback.format_exception(error.value))
+    assert text.count("Traceback") == 1 and "ZeroDivisionError: " in text.splitlines()[-1].replace("(", "")
 
 
 def test_a_failed_download_says_so_and_how_to_do_without(hub):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from fastgpt2 import GPT
 from fastgpt2.gpt2 import sample
+from fastgpt2.gpt2.checkpoints import save_checkpoint
 from fastgpt2.gpt2.generate import generate
 from fastgpt2.gpt2.sample import generate_text, load_checkpoint, stream_text, write_texts
 from fastgpt2.gpt2.tokenizer import ByteTokenizer
@@ -86,10 +86,8 @@ def test_a_long_prompt_warns_or_is_refused(model):
 
 
 def test_a_checkpoint_is_a_run_or_a_folder(model, tmp_path):
-    folder = tmp_path / "run" / "checkpoints" / "step-00000010"
-    (folder.parent / "step-00000009").mkdir(parents=True)
-    model.save_pretrained(folder)
-    ByteTokenizer().save(folder)
+    (tmp_path / "run" / "checkpoints" / "step-00000009").mkdir(parents=True)
+    folder = save_checkpoint(tmp_path / "run", 10, model, ByteTokenizer(), {}, keep=2)
     for path in (tmp_path / "run", str(folder)):
         loaded, tokenizer = load_checkpoint(path, kernels="torch")
         assert isinstance(tokenizer, ByteTokenizer) and loaded.config == model.config
@@ -113,7 +111,7 @@ def test_gpt2s_size_means_gpt2s_tokenizer(tmp_path, monkeypatch):
 
 def test_a_hub_name_brings_its_tokenizer(model, tmp_path, monkeypatch):
     ByteTokenizer().save(tmp_path)
-    monkeypatch.setattr(GPT, "from_pretrained", lambda name, kernels: model)
+    monkeypatch.setattr(sample, "from_pretrained", lambda name, kernels, check: model)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert isinstance(load_checkpoint("someone/their-gpt")[1], ByteTokenizer)
 

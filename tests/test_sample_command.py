@@ -7,7 +7,7 @@ import pytest
 from tiny_models import tiny
 
 from fastgpt2.gpt2 import cli, sample_command
-from fastgpt2.gpt2.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.tokenizer import ByteTokenizer, CharTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,34 @@ def test_a_long_prompt_is_told_or_refused(sample):
     assert (
         status == 0 and err == "fastgpt2: warning: a prompt has 20 tokens, block_size is 8: the model sees the last 8\n"
     )
+    assert sample("--prompt", "x" * 20, "--stream")[2] == err
     status, _, err = sample("--prompt", "x" * 20, "--refuse-long")
-    assert status == 2 and "prompt has 20 tokens, block_size is 8" in err
+    assert (status, err) == (
+        2, "fastgpt2: error: the prompt has 20 tokens, block_size is 8, and --refuse-long is given\n"
+    )  # fmt: skip
+    assert sample("--prompt", "x" * 8, "--refuse-long")[0] == 0
+
+
+@pytest.mark.parametrize("form", [(), ("--stream",), ("--json",)])
+def test_characters_without_a_token_are_named(tmp_path, capsys, form):
+    tiny(vocab_size=4).save_pretrained(tmp_path)
+    CharTokenizer("abc").save(tmp_path)
+    args = ["sample", "--checkpoint", str(tmp_path), "--device", "cpu", "--max-new-tokens", "3", *form]
+    assert cli.main([*args, "--prompt", "a€bx€d123"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "prompt holds '€', 'x', 'd', '1', '2' and 1 more, which the tokenizer has no token for" in err
+    assert "its vocabulary is 4 characters" in err
+    assert cli.main([*args, "--prompt", "ab\ufffd"]) == 0  # the unknown one itself, as texts are written
+
+
+def test_a_typed_line_without_tokens_is_told(tmp_path, capsys, monkeypatch):
+    tiny(vocab_size=4).save_pretrained(tmp_path)
+    CharTokenizer("abc").save(tmp_path)
+    typed(monkeypatch, "x\na\n", terminal=True)
+    args = ["sample", "--checkpoint", str(tmp_path), "--device", "cpu", "--max-new-tokens", "3"]
+    assert cli.main(args) == 0
+    out, err = capsys.readouterr()
+    assert "prompt holds 'x'" in err and "> a" in out
 
 
 def test_what_is_no_text_is_named(sample, tmp_path):
@@ -107,7 +133,7 @@ def test_what_is_no_text_is_named(sample, tmp_path):
 def test_a_line_that_cannot_be_used_is_told_and_the_next_one_asked_for(sample, monkeypatch):
     typed(monkeypatch, f"{'x' * 20}\na\n", terminal=True)
     status, out, err = sample("--refuse-long")
-    assert status == 0 and "a prompt has 20 tokens" in err and "> a" in out
+    assert status == 0 and "the prompt has 20 tokens, block_size is 8, and --refuse-long" in err and "> a" in out
 
 
 def test_a_terminal_is_asked_again_and_again(sample, monkeypatch):

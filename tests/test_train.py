@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what they write, that they repeat, and how they end."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -299,7 +300,7 @@ def test_a_missing_gpu_is_named():
 
 def test_an_old_run_is_not_written_over(finished, settings):
     before = (finished[0].folder / "log.jsonl").read_bytes()
-    with pytest.raises(FileExistsError, match="not an empty folder"):
+    with pytest.raises(FileExistsError, match="holds a run: --resume .* goes on with it"):
         run(settings, out=str(finished[0].folder))
     assert (finished[0].folder / "log.jsonl").read_bytes() == before
 
@@ -310,9 +311,13 @@ def test_an_old_run_is_not_written_over(finished, settings):
 def test_folders_of_the_same_second_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda format: "2030-01-02_03-04-05")
-    first = RunFolder.create(None, "baby")
-    (first.path / "log.jsonl").touch()
-    second = RunFolder.create(None, "baby")
+    with contextlib.ExitStack() as held:
+        first = RunFolder.create(None, "baby", held)  # locked
+        second = RunFolder.create(None, "baby", held)
+        (second.path / "config.yaml").touch()
+    with contextlib.ExitStack() as held:
+        (first.path / "config.yaml").touch()
+        assert str(RunFolder.create(None, "baby", held).path) == f"{first.path}-3"
     assert str(first.path) == "runs/2030-01-02_03-04-05-baby" and str(second.path) == f"{first.path}-2"
 
 

@@ -162,6 +162,43 @@ def test_runs_are_overlaid(tmp_path, monkeypatch):
     assert len(figures[1].axes) == 2, "no panel for what was not scored"
 
 
+@pytest.mark.parametrize(
+    ("hours", "unit", "value"),
+    [
+        (0.1, "minutes", 6),
+        (1.5, "minutes", 90),
+        (2, "hours", 2),
+        (47, "hours", 47),
+        (72, "days", 3),
+        (0.02, "seconds", 72),
+    ],
+)
+def test_time_has_a_unit_that_fits(tmp_path, monkeypatch, hours, unit, value):
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, picture: figures.append(figure))
+    folder = written(tmp_path / "a", [4.0, 3.0])
+    log = (folder / "log.jsonl").read_text().replace("3600000.0", str(hours / 2 * 3.6e6))
+    (folder / "log.jsonl").write_text(log)
+    plot_runs([folder], tmp_path / "x.png")
+    axes = figures[0].axes[1]
+    assert axes.get_xlabel() == f"{unit} of training" and axes.lines[0].get_xdata()[-1] == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("name", "begin"), [("x.png", b"\x89PNG"), ("x.pdf", b"%PDF-"), ("x.svg", b"<?xml")])
+def test_a_picture_is_what_its_name_says(tmp_path, name, begin):
+    a = written(tmp_path / "a", [4.0, 3.0])
+    assert cli.main(["plot", str(a), "--out", str(tmp_path / name)]) == 0
+    content = (tmp_path / name).read_bytes()
+    assert content.startswith(begin) and (b"<svg" in content) == name.endswith("svg")
+
+
+@pytest.mark.parametrize("name", ["x.xyz", "x", "x.png.jpg"])
+def test_a_name_that_says_no_picture_is_refused(tmp_path, capsys, name):
+    a = written(tmp_path / "a", [4.0, 3.0])
+    said = failed(capsys, "plot", str(a), "--out", str(tmp_path / name))
+    assert f"{name}', allowed are names that end in .pdf, .png, .svg" in said and not (tmp_path / name).exists()
+
+
 def test_the_command_writes_a_picture(tmp_path, capsys):
     from matplotlib.image import imread
 
