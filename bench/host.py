@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +36,7 @@ from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, ALL_TRITON, Kernels, Stream
 
+RESULTS = Path(__file__).parent / "results" / "host.md"
 LAYERS = 12
 B, T, C, HEADS, VOCABULARY = 2, 16, 32, 2, 64
 ROUNDS = 15
@@ -246,6 +248,7 @@ def add_command(commands) -> None:
     command.add_argument("--nanogpt", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare with it")
     command.add_argument("--rounds", type=int, default=ROUNDS, help="of timing, the best of which counts; %(default)s")
     command.add_argument("--json", help="also write the figures to this file")
+    command.add_argument("--write", action="store_true", help="write the tables to bench/results, to be committed")
     command.set_defaults(run=main)
 
 
@@ -254,12 +257,22 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"bench host: --rounds is {options.rounds}, allowed is at least 1")
     nanogpt = variants.nanogpt_module(options.nanogpt) if options.nanogpt else None
     torch.set_num_threads(1)
-    print(f"Host time on {processor()}; PyTorch {torch.__version__}; nothing runs on a device.")
+    lines = [
+        "# What the host does in a step",
+        "",
+        "Written by `fastgpt2 bench host --write`, with nothing on a device: no figure here is a speed of a GPU.",
+        f"Microseconds of {processor()}, the best of {options.rounds} rounds;",
+        f"PyTorch {torch.__version__}, Triton {triton.__version__}.",
+    ]
+    print("\n".join(lines[2:]))
     results = {}
     for name, autocast in (("fp32", False), ("autocast, bf16", True)):
         found = measure(autocast, options.rounds, nanogpt)
-        print("\n" + table(found, name))
+        lines += ["", table(found, name)]
+        print("\n" + lines[-1])
         results[name] = {t: {road: vars(p) for road, p in by_road.items()} for t, by_road in found.items()}
+    if options.write:
+        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
