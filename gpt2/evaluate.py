@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.gpt2 import data
+from fastgpt2.gpt2.model import GPT, Context
 from fastgpt2.gpt2.ops import IGNORED_TARGET
 from fastgpt2.gpt2.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from fastgpt2.gpt2.model import GPT
 
 Watch = Callable[[Sequence[Any]], Iterable[Any]]  # passes its items on: rich.progress.track, or iter
 
