@@ -82,7 +82,7 @@ def train(
     config = config.on_this_machine()
     ranks = Ranks.join(config.device)
     try:
-        if config.parallel == "fsdp" and ranks.size == 1:
+        if config.parallel == "fsdp" and ranks.size == 1 and resume is None:
             raise ValueError("parallel is 'fsdp' and there is one process: start more with torchrun")
         with contextlib.ExitStack() as held:
             return _train(config, None if resume is None else Path(resume), ranks, console or Console(), held)
@@ -223,6 +223,8 @@ def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Con
             raise ValueError(f"{name} of the held-out data is {held_out[name]}, the run was validated with {value}")
     trainer.ranks.from_first(lambda: link_newest(run, folder))  # a kill may have come before it
     line(console, f"resumes {folder}")
+    if trainer.config.parallel == "fsdp" and trainer.ranks.size == 1:
+        line(console, "note    parallel is fsdp, and this one process has all of the model")
     for name, version in versions().items():
         if state["versions"][name] != version:
             line(console, f"note    {name} was {state['versions'][name]}, is {version}: losses may differ in rounding")

@@ -106,6 +106,7 @@ def test_one_process_goes_on_with_a_run_of_two(folders, name, tmp_path, alone):
     """The last checkpoint is whole parameters, whoever wrote it."""
     result, log, said = finish(None, resume=folders[name])
     assert len(log) == 8 and "resumes" in said
+    assert ("note    parallel is fsdp, and this one process has all of the model" in said) == (name == "fsdp")
     for key, value in alone[0].model.state_dict().items():
         torch.testing.assert_close(result.model.state_dict()[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
