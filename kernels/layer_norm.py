@@ -111,7 +111,7 @@ def _layer_norm_fwd_kernel(
             y += bias
         tl.store(y_ptr + row * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(statistics_ptr + row, mean + shift)
-        tl.store(statistics_ptr + N + row, rstd)
+        tl.store(statistics_ptr + (row + N), rstd)
 
 
 # Tiles of backward are (CHUNKS, ROWS, SPAN): a row is CHUNKS * SPAN columns, a SPAN one 128-bit access of its lanes. In
@@ -177,8 +177,8 @@ def _layer_norm_bwd_kernel(
         dy = _load_tile(dy_ptr, stride_dyn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
         if dtotal_ptr is not None:
             from_total = _load_tile(dtotal_ptr, stride_dtn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
-        mean = tl.load(statistics_ptr + offs_n, mask=mask_n, other=0.0)
-        rstd = tl.load(statistics_ptr + N + offs_n, mask=mask_n, other=0.0)
+        mean = tl.load(statistics_ptr + offs_n.to(tl.int64), mask=mask_n, other=0.0)
+        rstd = tl.load(statistics_ptr + (offs_n.to(tl.int64) + N), mask=mask_n, other=0.0)
 
         dy = tl.where(mask_c, dy, 0.0)
         xhat = tl.where(mask_c, (total - mean) * rstd, 0.0)
