@@ -30,5 +30,5 @@ def is_traced() -> bool:
 
 def write_down(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
     """Adds `kernel[grid](*args, **options)` to the graph."""
-    options.pop("enable_fp_fusion", None)  # Inductor takes Triton's default, and refuses the option
+    options.pop("enable_fp_fusion", None)  # Inductor would drop it in silence: it compiles with Triton's default
     torch.library.wrap_triton(kernel)[grid](*args, **options)
