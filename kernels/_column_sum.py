@@ -21,12 +21,12 @@ from ._op import empty_like
 
 
 @triton.jit
-def _sum_columns(partial_ptr, out_ptr, offs_c, mask_c, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    acc = tl.zeros((BLOCK_P, BLOCK_C), partial_ptr.dtype.element_ty)
+def _sum_columns(partials_ptr, out_ptr, first, offs_c, mask_c, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    acc = tl.zeros((BLOCK_P, BLOCK_C), partials_ptr.dtype.element_ty)
     for start in range(0, P, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < P)[:, None] & mask_c[None, :]
-        acc += tl.load(partial_ptr + offs_p.to(tl.int64)[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+        acc += tl.load(partials_ptr + (first + offs_p)[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + offs_c, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask_c)
 
 
@@ -37,15 +37,15 @@ def _column_sum_kernel(
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     k = tl.program_id(1)
-    partials_ptr += k.to(tl.int64) * P * C
+    first = k.to(tl.int64) * P  # row of all partials
     if k == 0:
-        _sum_columns(partials_ptr, out0_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+        _sum_columns(partials_ptr, out0_ptr, first, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
     if out1_ptr is not None:
         if k == 1:
-            _sum_columns(partials_ptr, out1_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+            _sum_columns(partials_ptr, out1_ptr, first, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
     if out2_ptr is not None:
         if k == 2:
-            _sum_columns(partials_ptr, out2_ptr, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
+            _sum_columns(partials_ptr, out2_ptr, first, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
 
 
 @planned

@@ -110,8 +110,8 @@ def _layer_norm_fwd_kernel(
         if bias_ptr is not None:
             y += bias
         tl.store(y_ptr + row * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(statistics_ptr + row, mean + shift)
-        tl.store(statistics_ptr + N + row, rstd)
+        tl.store(statistics_ptr + row * 2, mean + shift)
+        tl.store(statistics_ptr + row * 2 + 1, rstd)
 
 
 # Tiles of backward are (CHUNKS, ROWS, SPAN): a row is CHUNKS * SPAN columns, a SPAN one 128-bit access of its lanes. In
@@ -177,8 +177,8 @@ def _layer_norm_bwd_kernel(
         dy = _load_tile(dy_ptr, stride_dyn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
         if dtotal_ptr is not None:
             from_total = _load_tile(dtotal_ptr, stride_dtn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
-        mean = tl.load(statistics_ptr + offs_n, mask=mask_n, other=0.0)
-        rstd = tl.load(statistics_ptr + N + offs_n, mask=mask_n, other=0.0)
+        mean = tl.load(statistics_ptr + offs_n.to(tl.int64) * 2, mask=mask_n, other=0.0)
+        rstd = tl.load(statistics_ptr + offs_n.to(tl.int64) * 2 + 1, mask=mask_n, other=0.0)
 
         dy = tl.where(mask_c, dy, 0.0)
         xhat = tl.where(mask_c, (total - mean) * rstd, 0.0)
@@ -238,9 +238,9 @@ def layer_norm_fwd(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """-> total (..., C), or None without a residual; y (..., C) in `dtype`; statistics (2, N): mean and rstd."""
+    """-> total (..., C), or None without a residual; y (..., C) in `dtype`; statistics (N, 2): mean and rstd."""
     total, y, statistics = _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype)
-    N, C = statistics.shape[1], x.shape[-1]
+    N, C = statistics.shape[0], x.shape[-1]
     if N == 0:
         return total, y, statistics
     x, stride_xn = rows(x)
@@ -256,7 +256,7 @@ def _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p
         total_dtype = total_dtype if residual.dtype == x.dtype else torch.promote_types(x.dtype, residual.dtype)
         total = empty_like(x, total_dtype)
     accumulator = torch.float64 if total_dtype == torch.float64 else torch.float32
-    statistics = torch.empty(2, x.numel() // x.shape[-1], dtype=accumulator, device=x.device)
+    statistics = torch.empty(x.numel() // x.shape[-1], 2, dtype=accumulator, device=x.device)
     return total, empty_like(x, dtype), statistics
 
 
@@ -288,7 +288,7 @@ def layer_norm_bwd(
     dx_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """-> dx, dresidual (..., C), dweight, dbias, dx_bias (C,); None for one whose dtype is None."""
-    N, C = statistics.shape[1], total.shape[-1]
+    N, C = statistics.shape[0], total.shape[-1]
     dtypes = (dweight_dtype, dbias_dtype, dx_bias_dtype)
     dx, dresidual = empty_like(total, dx_dtype), None if dresidual_dtype is None else empty_like(total, dresidual_dtype)
     if N == 0:
