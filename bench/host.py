@@ -100,10 +100,10 @@ def op_runs(kernels: Kernels) -> dict[str, tuple[Callable[[], Any], list[Tensor]
     norm, fc, proj = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.Linear(4 * C, C, bias=False)
     wte, wpe, head = nn.Embedding(VOCABULARY, C), nn.Embedding(T, C), nn.Linear(C, VOCABULARY, bias=False)
     idx = torch.randint(VOCABULARY, (B, T))
-    stream = Stream(x, x_bias, residual)
+    stream, V = Stream(x, x_bias, residual), VOCABULARY
     return {
         "add_layer_norm": (
-            lambda: ops.add_layer_norm(stream, norm, 0.0, kernels),
+            lambda: ops.add_layer_norm(stream, norm, kernels),
             [x, residual, x_bias, *norm.parameters()],
         ),
         "attention": (lambda: ops.causal_attention(qkv, HEADS, 0.25, 0.0, kernels), [qkv]),
@@ -112,7 +112,10 @@ def op_runs(kernels: Kernels) -> dict[str, tuple[Callable[[], Any], list[Tensor]
             lambda: ops.embedding(idx, wte, wpe, None, 0.0, kernels),
             [*wte.parameters(), *wpe.parameters()],
         ),
-        "loss": (lambda: ops.head_loss(x, head, idx, VOCABULARY, False, kernels)[1], [x, *head.parameters()]),
+        "loss": (
+            lambda: ops.head_loss(x, head, idx, V, V, False, kernels)[1],
+            [x, *head.parameters()],
+        ),
     }
 
 

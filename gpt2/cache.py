@@ -38,7 +38,7 @@ class KVCache:
         if not 1 <= S <= config.block_size:
             raise ValueError(f"S is {S}, allowed are 1..{config.block_size} (block_size)")
         # Zeros, because attention multiplies what is not yet written by 0, and 0 * NaN is NaN.
-        shape = (config.n_layer, 2, B, config.n_head, S, config.head_size)
+        shape = (len(model.transformer.h), 2, B, config.n_head, S, config.head_size)
         self.keys_values = torch.zeros(shape, dtype=self.dtype_for(model), device=device)
         self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
         self.longest = 0

@@ -29,11 +29,11 @@ def serves(block: Any, stream: Stream, kernels: Kernels) -> bool:
     )
 
 
-def block(block: Any, x: Tensor, cache: KVCache, kernels: Kernels) -> Tensor:
-    """The whole stream x (B, T, C) through the block."""
+def block(block: Any, x: Tensor, cache: KVCache, layer: int, kernels: Kernels) -> Tensor:
+    """The whole stream x (B, T, C) through the block, which stands at `layer` in the model."""
     attn, mlp = block.attn, block.mlp
     qkv = ops.decode_linear(x, attn.c_attn, block.ln_1)
-    y = cache.attention(attn.layer, qkv, attn.n_head, attn.scale, kernels)
+    y = cache.attention(layer, qkv, attn.n_head, attn.scale, kernels)
     x = ops.decode_linear(y, attn.c_proj, residual=x)
     h = ops.decode_linear(x, mlp.c_fc, block.ln_2, gelu=True)
     return ops.decode_linear(h, mlp.c_proj, residual=x)

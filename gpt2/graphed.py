@@ -52,9 +52,10 @@ def graphed(
     The first call of these shapes, in train mode and with gradients on, captures: its autocast state, kernels and the
     parameters' memory. It takes the time of some steps, and GPU memory for activations that stays taken. Calls of other
     shapes, without targets, with a cache, in eval mode or under no_grad run as before. So does, with one warning that
-    says why, each call in which something else is not what it was: autocast, `model.kernels`, a setting of a module, a
-    hook on one, parameters that moved or were replaced. After such a change call `graphed` again. Where nothing can be
-    captured, as without a CUDA device, one warning says so and the model works as before.
+    says why, each call in which something else is not what it was: autocast, `model.kernels`, a number, flag or text
+    that a module has as an attribute (what else hangs on one is not looked at), a hook on one, parameters that moved or
+    were replaced. After such a change call `graphed` again. Where nothing can be captured, as without a CUDA device,
+    one warning says so and the model works as before.
 
     Everything that follows the model is as before: accumulation, any upstream gradient of the loss, clipping, scalers,
     optimizers, hooks on parameters, frozen and tied parameters, `no_sync`, fresh dropout in each step. While an earlier
@@ -62,17 +63,23 @@ def graphed(
     gradient through them, a second backward through one step, and create_graph. `copy.deepcopy` and pickling give a
     model without graphs.
 
-    Raises TypeError for a model that takes no idx and targets, ValueError for segments below 1.
+    Raises TypeError for a model that takes no idx and targets or is in peft's wrapper, and for idx and targets that
+    are no tensors, ValueError for segments below 1.
     """
     if segments is not None and segments < 1:
         raise ValueError(f"segments is {segments}, allowed are whole numbers of at least 1")
+    module, whole = _called(model), _whole(model)
+    if hasattr(whole, "get_base_model"):  # peft's wrapper calls the model's forward, past what stands before it
+        raise TypeError(f"model is a {type(whole).__name__}: give its get_base_model(), and call that in the loop")
+    if missing := [name for name in NAMES[:2] if name not in inspect.signature(whole.forward).parameters]:
+        raise TypeError(f"model is a {type(whole).__name__}, whose forward takes no {missing[0]}")
+    for name, tensor in zip(NAMES[:2], (idx, targets), strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor (B, T) of int64 tokens")
     release(model)
     if problem := _problem(model):
         _say(problem, required, stacklevel=3)
         return model
-    module, whole = _called(model), _whole(model)
-    if missing := [name for name in NAMES[:2] if name not in inspect.signature(whole.forward).parameters]:
-        raise TypeError(f"model is a {type(whole).__name__}, whose forward takes no {missing[0]}")
     device = next(model.parameters()).device
     given = dict(zip(NAMES, (idx, targets, documents), strict=True))
     signature = _signature({name: t for name, t in given.items() if t is not None}, device)

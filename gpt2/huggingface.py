@@ -24,6 +24,7 @@ from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
 from fastgpt2.gpt2.model import GPT, unwrap
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.stock import PLAIN
+from fastgpt2.gpt2.tying import same_values
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, GPT2Model
@@ -268,8 +269,13 @@ def huggingface_state(model: GPT) -> dict[str, Tensor]:
     """Our weights under their names and in their layout, without lm_head.weight. Views: not contiguous, not copies.
 
     A model with bias=False gets zero biases, which compute the same. Of a parametrised or pruned layer it is the weight
-    that it computes with. Raises ValueError for a layer that is none of GPT-2's, such as an adapter or a quantised one.
+    that it computes with. Hooks are not kept. Raises ValueError for what a GPT-2 has no place for: an adapter, a
+    quantised or sharded layer, a head that is not tied, other sizes.
     """
+    if len(model.transformer.h) != model.config.n_layer:
+        raise ValueError(
+            f"transformer.h has {len(model.transformer.h)} blocks, config.n_layer is {model.config.n_layer}"
+        )
     state: dict[str, Tensor] = {}
     for name, shape in huggingface_shapes(model.config).items():
         if name == HEAD:
@@ -279,11 +285,20 @@ def huggingface_state(model: GPT) -> dict[str, Tensor]:
         weight = getattr(layer, kind)
         if weight is None:
             state[name] = torch.zeros(shape, dtype=layer.weight.dtype, device=layer.weight.device)
-        elif type(weight) not in PLAIN:
-            raise ValueError(f"{name} is a {type(weight).__name__}, a GPT-2's weights are plain tensors: dequantise it")
-        else:
-            weight = weight.detach()[: shape[0]] if name == TOKEN_TABLE else weight.detach()
-            state[name] = weight.t() if name.endswith(CONV1D) else weight
+            continue
+        if type(weight) not in PLAIN:
+            raise ValueError(
+                f"{name} is a {type(weight).__name__}, and a checkpoint holds whole, plain tensors: gather a sharded "
+                "one (torch.distributed.checkpoint.state_dict.get_model_state_dict), dequantise a quantised one"
+            )
+        weight = weight.detach()[: shape[0]] if name == TOKEN_TABLE else weight.detach()
+        state[name] = weight.t() if name.endswith(CONV1D) else weight
+        if tuple(state[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, which does not fit {model.config}")
+    head = _layer(model, HEAD.removesuffix(".weight"))
+    table = _layer(model, TOKEN_TABLE.removesuffix(".weight")).weight
+    if head.bias is not None or head.weight.shape != table.shape or not same_values(head.weight, table):
+        raise ValueError("lm_head is another one than the token table, to which a GPT-2's head is tied: tie_weights()")
     return state
 
 
@@ -299,6 +314,8 @@ def _layer(model: GPT, path: str) -> Any:
             f"{path} is a {kind}, which a GPT-2 has no place for: merge adapters into the layers (peft: "
             "merge_and_unload()) or put one of torch.nn's own layers back"
         )
+    if isinstance(layer, nn.LayerNorm) and layer.eps != LAYER_NORM_EPS:
+        raise ValueError(f"{path}.eps is {layer.eps}, a GPT-2's is {LAYER_NORM_EPS}")
     return layer
 
 

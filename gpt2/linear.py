@@ -41,6 +41,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0  # forward-mode derivatives, which `_Linear` has not
         and not torch._C._len_torch_dispatch_stack()  # FlopCounterMode and its like know PyTorch's own operators
     )
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt2.gpt2 import fused_decode, hardware, inputs, ops
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
 from fastgpt2.gpt2.ops import Kernels, Stream
-from fastgpt2.gpt2.stock import is_stock
+from fastgpt2.gpt2.stock import called, is_stock
 from fastgpt2.gpt2.tying import same_values, share_again, shared_parameters
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Context(NamedTuple):
-    """How one call of the model is computed; every block gets the same.
+    """How one call of the model is computed; every block gets the same but for `layer`, its place in the model.
 
     documents: of `ops.document_mask`.
     """
@@ -46,12 +46,12 @@ class Context(NamedTuple):
     kernels: Kernels
     cache: KVCache | None = None
     documents: Tensor | None = None
+    layer: int = 0
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.scale = config.attention_scale(layer)
@@ -66,7 +66,7 @@ class CausalSelfAttention(nn.Module):
         """What the heads give, before the projection: h (B, T, C) -> (B, T, C)."""
         qkv = ops.linear(h, self.c_attn)  # (B, T, 3C)
         if context.cache is not None:
-            return context.cache.attention(self.layer, qkv, self.n_head, self.scale, context.kernels)
+            return context.cache.attention(context.layer, qkv, self.n_head, self.scale, context.kernels)
         dropout_p = self.dropout if self.training else 0.0
         return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, context.kernels, context.documents)
 
@@ -94,34 +94,31 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C): both branches added to it."""
-        return ops.total(self.extend(Stream(x), context), self.dropout_p)
+        return ops.total(self.extend(Stream(x), context))
 
     def extend(self, stream: Stream, context: Context) -> Stream:
         """As `forward`, but the sum before this block is computed here, in its first LayerNorm's kernel, and the last
         branch is left to add to whoever comes next."""
-        kernels, dropout_p = context.kernels, self.dropout_p
+        kernels = context.kernels
         if context.cache is not None and is_stock(self.attn, CausalSelfAttention) and is_stock(self.mlp, MLP):
             if fused_decode.serves(self, stream, kernels):
-                return Stream(fused_decode.block(self, stream.x, context.cache, kernels))
-        x, h = ops.add_layer_norm(stream, self.ln_1, dropout_p, kernels)
-        x, h = ops.add_layer_norm(Stream(*self._attn(h, context), x), self.ln_2, dropout_p, kernels)
-        return Stream(*self._mlp(h, context), x)
-
-    @property
-    def dropout_p(self) -> float:
-        return self.dropout if self.training else 0.0
+                return Stream(fused_decode.block(self, stream.x, context.cache, context.layer, kernels))
+        x, h = ops.add_layer_norm(stream, self.ln_1, kernels)
+        stream = Stream(*self._attn(h, context), x, self.dropout if self.attn.training else 0.0)
+        x, h = ops.add_layer_norm(stream, self.ln_2, kernels)
+        return Stream(*self._mlp(h, context), x, self.dropout if self.mlp.training else 0.0)
 
     def _attn(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """(attn(h), None), or without c_proj's bias, and the bias."""
         if is_stock(self.attn, CausalSelfAttention):
             return ops.project(self.attn.attend(h, context), self.attn.c_proj, context.kernels)
-        return self.attn(h, context), None
+        return called(self.attn, h, context), None
 
     def _mlp(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """(mlp(h), None), or without c_proj's bias, and the bias."""
         if is_stock(self.mlp, MLP):
             return ops.mlp(h, self.mlp.c_fc, self.mlp.c_proj, context.kernels)
-        return self.mlp(h, context), None
+        return called(self.mlp, h, context), None
 
 
 class Transformer(nn.Module):
@@ -149,20 +146,17 @@ class Transformer(nn.Module):
             positions = cache.lengths[:, None].long()
         stream = Stream(ops.embedding(idx, self.wte, self.wpe, positions, dropout_p, kernels))
         recompute = self.recompute and self.training and torch.is_grad_enabled()
-        for block in self.h:
-            if is_stock(block, Block) and not recompute:
-                stream = block.extend(stream, context)
-                continue
-            x = ops.total(stream, dropout_p)
-            if (
-                recompute
-            ):  # a capture may not read where random numbers are: `StepGraphs` takes care that none are drawn
+        for layer, block in enumerate(self.h):
+            context = context._replace(layer=layer)
+            if recompute:  # a capture may not ask for random numbers' state: `StepGraphs` sees that none are drawn
                 kept = not hardware.is_capturing()
-                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=kept)
+                x = ops.total(stream)
+                stream = Stream(checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=kept))
+            elif is_stock(block, Block):
+                stream = block.extend(stream, context)
             else:
-                x = block(x, context)
-            stream = Stream(x)
-        return ops.add_layer_norm(stream, self.ln_f, dropout_p, kernels)[1]
+                stream = Stream(called(block, ops.total(stream), context))
+        return ops.add_layer_norm(stream, self.ln_f, kernels)[1]
 
 
 class GPT(nn.Module):
@@ -197,7 +191,7 @@ class GPT(nn.Module):
         Raises ValueError where they are tied and `state_dict` has different values for them.
         """
         shared = shared_parameters(self)
-        tied = any((self.lm_head, "weight") in names for names in shared)
+        tied = any((self.lm_head, "weight") in names for _, names in shared)
         head, table = (state_dict.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
         if tied and not same_values(head, table):
             raise ValueError(
@@ -290,9 +284,9 @@ class GPT(nn.Module):
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
             few_rows = cache is not None and ops.few_rows(x, kernels)
-            return ops.head(x, self.lm_head, few_rows)[..., :V], None
+            return ops.without_padding(ops.head(x, self.lm_head, few_rows), V, self.config.padded_vocab_size), None
         want_logits = not (self.training and torch.is_grad_enabled())
-        return ops.head_loss(x, self.lm_head, targets, V, want_logits, kernels)
+        return ops.head_loss(x, self.lm_head, targets, V, self.config.padded_vocab_size, want_logits, kernels)
 
     @torch.no_grad()
     def generate(

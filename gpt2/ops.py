@@ -143,7 +143,7 @@ def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
 
 
 class Stream(NamedTuple):
-    """The residual stream as a sum that is still to be computed: residual + dropout(x + x_bias).
+    """The residual stream, what blocks read and add to, as a sum still to be computed: residual + dropout(x + x_bias).
 
     x, residual (B, T, C), x_bias (C,). Without a residual it is x alone: the stream begins there, or is whole.
     """
@@ -151,6 +151,7 @@ class Stream(NamedTuple):
     x: Tensor
     x_bias: Tensor | None = None
     residual: Tensor | None = None
+    dropout_p: float = 0.0
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
@@ -172,20 +173,21 @@ def embedding(
     return F.dropout(x, dropout_p) if dropout_p else x
 
 
-def total(stream: Stream, dropout_p: float) -> Tensor:
+def total(stream: Stream) -> Tensor:
     """The stream (B, T, C), summed up."""
-    x = stream.x if stream.x_bias is None else stream.x + stream.x_bias
-    return x if stream.residual is None else stream.residual + (F.dropout(x, dropout_p) if dropout_p else x)
+    x, x_bias, residual, dropout_p = stream
+    x = x if x_bias is None else x + x_bias
+    return x if residual is None else residual + (F.dropout(x, dropout_p) if dropout_p else x)
 
 
-def add_layer_norm(stream: Stream, norm: nn.Module, dropout_p: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
+def add_layer_norm(stream: Stream, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """Ends one branch and normalises for the next: (the stream, norm(the stream)), both (B, T, C)."""
     if kernels.layer_norm == "triton" and is_stock(norm, nn.LayerNorm):
-        x, x_bias, residual = stream
+        x, x_bias, residual, dropout_p = stream
         if residual is None:
             return x, triton_layer_norm(x, norm.weight, norm.bias, norm.eps)
         return triton_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, x_bias=x_bias, dropout_p=dropout_p)
-    x = total(stream, dropout_p)
+    x = total(stream)
     return x, norm(x)
 
 
@@ -314,18 +316,30 @@ def head(x: Tensor, lm_head: nn.Module, few: bool) -> Tensor:
 
 
 def head_loss(
-    x: Tensor, lm_head: nn.Module, targets: Tensor, vocab_size: int, want_logits: bool, kernels: Kernels
+    x: Tensor,
+    lm_head: nn.Module,
+    targets: Tensor,
+    vocab_size: int,
+    padded_vocab_size: int,
+    want_logits: bool,
+    kernels: Kernels,
 ) -> tuple[Tensor | None, Tensor]:
     """Mean cross-entropy of the head: x (B, T, C), targets (B, T) -> (logits (B, T, V), loss).
 
     Negative targets are ignored. The kernel never makes whole logits, so there they are None unless wanted.
     """
-    if kernels.cross_entropy == "triton" and is_stock(lm_head, nn.Linear) and lm_head.bias is None:
-        logits = linear(x, lm_head)[..., :vocab_size] if want_logits else None
-        return logits, triton_linear_cross_entropy(x, lm_head.weight, targets, vocab_size=vocab_size)
-    logits = linear(x, lm_head)[..., :vocab_size]
+    if kernels.cross_entropy == "triton" and is_stock(lm_head, nn.Linear):
+        if lm_head.bias is None and lm_head.weight.size(0) == padded_vocab_size:
+            logits = without_padding(linear(x, lm_head), vocab_size, padded_vocab_size) if want_logits else None
+            return logits, triton_linear_cross_entropy(x, lm_head.weight, targets, vocab_size=vocab_size)
+    logits = without_padding(linear(x, lm_head), vocab_size, padded_vocab_size)
     exact = logits if logits.dtype == torch.float64 else logits.float()
     kept = targets.masked_fill(targets < 0, IGNORED_TARGET)
     # A mean over no targets would be NaN: sum, then divide by at least one.
     total = F.cross_entropy(exact.flatten(0, -2), kept.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
     return logits, total / (kept >= 0).sum().clamp(min=1)
+
+
+def without_padding(logits: Tensor, vocab_size: int, padded_vocab_size: int) -> Tensor:
+    """(..., padded_vocab_size) -> (..., vocab_size); what a head of another width gives is left whole."""
+    return logits[..., :vocab_size] if logits.size(-1) == padded_vocab_size else logits

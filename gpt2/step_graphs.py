@@ -224,7 +224,7 @@ class StepGraphs:
 
         def cut(stream: Any) -> Any:
             nonlocal joints
-            inner = [t for t in stream if t is not None and t.grad_fn is not None]
+            inner = [t for t in stream if isinstance(t, Tensor) and t.grad_fn is not None]
             if not inner:
                 return stream  # nothing below takes gradients
             self._tape.append((inner, joints))

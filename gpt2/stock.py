@@ -9,8 +9,10 @@ A region that reads `weight` and `bias` would pass all of that over in silence. 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
@@ -31,12 +33,28 @@ def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
         return False
     parameters = module._parameters  # a fifth of the time of asking for the attributes
     if kind is nn.Linear or kind is nn.LayerNorm:
-        bias = parameters.get("bias")
-        return type(parameters.get("weight")) in PLAIN and (bias is None or type(bias) in PLAIN)
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if kind is nn.LayerNorm and weight is not None and weight.dim() != 1:  # over more than the last dimension
+            return False
+        return type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
     if kind is nn.Embedding:
         options = module.padding_idx, module.max_norm, module.scale_grad_by_freq, module.sparse
         return type(parameters.get("weight")) in PLAIN and options == (None, None, False, False)
     return True
+
+
+def called(module: nn.Module, x: Tensor, context: Any) -> Tensor:
+    """A block, attention or MLP that is not stock: one of this package's gets the context too, one that takes an
+    argument alone, such as `nn.Sequential`, does not."""
+    kind: Any = type(module)
+    return module(x, context) if _takes_two(kind) else module(x)
+
+
+@torch.compiler.assume_constant_result
+def _takes_two(kind: Any) -> bool:
+    parameters = inspect.signature(kind.forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(places) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)  # the first is self
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -8,21 +8,23 @@ from torch import Tensor, nn
 Names = list[tuple[nn.Module, str]]
 
 
-def shared_parameters(model: nn.Module) -> list[Names]:
-    """The names of every parameter that has several, as (module, its name there)."""
-    names: dict[int, Names] = {}
+def shared_parameters(model: nn.Module) -> list[tuple[nn.Parameter, Names]]:
+    """Every parameter that has several names, and these as (module, its name there)."""
+    found: dict[int, tuple[nn.Parameter, Names]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                names.setdefault(id(parameter), []).append((module, name))
-    return [several for several in names.values() if len(several) > 1]
+                found.setdefault(id(parameter), (parameter, []))[1].append((module, name))
+    return [(parameter, names) for parameter, names in found.values() if len(names) > 1]
 
 
-def share_again(shared: list[Names]) -> None:
-    """What `shared_parameters` found before is one parameter again: the one under the first name."""
-    for (owner, own_name), *others in shared:
-        for module, name in others:
-            module._parameters[name] = owner._parameters[own_name]
+def share_again(shared: list[tuple[nn.Parameter, Names]]) -> None:
+    """What `shared_parameters` found before is one parameter again: the first that has been replaced since."""
+    for before, names in shared:
+        now = [module._parameters[name] for module, name in names]
+        one = next((p for p in now if p is not before), before)
+        for module, name in names:
+            module._parameters[name] = one
 
 
 def same_values(a: Tensor | None, b: Tensor | None) -> bool:
