@@ -14,13 +14,15 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as every_module
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# Parameters that hold what they say: no quantised, sharded or traced ones. Tensors too, as `torch.func` and packing put
-# in a parameter's place.
-PLAIN = (nn.Parameter, Tensor)
+# Parameters that hold what they say: no quantised or sharded ones. Tensors too, as `torch.func` and packing put in a
+# parameter's place, and those that stand for them while torch.export traces.
+PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:

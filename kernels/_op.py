@@ -155,7 +155,7 @@ def op(
 
         def call(*args):
             tensors = _plain(args, tensor_places)
-            if tensors is None or (flops is not None and flops_are_counted()):
+            if tensors is None or (torch._C._len_torch_dispatch_stack() and flops is not None and flops_are_counted()):
                 return registered(*args)
             if torch._C._are_functorch_transforms_active():
                 return registered(*args) if mutates else transformed.apply(*args)
@@ -178,7 +178,7 @@ def op(
 
     def call_with_gradient(*args):
         tensors = _plain(args, tensor_places)
-        if tensors is None or (flops is not None and flops_are_counted()):
+        if tensors is None or (torch._C._len_torch_dispatch_stack() and flops is not None and flops_are_counted()):
             return registered(*args)
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)

@@ -22,8 +22,6 @@ def register_flops(packet: Any, flops: Callable[..., int]) -> None:
 
 
 def flops_are_counted() -> bool:
-    if not torch._C._len_torch_dispatch_stack():
-        return False
     return any(type(mode).__module__ == flop_counter.__name__ for mode in _get_current_dispatch_mode_stack())
 
 
