@@ -71,7 +71,9 @@ def graphed(
     module, whole = _called(model), _whole(model)
     if hasattr(whole, "get_base_model"):  # peft's wrapper calls the model's forward, past what stands before it
         raise TypeError(f"model is a {type(whole).__name__}: give its get_base_model(), and call that in the loop")
-    if missing := [name for name in NAMES[:2] if name not in inspect.signature(whole.forward).parameters]:
+    taken = inspect.signature(whole.forward).parameters
+    missing = [name for name in NAMES[:2] if name not in taken]
+    if missing and not isinstance(model, nn.DataParallel):
         raise TypeError(f"model is a {type(whole).__name__}, whose forward takes no {missing[0]}")
     for name, tensor in zip(NAMES[:2], (idx, targets), strict=True):
         if not isinstance(tensor, Tensor):
