@@ -85,6 +85,18 @@ def made_once(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def quick_runs():
+    """Runs without plots and samples, which are most of the time of a tiny one."""
+    from fastgpt2.gpt2.run_folder import RunFolder
+    from fastgpt2.gpt2.trainer import Trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "plot", lambda self: None)
+        patch.setattr(Trainer, "sample", lambda self, model, prompt: prompt)
+        yield
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")

@@ -33,13 +33,7 @@ KILLS = [
 EARLY = [("sync", 1), ("rename", 1), ("sync", 2), ("rename", 2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Plot and sample are most of the time of such a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "plot", lambda self: None)
-        patch.setattr(Trainer, "sample", lambda self, model, prompt: prompt)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,10 @@ from fastgpt2 import GPT
 from fastgpt2.gpt2 import cli
 from fastgpt2.gpt2.checkpoints import WEIGHTS, damage, folder_to_read, save_checkpoint, saved_checkpoints
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.run_folder import RunFolder
 from fastgpt2.gpt2.sample import load_checkpoint
 from fastgpt2.gpt2.tokenizer import ByteTokenizer
-from fastgpt2.gpt2.trainer import Trainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Plot and sample are most of the time of such a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "plot", lambda self: None)
-        patch.setattr(Trainer, "sample", lambda self, model, prompt: prompt)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(scope="module")
