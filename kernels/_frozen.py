@@ -105,17 +105,18 @@ class Launch:
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
     """`make`, which makes launches for sizes, strides, dtypes and a device, and remembers the last of them.
 
-    Who answers the questions about the machine is part of what it remembers by.
+    Who answers the questions about the machine, and for the tuning numbers, is part of what it remembers by: so a
+    search for better numbers (`bench tune`) is not answered with plans made before.
     """
 
     @functools.lru_cache(MOST_PLANS, typed=True)
-    def remembered(capability, sm_count, *args):
+    def remembered(capability, sm_count, config, *args):
         return make(*args)
 
     @functools.wraps(make)
     def plan(*args):
         try:
-            return remembered(_launch.capability, _launch.sm_count, *args)
+            return remembered(_launch.capability, _launch.sm_count, _launch.config, *args)
         except TypeError:  # sizes that are symbols, under torch.compile, have no hash
             return make(*args)
 

@@ -24,6 +24,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     idx, targets = (t.chunk(ranks)[rank] for t in torch.load(folder / "batch.pt", weights_only=True))
     wrapped(idx, targets)[1].backward()
     torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"grads_{rank}.pt")
+    # Freed after its process group is left, DDP may wait for a thread that waits for Python (pytorch issue 56297).
+    del wrapped
     dist.destroy_process_group()
 
 
