@@ -38,7 +38,7 @@ LIBCUDA = """
 #include <stddef.h>
 #include <string.h>
 long launches = 0, functions = 0, last_function = 0;
-unsigned last_config[7];            /* grid, block, shared memory */
+unsigned last_config[8];            /* grid, block, shared memory, number of attributes */
 int sizes[64], n_sizes = 0;         /* of the arguments to write down */
 unsigned char last_arguments[512];
 int cuInit(unsigned flags) { return 0; }
@@ -79,7 +79,8 @@ int cuLaunchKernelEx(const void *config, void *function, void **arguments, void 
   unsigned char *end = last_arguments;
   launches++;
   last_function = (long)function;
-  memcpy(last_config, config, sizeof last_config);
+  memcpy(last_config, config, 7 * sizeof(unsigned));
+  last_config[7] = ((const unsigned *)config)[12]; /* behind the stream and a pointer to the attributes */
   for (int i = 0; i < n_sizes; end += sizes[i++]) memcpy(end, arguments[i], sizes[i]);
   return 0;
 }
@@ -95,6 +96,7 @@ def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CC", "cc")
     flags = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
     subprocess.run([compiler, str(source), *flags], check=True, capture_output=True)
+    (folder / "libcuda.so").symlink_to(library)  # what Triton's launchers of 3.5 and before are linked with
     triton.knobs.nvidia.libcuda_path = str(folder)
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
@@ -112,11 +114,11 @@ def write_down(sizes: Sequence[int]) -> None:
 
 
 def last_launch() -> tuple[int, list[int], bytes]:
-    """Which function, its grid, block and shared memory, and the bytes of its arguments."""
+    """Which function, its grid, block, shared memory and number of attributes, and the bytes of its arguments."""
     library = _library()
     n = sum((ctypes.c_int * 64).in_dll(library, "sizes")[: ctypes.c_int.in_dll(library, "n_sizes").value])
     function = ctypes.c_long.in_dll(library, "last_function").value
-    config = (ctypes.c_uint * 7).in_dll(library, "last_config")
+    config = (ctypes.c_uint * 8).in_dll(library, "last_config")
     return function, list(config), bytes((ctypes.c_ubyte * 512).in_dll(library, "last_arguments")[:n])
 
 

@@ -33,7 +33,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        x.device.type == "cpu"
+        x.is_cpu  # to ask for its device's type, by name, takes several times as long
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # the operator has arguments that no trace can hold
         and all(t.dtype == torch.float32 and type(t) in PLAIN for t in (x, weight, bias) if t is not None)

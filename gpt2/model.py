@@ -110,15 +110,17 @@ class Block(nn.Module):
 
     def _attn(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """(attn(h), None), or without c_proj's bias, and the bias."""
-        if is_stock(self.attn, CausalSelfAttention):
-            return ops.project(self.attn.attend(h, context), self.attn.c_proj, context.kernels)
-        return called(self.attn, h, context), None
+        attn = self.attn  # asked for once: nn.Module looks a submodule up in Python
+        if is_stock(attn, CausalSelfAttention):
+            return ops.project(attn.attend(h, context), attn.c_proj, context.kernels)
+        return called(attn, h, context), None
 
     def _mlp(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """(mlp(h), None), or without c_proj's bias, and the bias."""
-        if is_stock(self.mlp, MLP):
-            return ops.mlp(h, self.mlp.c_fc, self.mlp.c_proj, context.kernels)
-        return called(self.mlp, h, context), None
+        mlp = self.mlp
+        if is_stock(mlp, MLP):
+            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels)
+        return called(mlp, h, context), None
 
 
 class Transformer(nn.Module):

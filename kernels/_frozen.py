@@ -40,10 +40,11 @@ _WATCHED = (
 class _Frozen(NamedTuple):
     """A compiled kernel and what it is started with, but for the stream and the addresses of tensors."""
 
-    run: Any  # Triton's launcher of this kernel
+    start: Any  # Triton's launcher of this kernel
     grid: tuple[int, ...]  # three
-    before: tuple  # function, metadata, and no hooks
+    before: tuple  # function, metadata, no hooks, ...
     after: tuple  # what follows the pointers
+    packed: bool  # whether pointers and what follows them are one argument
 
 
 class Launch:
@@ -87,8 +88,12 @@ class Launch:
             if (frozen := self._freeze(compiled, len(tensors))) is not None:
                 kept[key] = frozen
             return
-        run, (x, y, z), before, after = frozen
-        run(x, y, z, active.get_current_stream(device), *before, *addresses, *after)
+        start, (x, y, z), before, after, packed = frozen
+        stream = active.get_current_stream(device)
+        if packed:
+            start(x, y, z, stream, *before, (*addresses, *after))
+        else:
+            start(x, y, z, stream, *before, *addresses, *after)
 
     def _freeze(self, compiled: Any, n_tensors: int) -> _Frozen | None:
         """What Triton just found out, unless this is not the Triton that this file was written for."""
@@ -96,10 +101,29 @@ class Launch:
         given = dict(zip(names, self.numbers, strict=False)) | self.options
         try:
             after = tuple([given[name] for name in names])
-            before = (compiled.function, compiled.packed_metadata, None, None, None)
-            return _Frozen(compiled.run, (*self.grid, 1, 1)[:3], before, after)
+            start, before, packed = _launcher(compiled)
+            return _Frozen(start, (*self.grid, 1, 1)[:3], before, after, packed)
         except (AttributeError, KeyError):
             return None
+
+
+def _launcher(compiled: Any) -> tuple[Any, tuple, bool]:
+    """What starts a compiled kernel, its arguments after grid and stream, and whether the kernel's own are one tuple.
+
+    That is Triton's launcher, which is written in Python and calls one in C. Where a kernel asks for no scratch memory
+    and for no instrumentation, the one in C is called straight: everything else that it gets never changes.
+    """
+    function, metadata, no_hooks = compiled.function, compiled.packed_metadata, (None, None, None)
+    run = compiled.run
+    scratch = run.global_scratch_size or getattr(run, "profile_scratch_size", 0)
+    if type(run).__name__ != "CudaLauncher" or scratch or getattr(run, "gsan_enabled", False):
+        return run, (function, metadata, *no_hooks), False
+    first = (function, run.launch_cooperative_grid, run.launch_pdl)
+    if _launch.TRITON_VERSION >= (3, 7):
+        no_scratch = (None, None)
+        return run.launch, (*first, metadata, *no_hooks, *no_scratch, run.arg_annotations, run.kernel_signature), True
+    no_scratch = (None,) if _launch.TRITON_VERSION == (3, 4) else (None, None)
+    return run.launch, (*first, *no_scratch, metadata, *no_hooks), False
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:

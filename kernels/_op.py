@@ -365,7 +365,7 @@ def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args):
         if torch.compiler.is_compiling():
             return check(*args)
-        key = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        key = tuple([a if a is None else (a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
         try:
             return passed[key]
         except KeyError:
@@ -380,6 +380,6 @@ def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
 
 def autocast_dtype(tensor: Tensor, default: torch.dtype) -> torch.dtype:
     """The dtype that the next matrix product will take: autocast's where it is on, but float64 stays as it is."""
-    kind = tensor.device.type
+    kind = "cuda" if tensor.is_cuda else tensor.device.type  # to ask for it by name takes several times as long
     cast = torch.is_autocast_enabled(kind) and default != torch.float64
     return torch.get_autocast_dtype(kind) if cast else default

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    traced = False  # in a thread that has not said anything
+
+
+_thread = _Thread()
 
 
 @contextlib.contextmanager
@@ -25,7 +30,7 @@ def traced() -> Iterator[None]:
 
 def is_traced() -> bool:
     """Whether launches are written down. Tensors are fake then, and sizes may be symbols."""
-    return getattr(_thread, "traced", False)
+    return _thread.traced
 
 
 def write_down(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
