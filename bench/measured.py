@@ -1,9 +1,9 @@
 """What was measured of `kernels="auto"` on this machine's architecture: said road by road, or said that nothing was.
 
-"auto" means Triton's kernels on a GPU. Whether they are faster than PyTorch's depends on how they are launched, on the
-architecture and on the kernels themselves, so only result files of `fastgpt2 bench train` from such a GPU with these
-very kernels count; older ones are shown as what they are. "auto" itself does not look here: it cannot know how a model
-will be launched, and Triton's kernels also need less memory, which a run may have been sized for.
+"auto" means Triton's kernels on a GPU, but for what `ops.SLOWER` lists: the ways to launch them in which they were
+measured slower than PyTorch's. Whether they are depends on that way, on the architecture and on the kernels themselves,
+so only result files of `fastgpt2 bench train` from such a GPU with these very kernels count; older ones are shown as
+what they are.
 """
 
 from __future__ import annotations
@@ -94,6 +94,21 @@ def of_architecture(device: torch.device, folders: Iterable[Path]) -> list[Measu
     return sorted(found, key=lambda m: m.date, reverse=True)
 
 
+def slower(*folders: Path) -> dict[tuple[int, int], tuple[str, ...]]:
+    """What `ops.SLOWER` has to be by the result files in `folders`: of the slowest setting and compile mode."""
+    digest, found = ops.kernels_digest(), {}
+    for file in sorted(file for folder in folders for file in folder.glob("train-*.json")):
+        results = Results.load(file)
+        capability = results.machine.get("capability")
+        if results.settings.get(DIGEST) != digest or capability is None:
+            continue
+        roads = {m.road if m.road in (LAUNCHED, GRAPH) else COMPILE for m in measurements(results) if m.ratio < 1}
+        major, minor = map(int, capability.split("."))
+        if roads:
+            found[major, minor] = tuple(sorted({*roads, *found.get((major, minor), ())}))
+    return found
+
+
 def lines(device: torch.device, *folders: Path) -> list[str]:
     """For people: what "auto" is on this device, and on each road how it compares; files are looked for in `folders`,
     where commands write by default, and in this checkout."""
@@ -101,7 +116,9 @@ def lines(device: torch.device, *folders: Path) -> list[str]:
         return ['kernels="auto" is PyTorch here: Triton\'s kernels need a GPU']
     gpu, digest = torch.cuda.get_device_name(device), ops.kernels_digest()
     found = of_architecture(device, {*folders, FOLDER, COMMITTED})
-    said = [f'kernels="auto" is Triton on {gpu}; measured on its architecture with these kernels ({digest[:10]}):']
+    less = ops.SLOWER.get(torch.cuda.get_device_capability(device), ())
+    but = f", but PyTorch where a step is {' or '.join(map(_said, less))}" if less else ""
+    said = [f'kernels="auto" is Triton on {gpu}{but}; measured on its architecture with these kernels ({digest[:10]}):']
     for road in ROADS:
         here = [m for m in found if m.road == road]
         current = [m for m in here if m.kernels == digest]
@@ -110,5 +127,9 @@ def lines(device: torch.device, *folders: Path) -> list[str]:
         else:
             text = f"not measured on {gpu} with these kernels; run fastgpt2 bench train"
             text += f"; with others: {here[0].text}" if here else ""
-        said.append(f"  {SAID.get(road, f'torch.compile, {road}')}: {text}")
+        said.append(f"  {_said(road)}: {text}")
     return said
+
+
+def _said(road: str) -> str:
+    return SAID.get(road, f"torch.compile, {road}")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -132,11 +133,36 @@ def requested_kernels(spec: str | Kernels) -> str | Kernels:
         raise ValueError(f"the environment variable FASTGPT2_KERNELS is {spec!r}: {error}") from None
 
 
+# Compute capability -> the ways to launch a training step in which Triton's kernels were measured slower than
+# PyTorch's: "launched" (from Python), "graph" (`fastgpt2.graphed`) and "compile". What result files in bench/results
+# say of these very kernels, and nothing else: a test compares.
+SLOWER: dict[tuple[int, int], tuple[str, ...]] = {}
+_in_graph = False
+
+
+@contextlib.contextmanager
+def graph_road() -> Iterator[None]:
+    """Inside, "auto" is what it is for CUDA graphs: for warming up and capturing."""
+    global _in_graph
+    before, _in_graph = _in_graph, True
+    try:
+        yield
+    finally:
+        _in_graph = before
+
+
 def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
-    """What `requested_kernels` returned, settled for a device: "auto" is Triton on CUDA and ROCm, PyTorch elsewhere."""
+    """What `requested_kernels` returned, settled for a device and for how kernels are launched now: "auto" is Triton on
+    CUDA and ROCm, but where that was measured slower, and PyTorch elsewhere."""
     if isinstance(spec, Kernels):
         return spec
-    return ALL_TRITON if device.type == "cuda" else ALL_TORCH
+    if device.type != "cuda":
+        return ALL_TORCH
+    if SLOWER:
+        road = "compile" if torch.compiler.is_compiling() else "graph" if _in_graph else "launched"
+        if road in SLOWER.get(torch.cuda.get_device_capability(device), ()):
+            return ALL_TORCH
+    return ALL_TRITON
 
 
 # ----------------------------------------------------------------------------------------------------------- ops

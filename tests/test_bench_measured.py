@@ -21,6 +21,7 @@ def invented(monkeypatch, tmp_path):
     properties = SimpleNamespace(name=NAME, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (properties.major, properties.minor))
     monkeypatch.setattr(measured, "COMMITTED", tmp_path / "none")
     monkeypatch.chdir(tmp_path)
     return properties
@@ -129,3 +130,39 @@ def test_the_overview_says_it(monkeypatch, capsys):
     assert bench.main([]) == 0
     out = capsys.readouterr().out
     assert 'kernels="auto" is Triton on Invented GPU' in out and "run fastgpt2 bench train" in out
+
+
+def test_auto_follows_the_committed_results(monkeypatch):
+    """Who commits figures in which these kernels are slower writes it into `ops.SLOWER`, and takes out what is old."""
+    monkeypatch.undo()
+    assert ops.SLOWER == measured.slower(measured.COMMITTED)
+
+
+def test_what_was_slower_is_known_by_road(tmp_path):
+    made = results()
+    for row in made.rows:
+        if row["road"] in (variants.LAUNCHED, variants.MAX_AUTOTUNE) and row["label"].startswith("Triton"):
+            row["speedup"] = row["speedup"] and row["speedup"] | dict(median=0.9)
+    made.save(tmp_path)
+    assert measured.slower(tmp_path) == {(9, 0): ("compile", "launched")}
+    made.settings[measured.DIGEST] = "0" * 64
+    made.save(tmp_path)
+    assert measured.slower(tmp_path) == {}
+
+
+@pytest.mark.parametrize("road", ["launched", "graph", "compile"])
+def test_auto_is_pytorch_where_triton_was_slower(monkeypatch, road):
+    def kernels() -> dict[str, ops.Kernels]:
+        found = {"launched": ops.kernels_for("auto", GPU)}
+        with ops.graph_road():
+            found["graph"] = ops.kernels_for("auto", GPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            found["compile"] = ops.kernels_for("auto", GPU)
+        return found
+
+    assert set(kernels().values()) == {ops.ALL_TRITON}
+    monkeypatch.setattr(ops, "SLOWER", {(8, 0): ("launched", "graph", "compile"), (9, 0): (road,)})
+    assert [way for way, found in kernels().items() if found == ops.ALL_TORCH] == [road]
+    assert ops.kernels_for(ops.ALL_TRITON, GPU) == ops.ALL_TRITON, "what a user asks for by name stays"
+    assert "but PyTorch where a step is" in measured.lines(GPU)[0]
