@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt2.gpt2 import fused_decode, hardware, inputs, ops
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
 from fastgpt2.gpt2.ops import Kernels, Stream
-from fastgpt2.gpt2.stock import called, is_stock
+from fastgpt2.gpt2.stock import called, is_stock, stock
 from fastgpt2.gpt2.tying import same_values, share_again, shared_parameters
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Context(NamedTuple):
     layer: int = 0
 
 
+@stock
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -71,6 +72,7 @@ class CausalSelfAttention(nn.Module):
         return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, context.kernels, context.documents)
 
 
+@stock
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -83,6 +85,7 @@ class MLP(nn.Module):
         return y if bias is None else y + bias
 
 
+@stock
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -355,8 +358,11 @@ class GPT(nn.Module):
         """Keeps the first `block_size` positions. Call it before the optimizer is built."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size is {block_size}, allowed are 1..{self.config.block_size}")
-        self.config = dataclasses.replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
+        if not is_stock(wpe, nn.Embedding):
+            kind = type(wpe).__name__
+            raise TypeError(f"crop_block_size: transformer.wpe is a {kind}, or somebody listens to it: crop it before")
+        self.config = dataclasses.replace(self.config, block_size=block_size)
         wpe.num_embeddings = block_size
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
 

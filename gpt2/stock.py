@@ -25,13 +25,26 @@ Kind = TypeVar("Kind", bound=nn.Module)
 PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
+# What is computed in place of calling a module: the `forward` of these classes as it was when they were defined.
+FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding)}
+
+
+def stock(kind: type[Kind]) -> type[Kind]:
+    """Decorates a module of this package whose `forward` has a fused road."""
+    FORWARDS[kind] = kind.forward
+    return kind
+
+
 def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling `module` computes what class `kind` does with the module's weight and bias, and nothing else.
 
-    False for a subclass (which LoRA's and quantised layers are, and what parametrisations make of a module), for a
-    module that `is_watched`, or with parameters of another class than torch's own.
+    False for a subclass (which LoRA's and quantised layers are, and what parametrisations make of a module), where the
+    class or the module got another `forward`, for a module that `is_watched`, or with parameters of another class than
+    torch's own. kind: Linear, LayerNorm or Embedding, or a class decorated with `stock`.
     """
     if type(module) is not kind or is_watched(module):
+        return False
+    if getattr(module.forward, "__func__", None) is not FORWARDS[kind]:
         return False
     parameters = module._parameters  # a fifth of the time of asking for the attributes
     if kind is nn.Linear or kind is nn.LayerNorm:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 
 from fastgpt2 import GPT, graphed
+from fastgpt2.gpt2.model import MLP, CausalSelfAttention
 
 T = 5
 KERNELS = ["torch", "triton"]
@@ -191,3 +192,40 @@ def test_graphed_says_what_it_cannot_take_on_any_machine():
     wrapped = peft.get_peft_model(make(), peft.LoraConfig(target_modules=["c_attn"]))
     with pytest.raises(TypeError, match=r"model is a PeftModel: give its get_base_model\(\)"):
         graphed(wrapped, idx, targets)
+
+
+@pytest.mark.parametrize("part", ["mlp.c_fc", "mlp", "attn", "ln_1"])
+def test_a_forward_that_somebody_replaces_after_compiling_is_called(part):
+    model, (idx, _) = make(), batch()
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(idx)[0]
+    module = model.get_submodule(f"transformer.h.1.{part}")
+    original = module.forward
+    module.forward = lambda *args: 2 * original(*args)
+    after = compiled(idx)[0]
+    assert torch.equal(after, model(idx)[0]) and not torch.equal(after, before)
+    del module.forward
+    assert torch.equal(compiled(idx)[0], before)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.Embedding, CausalSelfAttention, MLP])
+def test_a_class_that_somebody_changes_is_called(kind, kernels, monkeypatch):
+    model, (idx, _) = make(kernels), batch()
+    before, calls, original = model(idx)[0], [], kind.forward
+
+    def noted(self, *args):
+        calls.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(kind, "forward", noted)
+    torch.testing.assert_close(model(idx)[0], before)
+    assert len(set(calls)) == sum(type(m) is kind for m in model.modules())
+
+
+def test_positions_that_are_no_plain_table_are_not_cropped():
+    model = make()
+    model.transformer.wpe = nn.Sequential(model.transformer.wpe)
+    with pytest.raises(TypeError, match="wpe is a Sequential"):
+        model.crop_block_size(8)
+    assert model.config.block_size == 40
