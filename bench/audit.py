@@ -35,6 +35,7 @@ AMD_SHARED_PER_BLOCK = 65536
 VECTOR_SHARE = 0.95
 LABELS = ("ours", "PyTorch", "Liger")  # as compared.py writes them
 CARD = Path(__file__).parent / "results" / "kernel_card.json"
+HOST = CARD.with_name("host.md")
 
 # Figures of the card that may not get worse, and by how much they may differ all the same.
 LAUNCH_LIMITS = {"registers": 0, "shared": 0, "spills": 0, "stack": 0, "occupancy": -0.001, "vector_share": -0.005}
@@ -239,7 +240,15 @@ def write_card(audit: Audit) -> None:
     card = audit.card()
     CARD.parent.mkdir(exist_ok=True)
     CARD.write_text(_json(card) + "\n", encoding="utf-8")
-    CARD.with_suffix(".md").write_text(f"{table(card)}\n{roofline.as_markdown()}", encoding="utf-8")
+    write_markdown()
+
+
+def write_markdown() -> None:
+    """kernel_card.md: the committed card, what the host does by `bench host --write`, and the roofline model."""
+    parts = [table(committed()), roofline.as_markdown()]
+    if HOST.exists():
+        parts.insert(1, "#" + HOST.read_text(encoding="utf-8"))  # its title becomes a section's
+    CARD.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def _json(value: Any, depth: int = 0) -> str:

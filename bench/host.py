@@ -30,13 +30,12 @@ import triton
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt2.bench import no_device, variants
+from fastgpt2.bench import audit, no_device, variants
 from fastgpt2.gpt2 import linear, ops
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, ALL_TRITON, Kernels, Stream
 
-RESULTS = Path(__file__).parent / "results" / "host.md"
 LAYERS = 12
 B, T, C, HEADS, VOCABULARY = 2, 16, 32, 2, 64
 ROUNDS = 15
@@ -251,7 +250,9 @@ def add_command(commands) -> None:
     command.add_argument("--nanogpt", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare with it")
     command.add_argument("--rounds", type=int, default=ROUNDS, help="of timing, the best of which counts; %(default)s")
     command.add_argument("--json", help="also write the figures to this file")
-    command.add_argument("--write", action="store_true", help="write the tables to bench/results, to be committed")
+    command.add_argument(
+        "--write", action="store_true", help="write the tables to bench/results, into its kernel card too"
+    )
     command.set_defaults(run=main)
 
 
@@ -275,7 +276,8 @@ def main(options: argparse.Namespace) -> int:
         print("\n" + lines[-1])
         results[name] = {t: {road: vars(p) for road, p in by_road.items()} for t, by_road in found.items()}
     if options.write:
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        audit.HOST.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        audit.write_markdown()
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0

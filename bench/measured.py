@@ -96,7 +96,8 @@ def of_architecture(device: torch.device, folders: Iterable[Path]) -> list[Measu
 
 def slower(*folders: Path) -> dict[tuple[int, int], tuple[str, ...]]:
     """What `ops.SLOWER` has to be by the result files in `folders`: of the slowest setting and compile mode."""
-    digest, found = ops.kernels_digest(), {}
+    digest = ops.kernels_digest()
+    found: dict[tuple[int, int], tuple[str, ...]] = {}
     for file in sorted(file for folder in folders for file in folder.glob("train-*.json")):
         results = Results.load(file)
         capability = results.machine.get("capability")

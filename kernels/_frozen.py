@@ -120,10 +120,9 @@ def _launcher(compiled: Any) -> tuple[Any, tuple, bool]:
         return run, (function, metadata, *no_hooks), False
     first = (function, run.launch_cooperative_grid, run.launch_pdl)
     if _launch.TRITON_VERSION >= (3, 7):
-        no_scratch = (None, None)
-        return run.launch, (*first, metadata, *no_hooks, *no_scratch, run.arg_annotations, run.kernel_signature), True
-    no_scratch = (None,) if _launch.TRITON_VERSION == (3, 4) else (None, None)
-    return run.launch, (*first, *no_scratch, metadata, *no_hooks), False
+        return run.launch, (*first, metadata, *no_hooks, None, None, run.arg_annotations, run.kernel_signature), True
+    no_scratch = 1 if _launch.TRITON_VERSION == (3, 4) else 2
+    return run.launch, (*first, *(None,) * no_scratch, metadata, *no_hooks), False
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
