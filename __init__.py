@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastgpt2.gpt2.config import GPTConfig
-    from fastgpt2.gpt2.graphed import graphed
     from fastgpt2.gpt2.model import GPT
     from fastgpt2.gpt2.ops import Kernels
+    from fastgpt2.gpt2.training.graphed import graphed
 
 __all__ = ["GPT", "GPTConfig", "Kernels", "graphed"]
 __version__ = "0.1.0"
-_HOMES = {"GPT": "gpt2.model", "GPTConfig": "gpt2.config", "Kernels": "gpt2.ops", "graphed": "gpt2.graphed"}
+_HOMES = {"GPT": "gpt2.model", "GPTConfig": "gpt2.config", "Kernels": "gpt2.ops", "graphed": "gpt2.training.graphed"}
 
 
 def __getattr__(name: str):

@@ -17,6 +17,12 @@ class BuildPackage(build_py):
         return [m for m in super().find_package_modules(package, package_dir) if m[1] != "setup"]
 
 
+ROOT = Path(__file__).parent
+# Every folder of these that holds code: kernels/ and bench/ have no __init__.py, so that setuptools' own search, which
+# asks for one, or else takes each folder, would find too few or too many.
+FILES = [file for folder in ("kernels", "gpt2", "bench") for file in (ROOT / folder).rglob("*.py")]
+PACKAGES = sorted({".".join(("fastgpt2", *file.parent.relative_to(ROOT).parts)) for file in FILES})
+
 DATA = ["datasets>=3"]
 WATCH = ["tensorboard>=2.14", "wandb>=0.17"]
 TEST = [
@@ -45,7 +51,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     package_dir={"fastgpt2": ""},
-    packages=["fastgpt2", "fastgpt2.kernels", "fastgpt2.gpt2", "fastgpt2.bench"],
+    packages=["fastgpt2", *PACKAGES],
     package_data={"fastgpt2": ["py.typed"]},
     cmdclass={"build_py": BuildPackage},
     install_requires=[

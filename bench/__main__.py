@@ -11,8 +11,10 @@ from fastgpt2.gpt2.ops import TRITON_INSTALLED
 if not TRITON_INSTALLED:
     raise ImportError("fastgpt2 bench needs the package triton: pip install 'triton>=3.4' (Linux); it is not installed")
 
-from fastgpt2.bench import audit, generate, host, measured, ops, report, roofline, train, tune  # noqa: E402
-from fastgpt2.gpt2.recipe import find_device  # noqa: E402
+from fastgpt2.bench.audit import audit  # noqa: E402
+from fastgpt2.bench.report import measured, report, roofline  # noqa: E402
+from fastgpt2.bench.timing import generate, host, ops, train, tune  # noqa: E402
+from fastgpt2.gpt2.training.recipe import find_device  # noqa: E402
 
 COMMANDS = (train, generate, ops, host, audit, tune, roofline, report)
 # What runs when no command is named: quick, adapted to the machine by each command, and a page of it all.

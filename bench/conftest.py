@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastgpt2.bench import gate
-from fastgpt2.gpt2.recipe import find_device
+from fastgpt2.bench.verify import gate
+from fastgpt2.gpt2.training.recipe import find_device
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgpt2.bench import ops
-from fastgpt2.bench.peers import PEERS, first_line
-from fastgpt2.gpt2.recipe import find_device
+from fastgpt2.bench.cases.peers import PEERS, first_line
+from fastgpt2.bench.timing import ops
+from fastgpt2.gpt2.training.recipe import find_device
 
 DEVICE = find_device("auto")
 SCOPE = ops.Scope.of(DEVICE, quick=True)

@@ -3,8 +3,8 @@
 from accelerate import Accelerator
 
 from fastgpt2 import GPT, GPTConfig
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.data import Windows
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.windows import Windows
 
 accelerator = Accelerator(gradient_accumulation_steps=2)
 rank, ranks = accelerator.process_index, accelerator.num_processes

@@ -3,8 +3,8 @@
 from lightning_fabric import Fabric
 
 from fastgpt2 import GPT, GPTConfig
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.data import Windows
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.windows import Windows
 
 fabric = Fabric(devices="auto")
 fabric.launch()

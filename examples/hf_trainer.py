@@ -4,8 +4,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from fastgpt2 import GPT, GPTConfig
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.data import Windows
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.windows import Windows
 
 
 class Model(torch.nn.Module):

@@ -3,8 +3,8 @@
 import torch
 
 from fastgpt2 import GPT, GPTConfig, graphed
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.data import Windows
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.windows import Windows
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 corpus = load_corpus(None, tokenizer="byte", val_fraction=0.1, block_size=64)  # None: Python's sources; or a folder

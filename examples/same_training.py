@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt2 import GPT
-from fastgpt2.gpt2.corpus import Corpus, load_corpus
-from fastgpt2.gpt2.data import Windows
-from fastgpt2.gpt2.optim import adamw
-from fastgpt2.gpt2.train import TrainConfig, Trainer
+from fastgpt2.gpt2.data.corpus import Corpus, load_corpus
+from fastgpt2.gpt2.data.windows import Windows
+from fastgpt2.gpt2.training.optim import adamw
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer
 
 CONFIG = TrainConfig(
     steps=200, batch_size=1, block_size=32, n_layer=2, n_head=2, n_embd=64, dropout=0.0, lr=3e-3, min_lr=3e-4,

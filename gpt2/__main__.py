@@ -2,6 +2,6 @@
 
 import sys
 
-from fastgpt2.gpt2.cli import main
+from fastgpt2.gpt2.cli.cli import main
 
 sys.exit(main())

@@ -10,16 +10,27 @@ a row cannot slide past S: `start` empties the cache for another prompt.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.ops import Kernels
 
-if TYPE_CHECKING:
-    from fastgpt2.gpt2.model import GPT
+
+class CachedModel(Protocol):
+    """What a cache asks of a model: a `GPT` has it."""
+
+    config: GPTConfig
+    transformer: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 class KVCache:
@@ -31,7 +42,7 @@ class KVCache:
         is the same work, as CUDA graphs and torch.compile need it. The caller sees to it that there is room.
     """
 
-    def __init__(self, model: GPT, B: int, S: int, whole: bool = False):
+    def __init__(self, model: CachedModel, B: int, S: int, whole: bool = False):
         config, device = model.config, model.device
         if B < 1:
             raise ValueError(f"B is {B}, a cache has at least 1 row")
@@ -47,7 +58,7 @@ class KVCache:
         self._even = True  # all rows are known to hold as many tokens
 
     @staticmethod
-    def dtype_for(model: GPT) -> torch.dtype:
+    def dtype_for(model: CachedModel) -> torch.dtype:
         """What a cache made now would have."""
         kind = model.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype

@@ -307,9 +307,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """idx (B, T) and max_new_tokens more: (B, T + max_new_tokens).
 
-        more: min_p, repetition_penalty, prompt_lengths, stop_tokens and others of `fastgpt2.gpt2.generate.generate`.
+        more: min_p, repetition_penalty, prompt_lengths, stop_tokens and others of `fastgpt2.gpt2.generation.generate`.
         """
-        from fastgpt2.gpt2.generate import generate
+        from fastgpt2.gpt2.generation.generate import generate
 
         return generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator, greedy, **more)
 
@@ -323,27 +323,27 @@ class GPT(nn.Module):
         *,
         kernels: str | Kernels = "auto",
     ) -> GPT:
-        """A hub name ("gpt2", "gpt2-medium", ...) or a local folder. See `fastgpt2.gpt2.pretrained.from_pretrained`."""
-        from fastgpt2.gpt2.pretrained import from_pretrained
+        """A hub name ("gpt2", "gpt2-medium", ...) or a local folder. See `fastgpt2.gpt2.weights.pretrained`."""
+        from fastgpt2.gpt2.weights.pretrained import from_pretrained
 
         return from_pretrained(name_or_folder, override_args, kernels=kernels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` reads."""
-        from fastgpt2.gpt2.pretrained import save_pretrained
+        from fastgpt2.gpt2.weights.pretrained import save_pretrained
 
         save_pretrained(self, folder)
 
     @classmethod
     def from_huggingface(cls, hf_model: GPT2LMHeadModel, *, kernels: str | Kernels = "auto") -> GPT:
         """Our copy of a live `GPT2LMHeadModel`, on its device and in its dtype."""
-        from fastgpt2.gpt2.huggingface import from_huggingface
+        from fastgpt2.gpt2.weights.huggingface import from_huggingface
 
         return from_huggingface(hf_model, kernels=kernels)
 
     def to_huggingface(self) -> GPT2LMHeadModel:
         """A `GPT2LMHeadModel` with copies of these weights, on this device and in this dtype."""
-        from fastgpt2.gpt2.huggingface import to_huggingface
+        from fastgpt2.gpt2.weights.huggingface import to_huggingface
 
         return to_huggingface(self)
 
@@ -369,8 +369,8 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: Iterable[float], device_type: str
     ) -> torch.optim.AdamW:
-        """AdamW that decays only tensors of two and more dimensions. See `fastgpt2.gpt2.optim.adamw`."""
-        from fastgpt2.gpt2.optim import adamw
+        """AdamW that decays only tensors of two and more dimensions. See `fastgpt2.gpt2.training.optim.adamw`."""
+        from fastgpt2.gpt2.training.optim import adamw
 
         return adamw(self, weight_decay, learning_rate, betas, device_type)
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from fastgpt2.bench import variants
-from fastgpt2.bench.record import Results
+from fastgpt2.bench.cases import variants
+from fastgpt2.bench.report.record import Results
 from fastgpt2.gpt2.ops import Kernels
 
 MACHINE = dict(

@@ -3,8 +3,8 @@
 import torch
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench import gate
-from fastgpt2.bench.record import Results
+from fastgpt2.bench.report.record import Results
+from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import config
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64)

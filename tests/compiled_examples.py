@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt2.bench import asm
-from fastgpt2.bench.compiled import AUDITED_ROWS, recording
+from fastgpt2.bench.audit import asm
+from fastgpt2.bench.audit.compiled import AUDITED_ROWS, recording
 
 
 @triton.jit

@@ -88,8 +88,8 @@ def made_once(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_runs():
     """Runs without plots and samples, which are most of the time of a tiny one."""
-    from fastgpt2.gpt2.run_folder import RunFolder
-    from fastgpt2.gpt2.trainer import Trainer
+    from fastgpt2.gpt2.training.run_folder import RunFolder
+    from fastgpt2.gpt2.training.trainer import Trainer
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "plot", lambda self: None)

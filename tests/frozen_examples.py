@@ -17,7 +17,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from fastgpt2.bench.no_device import last_launch, launches, no_device, write_down
+from fastgpt2.bench.timing.no_device import last_launch, launches, no_device, write_down
 from fastgpt2.kernels import _frozen, _launch
 from fastgpt2.kernels._frozen import Launch, planned
 

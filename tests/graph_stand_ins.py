@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from fastgpt2.gpt2 import step_graphs
+from fastgpt2.gpt2.training import step_graphs
 
 
 class Recorder:

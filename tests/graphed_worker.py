@@ -16,11 +16,11 @@ from tiny_run import settings_in
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt2 import GPT, GPTConfig, graphed
-from fastgpt2.gpt2 import step_graphs
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.graphed import graphs_of
-from fastgpt2.gpt2.ranks import Ranks
-from fastgpt2.gpt2.train import TrainConfig, Trainer
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.training import step_graphs
+from fastgpt2.gpt2.training.graphed import graphs_of
+from fastgpt2.gpt2.training.ranks import Ranks
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer
 
 OPTIONS = {
     "plain": {},

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt2 import GPT
-from fastgpt2.gpt2.huggingface import huggingface_state
+from fastgpt2.gpt2.weights.huggingface import huggingface_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton runs, interpreted or not
 TINY: dict[str, Any] = dict(n_layer=2, n_embd=32, n_head=2, n_positions=24, vocab_size=61)

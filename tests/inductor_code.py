@@ -36,7 +36,7 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastgpt2 import GPT, GPTConfig
-from fastgpt2.bench.compiled import _Driver
+from fastgpt2.bench.audit.compiled import _Driver
 from fastgpt2.kernels import _launch, _op
 
 CUDA = torch.device("cuda", 0)

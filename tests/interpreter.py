@@ -4,7 +4,7 @@
                                          (conftest.py applies it to the whole session)
     with grid_order("reversed"): ...     programs run last to first, or "shuffled": results must not change
     with count_launches() as log: ...    len(log); log[i].name, .grid, .bytes_read, .bytes_written, .bytes
-                                         (bench/traffic.py)
+                                         (bench/audit/traffic.py)
     with red_zones() as zone:            what is allocated inside lies between guard zones that are checked at the end
         y = op(zone(x))                  zone(x): a copy of x, same strides, between NaNs
     far_apart(x)                         a copy of x whose rows int32 offsets cannot tell apart
@@ -28,7 +28,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from fastgpt2.bench.traffic import count_launches
+from fastgpt2.bench.audit.traffic import count_launches
 
 __all__ = ["BackwardToo", "OutOfBounds", "count_launches", "far_apart", "grid_order", "mended", "red_zones"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastgpt2.gpt2.run_folder import RunFolder
-from fastgpt2.gpt2.train import TrainConfig, Trainer, train
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer, train
 
 PLACES = {
     "step": (Trainer, "step"),

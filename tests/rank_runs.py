@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from fastgpt2.gpt2.run_folder import RunFolder
-from fastgpt2.gpt2.train import TrainConfig, Trainer, train
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer, train
 
 
 class Failure(Exception):

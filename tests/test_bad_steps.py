@@ -8,9 +8,9 @@ import torch
 from tiny_run import finish, run, settings_in
 
 from fastgpt2 import GPT
-from fastgpt2.gpt2.loss_watch import MOST_IN_A_ROW, RECENT_STEPS, LossWatch
-from fastgpt2.gpt2.run_folder import RunFolder
-from fastgpt2.gpt2.train import TrainConfig, Trainer
+from fastgpt2.gpt2.training.loss_watch import MOST_IN_A_ROW, RECENT_STEPS, LossWatch
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401, before the stub: transformers looks for flash_attn
 from torch import nn
 
-from fastgpt2.bench import flash_gpt, steps, variants
-from fastgpt2.bench.variants import FLASH_ATTN, OURS, Family, Variant
+from fastgpt2.bench.cases import flash_gpt, variants
+from fastgpt2.bench.cases.variants import FLASH_ATTN, OURS, Family, Variant
+from fastgpt2.bench.timing import steps
 from fastgpt2.gpt2 import config
 from fastgpt2.gpt2.model import GPT
 

@@ -8,9 +8,10 @@ import torch
 from test_bench_train import NANOGPT_LIKE
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench import gate, generate
-from fastgpt2.bench.generate import BASELINE, NANOGPT, Setting
-from fastgpt2.bench.record import Results
+from fastgpt2.bench.report.record import Results
+from fastgpt2.bench.timing import generate
+from fastgpt2.bench.timing.generate import BASELINE, NANOGPT, Setting
+from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import config
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench import measured, variants
-from fastgpt2.bench.record import Results
+from fastgpt2.bench.cases import variants
+from fastgpt2.bench.report import measured
+from fastgpt2.bench.report.record import Results
 from fastgpt2.gpt2 import ops
 
 GPU = torch.device("cuda")

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench import cases, gate, ops, peaks, peers, timing
-from fastgpt2.bench.record import Results
+from fastgpt2.bench.cases import peers
+from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.report.record import Results
+from fastgpt2.bench.timing import ops, peaks, timing
+from fastgpt2.bench.verify import gate
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ import bench_results
 import pytest
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench import compare, plots, tables
-from fastgpt2.bench.measured import COMMITTED
-from fastgpt2.bench.record import Results
+from fastgpt2.bench.report import differences as compare
+from fastgpt2.bench.report import plots, tables
+from fastgpt2.bench.report.measured import COMMITTED
+from fastgpt2.bench.report.record import Results
 from fastgpt2.gpt2.ops import Kernels
 
 EVERY = {

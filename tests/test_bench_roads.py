@@ -7,10 +7,8 @@ import pytest
 import torch
 from bench_runs import read, run
 
-from fastgpt2.bench import steps, variants
-from fastgpt2.bench import train as bench_train
-from fastgpt2.bench.record import Results
-from fastgpt2.bench.variants import (
+from fastgpt2.bench.cases import variants
+from fastgpt2.bench.cases.variants import (
     COMPILE,
     CUDAGRAPH_TREES,
     FLASH_ATTN,
@@ -24,6 +22,9 @@ from fastgpt2.bench.variants import (
     Family,
     Variant,
 )
+from fastgpt2.bench.report.record import Results
+from fastgpt2.bench.timing import steps
+from fastgpt2.bench.timing import train as bench_train
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import Kernels
 

@@ -11,9 +11,8 @@ import torch
 from bench_runs import TINY, read, run
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench import gate, steps, variants
-from fastgpt2.bench import train as bench_train
-from fastgpt2.bench.variants import (
+from fastgpt2.bench.cases import variants
+from fastgpt2.bench.cases.variants import (
     COMPILE,
     CUDAGRAPH_TREES,
     GRAPH,
@@ -26,6 +25,9 @@ from fastgpt2.bench.variants import (
     Family,
     Variant,
 )
+from fastgpt2.bench.timing import steps
+from fastgpt2.bench.timing import train as bench_train
+from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import config, hardware
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import Kernels

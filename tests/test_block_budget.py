@@ -13,7 +13,7 @@ import torch
 import triton
 
 from fastgpt2 import GPT, GPTConfig
-from fastgpt2.bench.dispatch import Traffic, count_traffic
+from fastgpt2.bench.audit.dispatch import Traffic, count_traffic
 from fastgpt2.gpt2 import inputs
 from fastgpt2.kernels import _launch
 

@@ -12,9 +12,9 @@ from tiny_models import tiny
 
 from fastgpt2 import GPT
 from fastgpt2.gpt2.cache import KVCache
-from fastgpt2.gpt2.decoder import Decoder
-from fastgpt2.gpt2.generate import generate
-from fastgpt2.gpt2.sampling import Sampling, next_token
+from fastgpt2.gpt2.generation.decoder import Decoder
+from fastgpt2.gpt2.generation.generate import generate
+from fastgpt2.gpt2.generation.sampling import Sampling, next_token
 
 S = 24  # block_size
 

@@ -8,7 +8,7 @@ import torch
 from numerics import compare
 
 import fastgpt2.kernels.gelu
-from fastgpt2.bench.cases import cases
+from fastgpt2.bench.cases.registry import cases
 
 ROWS = 64
 SMALL = [case for case in cases(ROWS) if case.dtype == torch.float32]

@@ -14,12 +14,13 @@ import torch
 from tiny_run import finish, run, settings_in
 
 from fastgpt2 import GPT
-from fastgpt2.gpt2 import checkpoints
-from fastgpt2.gpt2.checkpoints import damage, save_checkpoint, saved_checkpoints
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.run_folder import RunFolder, read_log
-from fastgpt2.gpt2.tokenizer import ByteTokenizer
-from fastgpt2.gpt2.train import TrainConfig, Trainer
+from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.training.log import read_log
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer
+from fastgpt2.gpt2.weights import checkpoints
+from fastgpt2.gpt2.weights.checkpoints import damage, save_checkpoint, saved_checkpoints
 
 # Dropout and padded rows: what only the random numbers and the training state can bring back.
 MORE = dict(dropout=0.1, vocab_multiple=100, eval_interval=4, steps=10, batch_size=2, total_batch_tokens=64)
@@ -283,7 +284,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
 
 
 def test_other_versions_are_noted(whole, tmp_path, monkeypatch):
-    from fastgpt2.gpt2 import run_folder
+    from fastgpt2.gpt2.training import run_folder
 
     monkeypatch.setattr(run_folder, "kernels_digest", lambda: "other kernels")
     said = finish(None, resume=copied(whole, tmp_path))[2]

@@ -11,9 +11,10 @@ from importlib import metadata
 
 import pytest
 
-from fastgpt2.gpt2 import cli, sample_command
-from fastgpt2.gpt2.progress import shell_word
-from fastgpt2.gpt2.recipe import TrainConfig
+from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.cli import sample as sample_command
+from fastgpt2.gpt2.training.progress import shell_word
+from fastgpt2.gpt2.training.recipe import TrainConfig
 
 SMALL = (
     "--steps 4 --batch-size 2 --block-size 16 --n-layer 1 --n-head 1 --n-embd 16 --eval-interval 2 --eval-tokens 32 "
@@ -61,7 +62,9 @@ def test_every_setting_is_an_option(capsys):
 def test_options_reach_the_config(monkeypatch):
     seen = []
     result = types.SimpleNamespace(stopped_by=None)
-    monkeypatch.setattr("fastgpt2.gpt2.train.train", lambda config, resume, console: seen.append(config) or result)
+    monkeypatch.setattr(
+        "fastgpt2.gpt2.training.train.train", lambda config, resume, console: seen.append(config) or result
+    )
     assert cli.main(["train"]) == 0
     assert cli.main("train --preset gpt2 --lr 1e-5 --min-lr 1e-6 --compile --data x --steps 3".split()) == 0
     assert cli.main("train --device cpu --no-compile --kernels attention,gelu".split()) == 0
@@ -73,14 +76,14 @@ def test_options_reach_the_config(monkeypatch):
 
 def test_the_choice_of_size_is_explained(monkeypatch, capsys):
     result = types.SimpleNamespace(stopped_by=None)
-    monkeypatch.setattr("fastgpt2.gpt2.train.train", lambda config, resume, console: result)
+    monkeypatch.setattr("fastgpt2.gpt2.training.train.train", lambda config, resume, console: result)
     cli.main(["train", "--device", "cpu"])
     assert "baby-smoke (no GPU" in capsys.readouterr().out
 
 
 def test_a_stopped_run_has_the_signals_status(monkeypatch):
     result = types.SimpleNamespace(stopped_by=signal.SIGTERM)
-    monkeypatch.setattr("fastgpt2.gpt2.train.train", lambda config, resume, console: result)
+    monkeypatch.setattr("fastgpt2.gpt2.training.train.train", lambda config, resume, console: result)
     assert cli.main(["train"]) == 128 + 15
 
 
@@ -186,7 +189,7 @@ def test_an_interrupt_has_status_130(monkeypatch, capsys):
     def interrupted(config, resume, console):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastgpt2.gpt2.train.train", interrupted)
+    monkeypatch.setattr("fastgpt2.gpt2.training.train.train", interrupted)
     assert cli.main(["train"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -195,7 +198,7 @@ def test_an_interrupt_has_status_130(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("verify", "fastgpt2.bench.verify"), ("bench", "fastgpt2.bench.__main__")]
+    ("name", "module"), [("verify", "fastgpt2.bench.verify.verify"), ("bench", "fastgpt2.bench.__main__")]
 )
 def test_other_commands_get_their_arguments(monkeypatch, name, module):
     seen = []

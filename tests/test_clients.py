@@ -172,7 +172,7 @@ def test_compiled_models_write_text(kernels):
     model, (idx, _) = make(kernels).eval(), batch()
     compiled = torch.compile(model, backend="aot_eager")
     assert torch.equal(compiled.generate(idx, 3, greedy=True), model.generate(idx, 3, greedy=True))
-    from fastgpt2.gpt2.generate import generate
+    from fastgpt2.gpt2.generation.generate import generate
 
     assert torch.equal(generate(compiled, idx, 3, greedy=True), model.generate(idx, 3, greedy=True))
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from fastgpt2.bench import audit, compared
-from fastgpt2.bench.cases import sized_cases
+from fastgpt2.bench.audit import audit
+from fastgpt2.bench.audit import peer_traffic as compared
+from fastgpt2.bench.cases.registry import sized_cases
 
 CASES = {case.op: case for case in sized_cases(16, 64, torch.float16)}
 
@@ -42,7 +43,7 @@ def test_an_op_without_gradients_has_no_backward():
 def test_liger_is_counted_where_it_is_installed(tmp_path):
     pytest.importorskip("liger_kernel")
     file = tmp_path / "counts.json"
-    command = [sys.executable, "-m", "fastgpt2.bench.compared", "--json", str(file), "--op", "layer_norm"]
+    command = [sys.executable, "-m", "fastgpt2.bench.audit.peer_traffic", "--json", str(file), "--op", "layer_norm"]
     subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
     found = {(e["label"], e["direction"]): e for e in json.loads(file.read_text())}
     assert {label for label, _ in found} == set(audit.LABELS)

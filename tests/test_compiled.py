@@ -1,6 +1,6 @@
 """Compiled code on every architecture, held to its gates and to the committed kernel card, with no GPU.
 
-Everything is compiled in processes of their own (bench/audit.py); this one only reads what they found. The first half
+Everything is compiled in processes of their own (bench/audit/); this one only reads what they found. The first half
 shows on kernels with one fault each that the instrument sees it.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt2.bench import asm, audit
 from fastgpt2.bench.__main__ import main as bench
-from fastgpt2.bench.cases import cases
+from fastgpt2.bench.audit import asm, audit
+from fastgpt2.bench.cases.registry import cases
 
 HERE = Path(__file__).parent
 

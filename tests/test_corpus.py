@@ -8,9 +8,9 @@ import test_shards
 from test_shards import TOKENS, write_llmc, write_nanogpt, write_prepared
 from tiny_run import TINY, run
 
-from fastgpt2.gpt2 import tokenizer as tokenizers
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 
 def test_text_is_encoded_and_split(tmp_path):

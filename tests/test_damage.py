@@ -9,11 +9,11 @@ import torch
 from tiny_run import finish, run, settings_in
 
 from fastgpt2 import GPT
-from fastgpt2.gpt2 import cli
-from fastgpt2.gpt2.checkpoints import WEIGHTS, damage, folder_to_read, save_checkpoint, saved_checkpoints
+from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.sample import load_checkpoint
-from fastgpt2.gpt2.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.generation.sample import load_checkpoint
+from fastgpt2.gpt2.weights.checkpoints import WEIGHTS, damage, folder_to_read, save_checkpoint, saved_checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -44,7 +44,7 @@ def rewritten(folder, name, value):
     """A checkpoint with other weights, of which its files.json knows: what an overflow in a step would have left."""
     from safetensors.torch import load_file, save_file
 
-    from fastgpt2.gpt2 import checkpoints
+    from fastgpt2.gpt2.weights import checkpoints
 
     weights = load_file(folder / WEIGHTS)
     weights[name].view(-1)[3] = value
@@ -163,7 +163,7 @@ def test_damaged_ones_do_not_count(tmp_path):
 
 
 def test_a_whole_one_is_read_once(tmp_path, monkeypatch):
-    from fastgpt2.gpt2 import checkpoints
+    from fastgpt2.gpt2.weights import checkpoints
 
     seen = []
     monkeypatch.setattr(checkpoints, "damage", lambda folder: seen.append(folder.name) or damage(folder))

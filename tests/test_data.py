@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from fastgpt2.gpt2 import data
-from fastgpt2.gpt2.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer
 
 # ---------------------------------------------------------------------------------------------------------- text
 

@@ -11,10 +11,10 @@ from interpreter import count_launches
 from tiny_models import tiny
 
 from fastgpt2 import GPT
-from fastgpt2.bench.dispatch import count_traffic
+from fastgpt2.bench.audit.dispatch import count_traffic
 from fastgpt2.gpt2 import inputs, ops
 from fastgpt2.gpt2.cache import KVCache
-from fastgpt2.gpt2.generate import generate
+from fastgpt2.gpt2.generation.generate import generate
 
 S = 9  # block_size
 

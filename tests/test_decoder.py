@@ -8,11 +8,12 @@ import torch
 import torch._dynamo.testing
 from tiny_models import tiny
 
-from fastgpt2.gpt2 import decoder, packed
-from fastgpt2.gpt2.decoder import WORTH_PREPARING
-from fastgpt2.gpt2.generate import Generation, generate
+from fastgpt2.gpt2 import packed
+from fastgpt2.gpt2.generation import decoder
+from fastgpt2.gpt2.generation.decoder import WORTH_PREPARING
+from fastgpt2.gpt2.generation.generate import Generation, generate
+from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.packed import can_pack
-from fastgpt2.gpt2.sampling import Sampling
 
 NEW = WORTH_PREPARING + 8
 cpu_only = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")

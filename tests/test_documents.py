@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny_run import TINY, run, settings_in
 
-from fastgpt2.gpt2 import data
 from fastgpt2.gpt2.cache import KVCache
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.evaluate import evaluating
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer
+from fastgpt2.gpt2.evaluation.evaluate import evaluating
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.tokenizer import BPETokenizer
-from fastgpt2.gpt2.train import TrainConfig
-from fastgpt2.gpt2.trainer import Trainer
+from fastgpt2.gpt2.training.train import TrainConfig
+from fastgpt2.gpt2.training.trainer import Trainer
 
 END = 9
 IDX = torch.tensor([[1, 2, END, 3, 4, 5, 6, END], [END, 1, 1, END, END, 2, 3, 4]])

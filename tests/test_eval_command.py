@@ -9,10 +9,12 @@ import test_hellaswag
 from test_cli import failed
 from tiny_models import tiny
 
-from fastgpt2.gpt2 import cli, data, shards
-from fastgpt2.gpt2.evaluate import mean_loss, text_loss
-from fastgpt2.gpt2.hellaswag import hellaswag, read_examples
-from fastgpt2.gpt2.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.evaluation.evaluate import mean_loss, text_loss
+from fastgpt2.gpt2.evaluation.hellaswag import hellaswag, read_examples
 
 model, file = test_evaluate.model, test_hellaswag.file
 TEXT = "the theatre, then another thing.\n" * 10

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt2.gpt2 import data
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.evaluate import continuation_loss, mean_loss, text_loss, total_loss
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt2.gpt2.evaluation.evaluate import continuation_loss, mean_loss, text_loss, total_loss
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.tokenizer import BPETokenizer, ByteTokenizer
 
 T, V = 16, 258
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ import pytest
 from tiny_models import tiny
 from tiny_run import finish, run, settings_in
 
-from fastgpt2.gpt2 import cli
+from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.data.prepare import prepare
+from fastgpt2.gpt2.data.sources import find_source
 from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
-from fastgpt2.gpt2.prepare import prepare
-from fastgpt2.gpt2.run_folder import RunFolder
-from fastgpt2.gpt2.sources import find_source
-from fastgpt2.gpt2.trainer import Trainer
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.trainer import Trainer
 
 HOLD = "import sys, pathlib\nfrom fastgpt2.gpt2.files import exclusive\nwith exclusive(pathlib.Path(sys.argv[1])):\n"
 posix = pytest.mark.skipif(os.name != "posix", reason="needs flock")

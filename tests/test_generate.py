@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from fastgpt2.gpt2.generate import Generation, generate
-from fastgpt2.gpt2.sampling import Sampling
+from fastgpt2.gpt2.generation.generate import Generation, generate
+from fastgpt2.gpt2.generation.sampling import Sampling
 
 
 def test_the_prompt_goes_on():

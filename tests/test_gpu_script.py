@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench.variants import ROADS
+from fastgpt2.bench.cases.variants import ROADS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fastgpt2 import GPT, GPTConfig, graphed
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.cache import KVCache
-from fastgpt2.gpt2.graphed import graphs_of, release
 from fastgpt2.gpt2.stock import is_watched
+from fastgpt2.gpt2.training.graphed import graphs_of, release
 
 SIZES = dict(block_size=8, vocab_size=50, n_layer=3, n_head=1, n_embd=16)
 

@@ -16,8 +16,8 @@ from torch.nn.modules import module as every_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt2 import GPT, GPTConfig, graphed
-from fastgpt2.gpt2 import step_graphs
-from fastgpt2.gpt2.graphed import graphs_of
+from fastgpt2.gpt2.training import step_graphs
+from fastgpt2.gpt2.training.graphed import graphs_of
 
 SIZES = dict(block_size=8, vocab_size=50, n_layer=2, n_head=1, n_embd=16)
 

@@ -14,13 +14,15 @@ import torch
 from tiny_run import settings_in
 
 from fastgpt2 import GPT, GPTConfig, graphed
-from fastgpt2.bench.steps import Setting
-from fastgpt2.bench.variants import GRAPH, LAUNCHED, Family, Variant
-from fastgpt2.gpt2 import data, ops, step_graphs
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.graphed import graphs_of, release
-from fastgpt2.gpt2.tokenizer import BPETokenizer
-from fastgpt2.gpt2.train import TrainConfig, Trainer
+from fastgpt2.bench.cases.variants import GRAPH, LAUNCHED, Family, Variant
+from fastgpt2.bench.timing.steps import Setting
+from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer
+from fastgpt2.gpt2.training import step_graphs
+from fastgpt2.gpt2.training.graphed import graphs_of, release
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What every kernel must keep, whatever it computes: its memory, its order, its inputs, and the host's hands off it.
 
 Each guard runs every call of `calls.py`, forward and backward, and asks for the same bits as a plain run. The cases of
-bench/cases.py, at GPT-2's widths, go through all guards at once.
+bench/cases/registry.py, at GPT-2's widths, go through all guards at once.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from interpreter import BackwardToo, far_apart, grid_order, red_zones
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt2.bench import cases
+from fastgpt2.bench.cases import registry as cases
 from fastgpt2.kernels._cross_entropy import cross_entropy_
 from fastgpt2.kernels.attention import causal_attention
 from fastgpt2.kernels.embedding import token_position_embedding

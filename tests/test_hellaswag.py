@@ -11,10 +11,10 @@ import test_evaluate
 from test_evaluate import BPE, CPU, nats
 from tiny_run import TINY, run, settings_in
 
-from fastgpt2.gpt2 import hellaswag as module
-from fastgpt2.gpt2.hellaswag import hellaswag, read_examples
-from fastgpt2.gpt2.recipe import TrainConfig
-from fastgpt2.gpt2.trainer import Trainer
+from fastgpt2.gpt2.evaluation import hellaswag as module
+from fastgpt2.gpt2.evaluation.hellaswag import hellaswag, read_examples
+from fastgpt2.gpt2.training.recipe import TrainConfig
+from fastgpt2.gpt2.training.trainer import Trainer
 
 ROWS = [
     {

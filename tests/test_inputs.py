@@ -11,15 +11,17 @@ import pytest
 from test_shards import TOKENS, write_nanogpt, write_prepared
 from tiny_run import TINY, finish, run
 
-from fastgpt2.gpt2 import cli, data, shards
-from fastgpt2.gpt2 import tokenizer as tokenizers
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.prepare import prepare
-from fastgpt2.gpt2.run_folder import RunFolder
-from fastgpt2.gpt2.sample import load_checkpoint
-from fastgpt2.gpt2.sources import find_source
-from fastgpt2.gpt2.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, is_named
-from fastgpt2.gpt2.train import TrainConfig, Trainer
+from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.prepare import prepare
+from fastgpt2.gpt2.data.sources import find_source
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, is_named
+from fastgpt2.gpt2.generation.sample import load_checkpoint
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer
 
 BYTES = (TOKENS % 256).astype(np.uint16)
 BPE = BPETokenizer({bytes([b]): b for b in range(256)} | {b"he": 256})

@@ -12,7 +12,7 @@ import pytest
 
 COMPILE = """
 import json, torch
-from fastgpt2.bench.compiled import recording
+from fastgpt2.bench.audit.compiled import recording
 from fastgpt2.kernels.decode_attention import decode_attention
 from fastgpt2.kernels.decode_linear import decode_linear
 

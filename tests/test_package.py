@@ -32,19 +32,19 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastgpt2"}
-    for wanted in ("__init__.py", "py.typed", "kernels/layer_norm.py", "gpt2/model.py", "bench/__main__.py"):
+    for wanted in ("__init__.py", "py.typed", "kernels/layer_norm.py", "gpt2/data/windows.py", "bench/__main__.py"):
         assert f"fastgpt2/{wanted}" in names
-    for unwanted in ("setup.py", "tests/", "kernels/__init__.py", "bench/__init__.py"):
+    for unwanted in ("setup.py", "tests/", "kernels/__init__.py", "bench/__init__.py", "bench/results/"):
         assert not any(name.startswith(f"fastgpt2/{unwanted}") for name in names)
-    for source in [*ROOT.glob("kernels/*.py"), *ROOT.glob("gpt2/*.py"), *ROOT.glob("bench/*.py")]:
-        assert f"fastgpt2/{source.parent.name}/{source.name}" in names
+    for source in [*ROOT.glob("kernels/**/*.py"), *ROOT.glob("gpt2/**/*.py"), *ROOT.glob("bench/**/*.py")]:
+        assert f"fastgpt2/{source.relative_to(ROOT).as_posix()}" in names
 
 
 def test_wheel_lives_beside_huggingface_kernels(wheel, tmp_path):
     site = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
     code = """
-import kernels, transformers, fastgpt2, fastgpt2.kernels.gelu, fastgpt2.bench.cases
+import kernels, transformers, fastgpt2, fastgpt2.kernels.gelu, fastgpt2.bench.cases.registry
 from fastgpt2 import GPT
 from transformers import GPT2LMHeadModel
 from kernels import get_kernel

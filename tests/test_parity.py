@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt2 import GPT, Kernels
 from fastgpt2.gpt2.config import PRESETS
-from fastgpt2.gpt2.huggingface import CONV1D
+from fastgpt2.gpt2.weights.huggingface import CONV1D
 
 RELATIVE = 1e-4  # of the largest magnitude, in fp32
 GREEDY_TOKENS = 50

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt2.gpt2.pieces import Pieces
-from fastgpt2.gpt2.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.data.pieces import Pieces
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 BPE = BPETokenizer({bytes([b]): b for b in range(256)} | {b"ab": 256, b"\xc3\xa9a": 257, b"\xe2\x82": 258})
 TOKENIZERS = [ByteTokenizer(), BPE, CharTokenizer("abé€\U0001f600")]

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from test_sources import DOCUMENTS, from_hub, write_jsonl, write_parquet, write_texts
 
-from fastgpt2.gpt2 import cli, data, prepare_command, shards, sources
-from fastgpt2.gpt2 import tokenizer as tokenizers
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.prepare import prepare
-from fastgpt2.gpt2.sources import find_source
-from fastgpt2.gpt2.tokenizer import BPETokenizer
+from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.cli import prepare as prepare_command
+from fastgpt2.gpt2.data import shards, sources
+from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.prepare import prepare
+from fastgpt2.gpt2.data.sources import find_source
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer
 
 RANKS = {bytes([b]): b for b in range(256)} | {b"do": 256, b"cu": 257, b"docu": 258, b" l": 259}
 SETTINGS = dict(shard_tokens=300, val_tokens=500, processes=1)

@@ -12,7 +12,7 @@ import torch
 from hf_models import FORMATS, TINY, hf_gpt2, same_weights, state_of, write_folder, write_weights
 
 from fastgpt2 import GPT
-from fastgpt2.gpt2 import huggingface
+from fastgpt2.gpt2.weights import huggingface
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from tiny_run import finish, run, settings_in
 
 from fastgpt2 import GPT, GPTConfig
 from fastgpt2.gpt2 import ops
-from fastgpt2.gpt2.ranks import Ranks, set_gradient_sync, spread
-from fastgpt2.gpt2.run_folder import RunFolder, read_log
-from fastgpt2.gpt2.train import Trainer
+from fastgpt2.gpt2.training.log import read_log
+from fastgpt2.gpt2.training.ranks import Ranks, set_gradient_sync, spread
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.train import Trainer
 
 # 128 tokens a step: 4 passes of one process or 2 of each of two. 5 windows to validate on: a rank runs out of them.
 MORE = dict(batch_size=2, total_batch_tokens=128, steps=8, eval_interval=4, eval_tokens=80, n_layer=2)
@@ -135,7 +136,7 @@ def test_what_fails_on_one_rank_ends_the_run_on_all(tmp_path, settings):
 
 
 def test_gradients_are_averaged_in_the_last_pass_alone(settings, monkeypatch):
-    from fastgpt2.gpt2 import trainer
+    from fastgpt2.gpt2.training import trainer
 
     wanted, forwards = [], []
     monkeypatch.setattr(trainer, "set_gradient_sync", lambda module, wanted_now: wanted.append(wanted_now))

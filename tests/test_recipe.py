@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastgpt2 import GPTConfig
-from fastgpt2.gpt2.optim import wsd_schedule
-from fastgpt2.gpt2.recipe import PRESETS, TrainConfig, choose_preset, read_settings, settings_text
-from fastgpt2.gpt2.train_command import parse
+from fastgpt2.gpt2.cli.train import parse
+from fastgpt2.gpt2.training.optim import wsd_schedule
+from fastgpt2.gpt2.training.recipe import PRESETS, TrainConfig, choose_preset, read_settings, settings_text
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from fastgpt2.bench import record as module
-from fastgpt2.bench.record import Results, describe, slug
-from fastgpt2.bench.timing import Timing
+from fastgpt2.bench.report import record as module
+from fastgpt2.bench.report.record import Results, describe, slug
+from fastgpt2.bench.timing.timing import Timing
 
 CPU = torch.device("cpu")
 

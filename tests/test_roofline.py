@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench import cases, roofline
-from fastgpt2.bench.roofline import Work
+from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.report import roofline
+from fastgpt2.bench.report.roofline import Work
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.hardware import Gpu

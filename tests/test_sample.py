@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from fastgpt2.gpt2 import sample
-from fastgpt2.gpt2.checkpoints import save_checkpoint
-from fastgpt2.gpt2.generate import generate
-from fastgpt2.gpt2.sample import generate_text, load_checkpoint, stream_text, write_texts
-from fastgpt2.gpt2.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.generation import sample
+from fastgpt2.gpt2.generation.generate import generate
+from fastgpt2.gpt2.generation.sample import generate_text, load_checkpoint, stream_text, write_texts
+from fastgpt2.gpt2.weights.checkpoints import save_checkpoint
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import json
 import pytest
 from tiny_models import tiny
 
-from fastgpt2.gpt2 import cli, sample_command
-from fastgpt2.gpt2.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.cli import sample as sample_command
+from fastgpt2.gpt2.data.tokenizer import ByteTokenizer, CharTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastgpt2.gpt2.sampling import Sampling, next_token
+from fastgpt2.gpt2.generation.sampling import Sampling, next_token
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 DRAWS = 20_000

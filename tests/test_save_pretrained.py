@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model
 
 from fastgpt2 import GPT, GPTConfig
-from fastgpt2.gpt2 import pretrained
+from fastgpt2.gpt2.weights import pretrained
 
 
 @pytest.fixture(scope="module")

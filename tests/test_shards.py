@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt2.gpt2 import data, shards
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.shards import Manifest, Shards, holds_tokens, open_tokens
+from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.shards import Manifest, Shards, holds_tokens, open_tokens
 
 TOKENS = np.random.default_rng(0).integers(0, 50257, 1000).astype(np.uint16)
 

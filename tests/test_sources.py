@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt2.gpt2 import data, sources
-from fastgpt2.gpt2.sources import HubDataset, find_source
-from fastgpt2.gpt2.tokenizer import BPETokenizer
+from fastgpt2.gpt2.data import sources
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.sources import HubDataset, find_source
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer
 
 # Merges that cross a cut in the wrong place.
 MERGES = [b"\n\n", b"\n ", b" a", b"a\n", b"\r\n", b"\n\n\n", b"  "]

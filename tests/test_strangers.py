@@ -10,8 +10,9 @@ from test_shards import TOKENS, write_prepared
 from tiny_models import tiny
 
 from fastgpt2 import GPT
-from fastgpt2.gpt2 import huggingface, shards
-from fastgpt2.gpt2.huggingface import huggingface_state
+from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.weights import huggingface
+from fastgpt2.gpt2.weights.huggingface import huggingface_state
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from fastgpt2.bench import timing
-from fastgpt2.bench.timing import Spread, Timing, measure, peak_bytes, speedup
+from fastgpt2.bench.timing import timing
+from fastgpt2.bench.timing.timing import Spread, Timing, measure, peak_bytes, speedup
 
 MB = 1 << 20
 

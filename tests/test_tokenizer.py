@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt2.gpt2 import tokenizer as tokenizers
-from fastgpt2.gpt2.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 TEXT = "hello, the hello\n  world's 123 -- héllo 日本語 🙂\n\n\tdef f(x):  return x\n"
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]))

@@ -14,18 +14,20 @@ import torch
 from rich.console import Console
 from tiny_run import TINY, run, settings_in
 
-from fastgpt2.gpt2 import data, ops
-from fastgpt2.gpt2.corpus import load_corpus
-from fastgpt2.gpt2.evaluate import evaluating, mean_loss
+from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.evaluation.evaluate import evaluating, mean_loss
+from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.optim import cosine_schedule
-from fastgpt2.gpt2.progress import line
-from fastgpt2.gpt2.recipe import PRESETS, find_device, read_settings
-from fastgpt2.gpt2.run_folder import RunFolder, read_log
-from fastgpt2.gpt2.sample import load_checkpoint
-from fastgpt2.gpt2.stop_signals import StopSignals
-from fastgpt2.gpt2.tokenizer import ByteTokenizer
-from fastgpt2.gpt2.train import TrainConfig, Trainer, train
+from fastgpt2.gpt2.training.log import read_log
+from fastgpt2.gpt2.training.optim import cosine_schedule
+from fastgpt2.gpt2.training.progress import line
+from fastgpt2.gpt2.training.recipe import PRESETS, find_device, read_settings
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.stop_signals import StopSignals
+from fastgpt2.gpt2.training.train import TrainConfig, Trainer, train
 
 
 @pytest.fixture

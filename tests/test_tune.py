@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt2.bench import cases, tune
 from fastgpt2.bench.__main__ import main
-from fastgpt2.bench.record import Results
+from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.report.record import Results
+from fastgpt2.bench.timing import tune
 from fastgpt2.kernels import _launch
 
 SOURCE = Path(_launch.__file__).read_text("utf-8")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.bench import comparison, verify
-from fastgpt2.bench.cases import operations, sized_cases
-from fastgpt2.bench.verify_case import verify_case
+from fastgpt2.bench.cases.registry import operations, sized_cases
+from fastgpt2.bench.verify import error_rule as comparison
+from fastgpt2.bench.verify import verify
+from fastgpt2.bench.verify.kernel_errors import verify_case
 from fastgpt2.gpt2 import ops
 
 

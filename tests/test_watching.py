@@ -12,10 +12,13 @@ import torch
 from test_cli import failed
 from tiny_run import finish, run, settings_in
 
-from fastgpt2.gpt2 import cli, hardware, plot, trainer
-from fastgpt2.gpt2.plot import Curve, plot_runs
-from fastgpt2.gpt2.run_folder import RunFolder, read_log
-from fastgpt2.gpt2.train import Trainer
+from fastgpt2.gpt2 import hardware
+from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.training import plot, trainer
+from fastgpt2.gpt2.training.log import read_log
+from fastgpt2.gpt2.training.plot import Curve, plot_runs
+from fastgpt2.gpt2.training.run_folder import RunFolder
+from fastgpt2.gpt2.training.train import Trainer
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt2.gpt2 import data
-from fastgpt2.gpt2.shards import Shards
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.shards import Shards
 
 
 def test_targets_are_one_token_later():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastgpt2.gpt2.run_folder import read_log
-from fastgpt2.gpt2.train import TrainConfig, TrainResult, train
+from fastgpt2.gpt2.training.log import read_log
+from fastgpt2.gpt2.training.train import TrainConfig, TrainResult, train
 
 TINY = dict(
     steps=20, batch_size=4, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.0, lr=1e-2, min_lr=1e-3, warmup=5,

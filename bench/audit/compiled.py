@@ -1,0 +1,250 @@
+"""Compiled code without a GPU: what the kernels of a callable become on a given architecture.
+
+    with recording("80") as launches:         # CPU tensors; nothing is run, everything is compiled
+        y = layer_norm(x, weight)
+    launches[0].figures()                     # registers, shared memory, spills, widths, ...
+
+A launch goes the way that it goes on a GPU, through Triton's own specialisation (divisibility by 16, arguments equal to
+1, the config that `_launch` picks for the architecture), up to the point where the kernel would be started. Needs a
+process without TRITON_INTERPRET. From outside, in a process of its own because a compiler pass can abort it:
+
+    python -m fastgpt2.bench.audit.compiled --json FILE [--arch 80,90] [--op layer_norm,gelu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastgpt2.bench.audit import asm
+from fastgpt2.bench.audit.cases_to_compile import audited_cases
+from fastgpt2.bench.cases import peers
+from fastgpt2.bench.cases import registry as cases
+from fastgpt2.gpt2.ops import kernels_digest
+from fastgpt2.kernels import _launch
+
+TARGETS = {name: GPUTarget("cuda", int(name), 32) for name in asm.LIMITS} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+SM_COUNT = {"80": 108, "86": 84, "89": 128, "90": 132, "100": 148, "120": 170, "gfx942": 304}
+
+# 16 * 257 rows: as divisible as 4096, and 257 divides no size of the model, so that a tensor whose size it divides is
+# known to grow with the batch.
+AUDITED_ROWS = 16 * 257
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one kernel is on one architecture. Registers and spills of AMD count vector registers."""
+
+    kernel: str
+    architecture: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    dots: int  # products of matrices, each in its loop
+    plain_dots: int  # of them, those without tensor cores
+    tensor_core: str
+    widths: dict[str, dict[int, int]]  # source line -> how many global accesses of which width; none for AMD
+    narrow: tuple[str, ...]  # arguments that grow with the batch and are reached by int32 offsets alone
+    atomics: int | None
+    occupancy: float | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One launch that was not made. `sizes`: elements of each tensor argument."""
+
+    name: str
+    architecture: str
+    grid: tuple[int, ...]
+    kernel: Any  # triton's CompiledKernel
+    sizes: dict[str, int]
+
+    def figures(self, rows: int = 0) -> Figures:
+        """`rows`: what the sizes of tensors that grow with the batch are multiples of."""
+        texts, metadata = self.kernel.asm, self.kernel.metadata
+        arguments = [name for name, kind in self.kernel.src.signature.items() if kind != "constexpr"]
+        growing = {name for name, size in self.sizes.items() if rows and size > rows and size % rows == 0}
+        common: dict[str, Any] = dict(
+            kernel=self.name,
+            architecture=self.architecture,
+            num_warps=metadata.num_warps,
+            num_stages=metadata.num_stages,
+            dots=texts["ttir"].count("tt.dot "),
+            plain_dots=asm.plain_products(texts["ttgir"]),
+            narrow=tuple(n for n in asm.narrow_pointers(texts["ttir"], arguments) if n in growing),
+        )
+        if "cubin" not in texts:
+            registers, spills = asm.amd_code(texts["amdgcn"])
+            rest: dict[str, Any] = dict(stack=0, tensor_core="", widths={}, atomics=None, occupancy=None)
+            return Figures(registers=registers, shared=metadata.shared, spills=spills, **rest, **common)
+        code = asm.machine_code(texts["cubin"], common["dots"])
+        shared = metadata.shared + code.static_shared
+        return Figures(
+            registers=code.registers,
+            shared=shared,
+            stack=code.stack,
+            spills=code.spills,
+            tensor_core=code.tensor_core,
+            widths=asm.access_widths(texts["ptx"]),
+            atomics=asm.atomics(texts["ptx"]),
+            occupancy=asm.occupancy(self.architecture, code.registers, shared, metadata.num_warps),
+            **common,
+        )
+
+
+class _Driver:
+    """Stands in for Triton's: says what is compiled for."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend} {self.target.arch}"  # kernels are cached per device
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+class WithoutProducts(TorchDispatchMode):
+    """Matrix products give memory with nothing in it: they are PyTorch's, and slow on a CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket not in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            return func(*args, **kwargs)
+        if "out" in kwargs:
+            return kwargs["out"]
+        a, b = [a for a in args if isinstance(a, Tensor)][-2:]
+        dtypes = [a for a in args if isinstance(a, torch.dtype)]
+        return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtypes[0] if dtypes else a.dtype)
+
+
+@contextlib.contextmanager
+def pretended(architecture: str) -> Iterator[None]:
+    """Answers the questions that kernels ask about the machine as a GPU of `architecture` would, for CPU tensors."""
+    digits = (9, 4) if architecture == "gfx942" else (int(architecture[:-1]), int(architecture[-1]))
+    mixed = "" if architecture == "gfx942" else "addmm"
+    answers: dict[str, Any] = dict(
+        check_device=lambda *tensors: None,
+        capability=lambda device: digits,
+        sm_count=lambda device: SM_COUNT[architecture],
+        mixed_matmul=lambda device: mixed,
+    )
+    with mock.patch.multiple(_launch, **answers), WithoutProducts():
+        yield
+
+
+@contextlib.contextmanager
+def recording(architecture: str) -> Iterator[list[Recorded]]:
+    """Compiles the launches made inside for `architecture` instead of making them; outputs hold nothing."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("recording: kernels decorated under TRITON_INTERPRET cannot be compiled; unset it")
+    if architecture not in TARGETS:
+        raise ValueError(f"recording: architecture is {architecture!r}, allowed are {', '.join(TARGETS)}")
+    recorded: list[Recorded] = []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        names = inspect.signature(self.fn).parameters
+        bound = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        sizes = {name: value.numel() for name, value in bound.items() if isinstance(value, Tensor)}
+        grid = grid(bound) if callable(grid) else tuple(grid)
+        recorded.append(Recorded(self.fn.__name__, architecture, grid, kernel, sizes))
+        return kernel
+
+    if architecture == "gfx942":
+        _link_without_rocm()
+    before = dict(vars(driver))  # not driver.active: asking for it fails where there is no GPU
+    driver.set_active(_Driver(TARGETS[architecture]))
+    try:
+        with mock.patch.object(triton.JITFunction, "run", compile_only), pretended(architecture):
+            yield recorded
+    finally:
+        vars(driver).update(before)
+
+
+def _link_without_rocm() -> None:
+    """Old Tritons link AMD code with ROCm's lld; where it is missing nothing is linked: the assembly is enough."""
+    from triton.backends.amd.compiler import HIPBackend
+
+    if not hasattr(HIPBackend, "path_to_rocm_lld"):
+        return
+    try:
+        HIPBackend.path_to_rocm_lld()
+    except Exception:
+        os.environ["TRITON_HIP_LLD_PATH"] = shutil.which("true") or "true"
+
+
+def audit_case(case: cases.Case, architecture: str, function: Callable | None = None) -> list[dict]:
+    """Figures of each launch of a case, forward and backward, as dictionaries with the case's name and the pass; of
+    `function`, by default ours."""
+    inputs = case.inputs(fill=torch.empty)
+    results = []
+    with recording(architecture) as launches:
+        outputs = case.forward(inputs, function)
+        forward = len(launches)
+        case.backward(inputs, outputs)
+    for i, launch in enumerate(launches):
+        place = dict(
+            case=case.name,
+            op=case.op,
+            itemsize=case.dtype.itemsize,
+            direction="forward" if i < forward else "backward",
+            grid=launch.grid,
+        )
+        results.append(place | dataclasses.asdict(launch.figures(case.rows)))
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastgpt2.bench.audit.compiled", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", required=True, help="file to write the figures to")
+    parser.add_argument("--arch", default=",".join(TARGETS), help="comma-separated, from %(default)s")
+    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
+    parser.add_argument("--peers", action="store_true", help="compile Liger's kernels too, where it is installed")
+    options = parser.parse_args(argv)
+    wanted = set(filter(None, options.op.split(",")))
+    liger = peers.liger() if options.peers else {}
+    results, others, met = [], [], set()
+    sources = kernels_digest()
+    for case in audited_cases(AUDITED_ROWS):
+        for architecture in options.arch.split(","):
+            # float16 differs from bfloat16 by conversions alone: one architecture stands for all.
+            repeated = case.dtype == torch.float16 and architecture != "80"
+            if (not wanted or case.op in wanted) and not repeated:
+                results += audit_case(case, architecture)
+            if case.op in liger and (case.op, architecture) not in met:  # its first case: bfloat16, width 768
+                met.add((case.op, architecture))
+                launches = audit_case(case, architecture, liger[case.op])
+                others += [x for i, x in enumerate(launches) if x not in launches[:i]]  # it launches one in a loop
+    versions = {"triton": triton.__version__, "torch": torch.__version__, "sources": sources}
+    found = versions | {"launches": results, "peers": others}
+    Path(options.json).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Launches and bytes of our ops beside eager PyTorch's and Liger's, counted the same way, without a GPU.
+
+Everything that a pass asks of the device is counted, PyTorch's operators around our kernels too: an operator is one
+launch that reads its distinct inputs and writes its outputs once, a kernel is what the interpreter saw it address.
+Bytes of matrix products are left out. CUDA needs several kernels for some operators, so PyTorch's launches are a lower
+bound. Liger takes a CPU for a GPU of one multiprocessor, which leaves it fewer partial sums than a real one.
+As a process of its own, with TRITON_INTERPRET=1:
+
+    python -m fastgpt2.bench.audit.peer_traffic --json FILE [--op layer_norm,gelu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fastgpt2.bench.audit.compiled import pretended
+from fastgpt2.bench.audit.dispatch import count_traffic
+from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS
+from fastgpt2.bench.cases.peers import PEERS, installed
+from fastgpt2.bench.cases.registry import Case, cases
+
+OURS, PYTORCH, LIGER = "ours", "PyTorch", "Liger"
+
+
+def count(case: Case, function: Callable) -> dict[str, dict[str, Any]]:
+    """direction -> launches and bytes over the least that the pass must move."""
+    inputs = case.inputs(fill=torch.zeros)
+    with pretended("80"), np.errstate(all="ignore"):
+        with count_traffic() as forward:
+            outputs = case.forward(inputs, function)
+        upstream = tuple(torch.ones_like(o) for o in outputs)
+        with count_traffic() as backward:
+            case.backward(inputs, outputs, upstream)
+    found = {}
+    for direction, traffic in (("forward", forward), ("backward", backward)):
+        minimum, _ = case.work(direction)
+        if minimum:
+            found[direction] = dict(launches=traffic.launches, bytes_over_minimum=round(traffic.bytes / minimum, 3))
+    return found
+
+
+def functions(case: Case) -> dict[str, Callable]:
+    """What is counted for a case. Liger only where it is installed and has the op."""
+    found = {OURS: case.ours, PYTORCH: case.eager}
+    if make := PEERS[LIGER].makers.get(case.op) if installed(PEERS[LIGER].module) else None:
+        found[LIGER] = make()
+    return found
+
+
+@contextlib.contextmanager
+def foreign_kernels() -> Iterator[None]:
+    """Lets the interpreter run kernels that were not written with it in mind: numbers may be floats, `rsqrt` may come
+    from CUDA's own library. To be entered before such kernels are imported."""
+    from triton.language.extra import libdevice
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def convert_floats(value: Any) -> Any:
+        if isinstance(value, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
+        return convert(value)
+
+    with (
+        mock.patch.object(interpreter, "_implicit_cvt", convert_floats),
+        mock.patch.object(libdevice, "rsqrt", lambda x: tl.rsqrt(x)),
+    ):
+        yield
+
+
+def main(argv: list[str] | None = None) -> None:
+    prog = "python -m fastgpt2.bench.audit.peer_traffic"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
+    parser.add_argument("--json", required=True, help="file to write the counts to")
+    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
+    options = parser.parse_args(argv)
+    if not triton.knobs.runtime.interpret:
+        parser.error("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
+    wanted = set(filter(None, options.op.split(",")))
+    results = []
+    with foreign_kernels():
+        for case in cases(COUNTED_ROWS):
+            if case.dtype == COUNTED_DTYPE and (not wanted or case.op in wanted):
+                for label, function in functions(case).items():
+                    for direction, figures in count(case, function).items():
+                        results.append(dict(op=case.op, direction=direction, label=label, **figures))
+    Path(options.json).write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

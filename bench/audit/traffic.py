@@ -1,0 +1,180 @@
+"""Launches and bytes of the kernels of a callable, counted in Triton's interpreter.
+
+    with count_launches() as log:
+        y = layer_norm(x, weight)
+    len(log); log[0].name, log[0].grid, log[0].bytes_read, log[0].bytes_written
+
+Counts are exact for the memory that a kernel addresses: each 32-byte sector once per launch, as a cache that never
+evicts would fetch it (`bytes_read`, `bytes_written`), and every element of every access by source line (`lines`), as
+the kernel asks for it. The interpreter has no bfloat16, so bytes of bfloat16 are counted on float16 tensors. Matrix
+products by PyTorch are left out. As a process of its own, with TRITON_INTERPRET=1:
+
+    python -m fastgpt2.bench.audit.traffic --json FILE [--op layer_norm,gelu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+
+SECTOR = 32  # bytes: what a GPU's memory moves at least
+KERNELS = str(Path(__file__).resolve().parents[2] / "kernels")
+COUNTED_DTYPE = torch.float16  # the dtype of the cases that are counted; stands for bfloat16 too
+COUNTED_ROWS = 2 * 257  # few, because the interpreter is slow; programs of many rows still get as many as in a real run
+
+
+@dataclass
+class Launch:
+    """One kernel launch. Bytes and lines are counted in the interpreter only."""
+
+    name: str
+    grid: tuple[int, ...] = ()
+    bytes_read: int = 0
+    bytes_written: int = 0
+    lines: Counter[str] = field(default_factory=Counter)  # "layer_norm.py:103" -> bytes of all its accesses
+    _read: list[np.ndarray] = field(default_factory=list, repr=False)
+    _written: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+    def _count(self, sectors: list[np.ndarray], pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        pointers, mask = np.broadcast_arrays(pointers, mask)
+        touched = pointers[mask] // np.uint64(SECTOR)
+        self.lines[_line()] += touched.size * itemsize
+        if touched.size > 1:  # neighbours mostly share a sector; what is left is sorted out at the end
+            touched = touched[np.append(True, touched[1:] != touched[:-1])]
+        sectors.append(touched)
+
+    def _close(self) -> None:
+        self.bytes_read, self.bytes_written = (
+            SECTOR * int(np.unique(np.concatenate(sectors)).size) if sectors else 0
+            for sectors in (self._read, self._written)
+        )
+        self._read, self._written = [], []
+
+
+def _line() -> str:
+    """The innermost line of a kernel file that is running; of the kernel itself where it lies elsewhere."""
+    frame: FrameType | None = sys._getframe(1)
+    outside = ""
+    while frame is not None:
+        folder, name = os.path.split(frame.f_code.co_filename)
+        if folder == KERNELS:
+            return f"{name}:{frame.f_lineno}"
+        if frame.f_code.co_name.endswith("_kernel") and not outside:
+            outside = f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return outside
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[list[Launch]]:
+    """Lists the kernels launched inside, in order; on a GPU names and grids alone."""
+    log: list[Launch] = []
+    with contextlib.ExitStack() as patches:
+        if triton.knobs.runtime.interpret:
+            _record_interpreted(log, patches)
+        else:
+            _record_compiled(log, patches)
+        yield log
+
+
+def _record_interpreted(log: list[Launch], patches: contextlib.ExitStack) -> None:
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    call, set_dim = GridExecutor.__call__, InterpreterBuilder.set_grid_dim
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def recorded_call(self, *args, **kwargs):
+        log.append(Launch(self.fn.__name__))
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            log[-1]._close()
+
+    def recorded_dim(self, *grid):
+        log[-1].grid = grid
+        set_dim(self, *grid)
+
+    def itemsize(pointers) -> int:
+        return max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+
+    def recorded_load(self, pointers, mask, other, *rest):
+        log[-1]._count(log[-1]._read, pointers.data, mask.data, itemsize(pointers))
+        return load(self, pointers, mask, other, *rest)
+
+    def recorded_store(self, pointers, value, mask, *rest):
+        log[-1]._count(log[-1]._written, pointers.data, mask.data, itemsize(pointers))
+        return store(self, pointers, value, mask, *rest)
+
+    patches.enter_context(mock.patch.object(GridExecutor, "__call__", recorded_call))
+    for name, method in dict(
+        set_grid_dim=recorded_dim, create_masked_load=recorded_load, create_masked_store=recorded_store
+    ).items():
+        patches.enter_context(mock.patch.object(InterpreterBuilder, name, method))
+
+
+def _record_compiled(log: list[Launch], patches: contextlib.ExitStack) -> None:
+    run = triton.JITFunction.run
+
+    def recorded_run(self, *args, grid, warmup, **kwargs):
+        if not warmup:
+            log.append(Launch(self.fn.__name__, grid if isinstance(grid, tuple) else ()))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    patches.enter_context(mock.patch.object(triton.JITFunction, "run", recorded_run))
+
+
+def main(argv: list[str] | None = None) -> None:
+    from fastgpt2.bench.audit.compiled import pretended
+    from fastgpt2.bench.cases.registry import cases
+    from fastgpt2.gpt2.ops import kernels_digest
+
+    parser = argparse.ArgumentParser(prog="python -m fastgpt2.bench.audit.traffic", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", required=True, help="file to write the counts to")
+    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
+    options = parser.parse_args(argv)
+    if not triton.knobs.runtime.interpret:
+        parser.error("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
+    wanted = set(filter(None, options.op.split(",")))
+    results = []
+    sources = kernels_digest()
+    for case in cases(COUNTED_ROWS):
+        if case.dtype != COUNTED_DTYPE or (wanted and case.op not in wanted):
+            continue
+        inputs = case.inputs(fill=torch.zeros)
+        with pretended("80"), np.errstate(all="ignore"):
+            with count_launches() as forward:
+                outputs = case.forward(inputs)
+            with count_launches() as backward:
+                case.backward(inputs, outputs)
+        for direction, log, minimum in (
+            ("forward", forward, case.forward_bytes),
+            ("backward", backward, case.backward_bytes),
+        ):
+            if minimum is None:
+                continue
+            launches = [dict(kernel=entry.name, bytes=entry.bytes, lines=dict(entry.lines)) for entry in log]
+            results.append(
+                dict(op=case.op, case=case.name, direction=direction, minimum_bytes=minimum, launches=launches)
+            )
+    Path(options.json).write_text(json.dumps({"sources": sources, "passes": results}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

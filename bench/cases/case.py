@@ -1,0 +1,88 @@
+"""One kernel case: a public kernel function at one shape and dtype, its inputs, the plain PyTorch beside it, its cost.
+
+What cases there are says `registry.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# new(*shape, dtype=None, below=None, mean=0, std=1): what a case makes its inputs with, of the scale that GPT-2's have.
+New = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`op`: a function of fastgpt2.kernels, `toggle`: its switch. `ours`, `reference`, `eager` take the same inputs."""
+
+    op: str
+    toggle: str
+    shape: str
+    dtype: torch.dtype
+    make_inputs: Callable[[New], tuple]
+    ours: Callable
+    reference: Callable  # the truth, when inputs are fp64
+    eager: Callable  # what PyTorch users write
+    forward_bytes: int
+    backward_bytes: int | None  # None: a function without gradients
+    rows: int  # a tensor that has more elements than this and a multiple of them grows with the batch
+    forward_flops: int = 0
+    backward_flops: int = 0
+    autocast: bool = False  # parameters and residual in fp32, run under autocast to `dtype`
+
+    @property
+    def name(self) -> str:
+        dtype = "autocast" if self.autocast else str(self.dtype).removeprefix("torch.")
+        return f"{self.op}[{self.shape}-{dtype}]"
+
+    def inputs(self, device: torch.device | str = "cpu", fill: Callable[..., Tensor] = torch.randn) -> tuple:
+        """Tensors that require gradients where the case has any, except integer ones."""
+
+        def new(
+            *shape, dtype: torch.dtype | None = None, below: int | None = None, mean: float = 0.0, std: float = 1.0
+        ) -> Tensor:
+            if below is not None:
+                return (torch.arange(math.prod(shape), device=device) * 7919 % below).view(shape)  # scattered, distinct
+            values = fill(*shape, device=device)
+            if fill is torch.randn:
+                values = values.mul_(std).add_(mean)
+            return values.to(dtype or self.dtype).requires_grad_(self.backward_bytes is not None)
+
+        return self.make_inputs(new)
+
+    def forward(self, inputs: tuple, function: Callable | None = None) -> tuple[Tensor, ...]:
+        """The outputs of `function`, by default ours."""
+        device = next(t.device.type for t in inputs if isinstance(t, Tensor))
+        with torch.autocast(device, dtype=self.dtype, enabled=self.autocast):
+            outputs = (function or self.ours)(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def backward(
+        self,
+        inputs: tuple,
+        outputs: tuple[Tensor, ...],
+        upstream: tuple[Tensor, ...] | None = None,
+        again: bool = False,
+    ) -> tuple:
+        """Gradients of every floating input, () without gradients; upstream ones are ones unless given. `again` keeps
+        what the forward saved, for another backward."""
+        if self.backward_bytes is None:
+            return ()
+        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        upstream = upstream or tuple(torch.ones_like(o) for o in outputs)
+        return torch.autograd.grad(outputs, wanted, upstream, retain_graph=again)
+
+    def work(self, direction: str) -> tuple[int, int]:
+        """(minimum bytes, FLOPs) of "forward", "backward" or "both"; FLOPs are 0 where there are none, or where they
+        cannot be told apart: our loss makes gradients in its forward, others in their backward."""
+        wide = self.backward_bytes or 0
+        moved = {"forward": self.forward_bytes, "backward": wide, "both": self.forward_bytes + wide}[direction]
+        forward, backward = self.forward_flops, self.backward_flops
+        if direction != "both" and self.backward_bytes is not None and forward and not backward:
+            return moved, 0
+        return moved, {"forward": forward, "backward": backward, "both": forward + backward}[direction]

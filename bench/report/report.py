@@ -1,0 +1,127 @@
+"""`fastgpt2 bench report`: result files -> one HTML page that needs nothing else, and Markdown with its pictures.
+
+fastgpt2 bench report bench-results/*.json --out report
+fastgpt2 bench report --compare before.json after.json     # exits with 1 where something became slower
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastgpt2.bench.report import differences as compare
+from fastgpt2.bench.report import plots, tables
+from fastgpt2.bench.report.record import FOLDER, Results, slug
+from fastgpt2.gpt2.files import write_atomically
+
+TITLES = {"train": "Training", "ops": "Ops", "generate": "Generation"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 2rem auto; max-width: 84rem;
+       padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; } h3 { margin-top: 1.5rem; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+.wide { overflow-x: auto; }
+th, td { text-align: left; padding: 2px 10px; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+.wide td:nth-child(n+3), .wide th:nth-child(n+3) { text-align: right; }
+.where td:last-child { white-space: normal; }
+img { max-width: 100%; } li { font-size: 13px; }
+"""
+
+
+def write(every: Sequence[Results], folder: Path) -> tuple[Path, Path]:
+    """Writes folder/report.html, folder/report.md and the pictures of the latter; -> the two files."""
+    page = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>fastgpt2 bench</title>"]
+    page += ["<meta name='viewport' content='width=device-width'>", f"<style>{STYLE}</style></head><body>"]
+    page += ["<h1>fastgpt2 bench</h1>"]
+    text, pictures = ["# fastgpt2 bench", ""], []
+    for results in every:
+        title = f"{TITLES.get(results.kind, results.kind)}: {results.machine['name']}"
+        page.append(f"<h2>{html.escape(title)}</h2>")
+        text += [f"## {title}", ""]
+        page.append(f"<div class='where'>{tables.as_html(('', ''), tables.where(results))}</div>")
+        text += [tables.as_markdown(("", ""), tables.where(results)), ""]
+        for name, figure in plots.plots(results).items():
+            picture = plots.png(figure)
+            encoded = base64.b64encode(picture).decode()
+            page.append(f"<h3>{name}</h3><img alt='{name}' src='data:image/png;base64,{encoded}'>")
+            stem = f"{results.kind}-{slug(results.machine['name'])}-{slug(name)}"
+            pictures.append(stem)
+            again = f"-{pictures.count(stem)}" if pictures.count(stem) > 1 else ""  # two files of one machine
+            file = folder / f"{stem}{again}.png"
+            write_atomically(file, picture)
+            text += [f"![{name}]({file.name})", ""]
+        page.append(f"<div class='wide'>{tables.as_html(*tables.table(results))}</div>")
+        text += [tables.as_markdown(*tables.table(results)), ""]
+        page.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in tables.notes(results)) + "</ul>")
+        text += [*(f"- {line}" for line in tables.notes(results)), ""]
+    page.append("</body></html>")
+    files = folder / "report.html", folder / "report.md"
+    for file, lines in zip(files, (page, text), strict=True):
+        write_atomically(file, "\n".join(lines) + "\n")
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------- command
+
+
+def add_command(commands) -> None:
+    command = commands.add_parser(
+        "report",
+        help="an HTML page and Markdown with pictures from result files; or compare two of them",
+        description="Makes one HTML page that needs nothing else, and Markdown, from result files.",
+    )
+    command.add_argument("files", type=Path, nargs="*", help=f"result files; default: all in {FOLDER}/")
+    command.add_argument("--out", type=Path, default=FOLDER, help="folder of the report; default: %(default)s")
+    command.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="list what changed from A to B; 1 where B is slower"
+    )
+    command.add_argument(
+        "--threshold", type=float, default=compare.THRESHOLD,
+        help="with --compare: how much slower a median may be, as a fraction; default: %(default)s",
+    )  # fmt: skip
+    command.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Raises ValueError for files that hold no results."""
+    if options.compare:
+        if options.files:
+            raise ValueError("bench report: --compare takes its two files itself, leave the others out")
+        before, after = options.compare
+        return show_changes(Results.load(before), Results.load(after), options.threshold)
+    files = options.files or sorted(FOLDER.glob("*.json"))
+    if not files:
+        raise ValueError(f"bench report: no files given and none in {FOLDER}/; `fastgpt2 bench train` writes one")
+    page, text = write([Results.load(file) for file in files], options.out)
+    print(f"written: {page}, {text}")
+    return 0
+
+
+def show_changes(a: Results, b: Results, threshold: float) -> int:
+    """Prints every change; 1 where a row became slower or was lost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    changes, lost, missing = compare.compare(a, b, threshold)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for line in compare.differences(a, b):
+        console.print(f"the runs differ: {line}", highlight=False)
+    table = Table("row", "A, ms", "B, ms", "B / A", "by the noise", "", box=None)
+    styles = {"slower": "bold red", "faster": "green", "same": ""}
+    for c in sorted(changes, key=lambda change: -change.ratio):
+        noise = f"{c.low:.3f}..{c.high:.3f}"
+        table.add_row(
+            c.name, f"{c.a_ms:.3f}", f"{c.b_ms:.3f}", f"{c.ratio:.3f}", noise, c.verdict, style=styles[c.verdict]
+        )
+    console.print(table)
+    for line in lost:
+        console.print(f"lost: {line}", highlight=False, style=styles["slower"])
+    for line in missing:
+        console.print(f"not compared: {line}", highlight=False)
+    slower = [c for c in changes if c.verdict == "slower"]
+    console.print(f"{len(slower)} of {len(changes)} rows are slower by more than {threshold:.0%} and the noise")
+    return 1 if slower or lost else 0

@@ -1,0 +1,188 @@
+"""`fastgpt2 verify`: every kernel, and the model by every toggle, against float64, eager PyTorch and HuggingFace.
+
+The kernels are those of the registry (bench/cases/registry.py). The rule is in error_rule.py: at most twice the error
+of eager PyTorch in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.bench.cases.registry import sized_cases
+from fastgpt2.bench.verify.error_rule import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
+from fastgpt2.bench.verify.kernel_errors import verify_case
+from fastgpt2.gpt2.config import GPTConfig
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
+from fastgpt2.gpt2.training.recipe import find_device
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+def random_model(config: GPTConfig, device: torch.device) -> GPT:
+    """A float64 model whose weights, biases and LayerNorms all matter, so that a dropped one shows."""
+    torch.manual_seed(0)
+    model = GPT(config, kernels="torch")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() >= 2 and "wte" not in name and "wpe" not in name:
+                p.normal_(std=p.size(1) ** -0.5)
+            else:
+                p.normal_(mean=float("ln_" in name and name.endswith("weight")), std=0.1)
+    return model.double().to(device)
+
+
+def verify_model(model: GPT, idx: Tensor, dtype: torch.dtype, with_hf: bool) -> Iterator[Row]:
+    """Logits, loss and the gradient of every parameter, by each toggle alone and by all together, in one dtype.
+
+    model: float64; it is left as it was. idx: (B, T + 1).
+    """
+    x, targets = idx[:, :-1], idx[:, 1:]
+    rounded = copy.deepcopy(model).to(dtype)  # the truth is the float64 model of the rounded weights
+
+    def results(m: GPT, kernels: Kernels) -> dict[str, Tensor]:
+        m.zero_grad()
+        with m.use_kernels(kernels):
+            m.eval()  # with logits
+            logits, loss = m(x, targets)
+            assert logits is not None and loss is not None
+            losses = token_losses(logits.detach(), targets)
+            m.train()  # the step that training takes
+            m(x, targets)[1].backward()
+        grads = {f"d {n}": p.grad.detach().clone() for n, p in m.named_parameters() if p.grad is not None}
+        return {"logits": logits.detach(), "loss": loss.detach(), "losses": losses, **grads}
+
+    truth = results(copy.deepcopy(rounded).double(), ALL_TORCH)
+    eager = results(rounded, ALL_TORCH)
+    losses = truth.pop("losses")
+    expected = mean_size(eager["losses"] - losses) / mean_size(losses)
+    hf = _huggingface_results(rounded, x, targets) if with_hf else {}
+    toggles = {name: Kernels.parse(name) for name in Kernels.names()} | {"all": Kernels.all("triton")}
+    for toggle, kernels in toggles.items():
+        ours = results(rounded, kernels)
+        rows = [
+            compare(
+                *("model", toggle, name.replace("transformer.", ""), ours[name], eager[name], hf.get(name), t),
+                size=root_mean_square,
+                expected=expected if name == "loss" else 0.0,
+            )
+            for name, t in truth.items()
+        ]
+        yield rows[0]
+        yield rows[1]
+        yield max(rows[2:], key=lambda row: row.ratio)  # the worst of all gradients
+
+
+def _huggingface_results(model: GPT, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    hf = model.to_huggingface().train()
+    logits = hf(x).logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten())
+    loss.backward()
+    results = {"logits": logits.detach(), "loss": loss.detach()}
+    for name, p in hf.named_parameters():
+        assert p.grad is not None
+        ours = dict(model.named_parameters())[name]
+        results[f"d {name}"] = p.grad if p.shape == ours.shape and not _is_conv1d(name) else p.grad.t()
+    return results
+
+
+def _is_conv1d(name: str) -> bool:
+    """HuggingFace keeps these weights as (in, out)."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+# ------------------------------------------------------------------------------------------------------- command
+
+
+def verify(device: torch.device, dtypes: Sequence[torch.dtype], model: GPT | None = None) -> Iterator[Row]:
+    """All comparisons on one device: small sizes where kernels are interpreted, GPT-2's on a GPU.
+
+    model: whose weights to compare; random ones by default.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError:
+        with_hf = False
+    else:
+        with_hf = True
+    on_gpu = device.type == "cuda"
+    B, T, C, H, V = (2, 1000, 768, 12, 50257) if on_gpu else (2, 37, 64, 1, 97)
+    for dtype in dtypes:
+        for case in sized_cases(T, C, dtype, tokens=B * T, V=V):
+            yield from verify_case(case, device, with_hf)
+    if model is None:
+        layers = 12 if on_gpu else 2
+        model = random_model(GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H, n_embd=C), device)
+    model = model.double().to(device)
+    T = min(T, model.config.block_size)
+    idx = torch.randint(model.config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(2)).to(device)
+    for dtype in dtypes:
+        yield from verify_model(model, idx, dtype, with_hf)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints the table and, last, the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "on triton", "result", "dtype", box=None)
+    for title in ("error vs fp64", "eager vs fp64", "error vs HF", "ratio to eager"):
+        table.add_column(title, justify="right")
+    for column in table.columns:
+        column.no_wrap = True
+    for row in rows:
+        to_hf = "-" if row.to_hf is None else f"{row.to_hf:.1e}"
+        ratio = f"{row.ratio:.2f}" if row.ok else f"[bold red]{row.ratio:.2f}[/]"
+        figures = (f"{row.error:.1e}", f"{row.eager_error:.1e}", to_hf, ratio)
+        table.add_row(row.subject, row.toggle, row.result, row.dtype, *figures)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    bad = [row for row in rows if not row.ok]
+    verdict = f"[bold red]{len(bad)} of {len(rows)} above {LIMIT:g}[/]" if bad else f"all {len(rows)} within {LIMIT:g}"
+    console.print(
+        f"\nRatio to eager PyTorch's own error against float64: {verdict}, worst {max(r.ratio for r in rows):.2f}"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0 when every ratio is at most 2, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt2 verify",
+        description="Compares every kernel with eager PyTorch, "
+        "float64 and HuggingFace. Exits with 1 when an error is above twice eager's own.",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=[*DTYPES, "all"],
+        default="all",
+        help="default: %(default)s; Triton's interpreter has no bfloat16, so on the CPU all means float16 and float32",
+    )
+    parser.add_argument("--checkpoint", help="weights to compare, a hub name or a folder; default: random ones")
+    args = parser.parse_args(argv)
+    device = find_device(args.device)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads the variable when kernels are decorated, which has happened in this process.
+        command = [sys.executable, "-m", "fastgpt2.gpt2", "verify", *argv]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    names = list(DTYPES) if args.dtype == "all" else [args.dtype]
+    if device.type != "cuda":
+        print("No GPU: the kernels run in Triton's interpreter, on small shapes.")
+        names = [n for n in names if n != "bfloat16" or args.dtype == n]
+    model = GPT.from_pretrained(args.checkpoint) if args.checkpoint else None
+    rows = list(verify(device, [DTYPES[name] for name in names], model))
+    show(rows)
+    return 0 if all(row.ok for row in rows) else 1

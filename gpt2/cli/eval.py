@@ -1,0 +1,144 @@
+"""`fastgpt2 eval`: validation loss, perplexity and HellaSwag of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.evaluation.evaluate import Watch, mean_loss, text_loss
+from fastgpt2.gpt2.evaluation.hellaswag import DOWNLOAD, hellaswag, read_examples
+from fastgpt2.gpt2.generation.sample import load_checkpoint
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.training.progress import line
+from fastgpt2.gpt2.training.recipe import DTYPES, find_device
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a line for each thing asked for, then all of it as one line of JSON; returns 0."""
+    args = parser().parse_args(argv)
+    if args.data is None and args.text is None and args.hellaswag is None:
+        raise ValueError("nothing to evaluate: give --data, --text or --hellaswag")
+    for name in ("batch_size", "tokens", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, allowed are whole numbers of at least 1")
+    # Everything that can be missing or damaged is looked at before anything is computed.
+    examples = None if args.hellaswag is None else read_examples(args.hellaswag)[: args.limit]
+    text = None if args.text is None else data.read_text(args.text)
+    device = find_device(args.device)
+    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=not args.no_check)
+    tokens = None if args.data is None else _validation_tokens(args.data, tokenizer)
+    model = model.to(device)
+    console = Console()
+    results: dict[str, Any] = {"checkpoint": args.checkpoint}
+    with _autocast(args.dtype, device):
+        if tokens is not None:
+            results["val"] = _validation_loss(model, tokens, args.tokens, args.batch_size, device, _watch(console))
+            line(console, "data       val loss {loss:.4f} nats a token, {tokens:,} tokens".format(**results["val"]))
+        if text is not None:
+            if unknown := "".join(dict.fromkeys("".join(map(tokenizer.unknown, text.documents)))):
+                warnings.warn(
+                    f"--text: the tokenizer has no token for {len(unknown)} of its characters, such as {unknown[0]!r}: "
+                    "all of them are one character to it, and its loss is not that of the text",
+                    stacklevel=1,
+                )
+            found = text_loss(
+                model,
+                tokenizer,
+                text,
+                stride=args.stride,
+                batch_size=args.batch_size,
+                device=device,
+                watch=_watch(console),
+            )
+            results["text"] = dataclasses.asdict(found)
+            line(
+                console,
+                f"text       loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, "
+                f"{found.bits_per_byte:.4f} bits a byte, {found.tokens:,} tokens",
+            )
+        if examples is not None:
+            score = hellaswag(
+                model, tokenizer, examples, batch_size=4 * args.batch_size, device=device, watch=_watch(console)
+            )
+            results["hellaswag"] = dataclasses.asdict(score)
+            line(
+                console,
+                f"hellaswag  acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}; as EleutherAI's harness asks: "
+                f"acc {score.eleuther_acc:.4f}, acc_norm {score.eleuther_acc_norm:.4f}; {score.examples:,} examples",
+            )
+    line(console, json.dumps(results))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be typed after `fastgpt2 eval`."""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt2 eval",
+        description="Evaluates a run of `fastgpt2 train`, a checkpoint folder, or a model of the hub. The last line is "
+        "JSON.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN|FOLDER|NAME", help="a run's folder, a checkpoint, or gpt2, ...")
+    add("--no-check", action="store_true", help="do not compare a run's checkpoint with what the run wrote")
+    add("--data", metavar="FOLDER", help="loss on the validation shards of a folder: see fastgpt2 prepare")
+    add("--tokens", type=int, default=2**20, metavar="N", help="of --data, at most, always the same (%(default)s)")
+    add("--text", metavar="PATH", help="perplexity of a file or folder of text, .jsonl or .parquet")
+    add("--stride", type=int, metavar="N", help="of --text: tokens from window to window; fewer than block_size give "
+        "each token more context, and take longer (block_size)")  # fmt: skip
+    add("--hellaswag", nargs="?", const=DOWNLOAD, metavar="FILE", help="both scorings; without a FILE (official "
+        "JSONL) from the network")  # fmt: skip
+    add("--limit", type=int, metavar="N", help="only the first N examples of HellaSwag (all)")
+    add(
+        "--batch-size", type=int, default=8, metavar="N", help="windows, or HellaSwag's examples, at once (%(default)s)"
+    )
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of matrix products; auto: bfloat16 on CUDA")
+    add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,gelu")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: CUDA or ROCm where there is one")
+    return parser
+
+
+def _validation_tokens(folder: str, tokenizer: Tokenizer) -> shards.Shards:
+    """The held-out tokens of a folder, which must be the checkpoint's kind of tokens."""
+    tokens = shards.open_tokens(folder, "val")
+    with contextlib.suppress(FileNotFoundError):  # other projects' shards bring no tokenizer
+        if tokenizers.load(folder) != tokenizer:
+            raise ValueError(f"{folder} was encoded by another tokenizer than the checkpoint's: their losses differ")
+    data.check_tokens(tokens, tokenizer.vocab_size)
+    return tokens
+
+
+def _validation_loss(
+    model: GPT, tokens: shards.Shards, most: int, batch_size: int, device: torch.device, watch: Watch
+) -> dict[str, Any]:
+    T = model.config.block_size
+    batches = list(data.evenly(tokens, T, batch_size, max(1, most // T)))
+    return {
+        "tokens": sum(targets.numel() for _, targets in batches),
+        "loss": mean_loss(model, watch(batches), device),
+    }
+
+
+def _watch(console: Console) -> Watch:
+    return functools.partial(track, description="", console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def _autocast(dtype: str, device: torch.device) -> Iterator[None]:
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+        yield

@@ -1,0 +1,101 @@
+"""`fastgpt2 prepare`: text to token shards, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastgpt2.gpt2.data import sources
+from fastgpt2.gpt2.data.prepare import SHARD_TOKENS, prepare
+from fastgpt2.gpt2.data.shards import Manifest
+from fastgpt2.gpt2.training.progress import line, shell_word
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the shards, or goes on with them; returns 0."""
+    args = parser().parse_args(argv)
+    console = Console()
+    source = sources.find_source(*args.source)
+    line(console, f"from    {source.name}, {args.tokenizer} tokens")
+    with _Bar(console, source) as bar:
+        manifest = prepare(
+            source,
+            args.out,
+            args.tokenizer,
+            val_tokens=args.val_tokens,
+            shard_tokens=args.shard_tokens,
+            processes=args.processes,
+            report=bar.show,
+        )
+    train, val = (sum(shard.tokens for shard in part) for part in (manifest.train, manifest.val))
+    line(console, f"folder  {args.out}: {manifest.documents:,} documents, vocabulary {manifest.vocab_size}")
+    line(console, f"tokens  {train:,} in {len(manifest.train)} training shards, {val:,} for validation")
+    line(console, f"next    fastgpt2 train --data {shell_word(args.out)}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be typed after `fastgpt2 prepare`."""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt2 prepare",
+        description="Encodes text into token shards with a checksummed manifest, which `fastgpt2 train --data` reads. "
+        "After a kill the same command goes on where it was.",
+    )
+    add = parser.add_argument
+    named = ", ".join(sources.HUB)
+    add("--source", default=["python"], nargs="+", metavar="NAME|PATH", help=f"{named} (from the HuggingFace hub), "
+        "python (Python's own sources), or files and folders of text, .jsonl and .parquet with a field text "
+        "(python)")  # fmt: skip
+    add("--out", required=True, metavar="FOLDER", help="where the shards go")
+    add("--tokenizer", default="gpt2", metavar="NAME|PATH", help="gpt2, char, byte, or a vocabulary: a folder with "
+        "HuggingFace's files, or tiktoken's ranks (%(default)s)")  # fmt: skip
+    add("--val-tokens", type=int, metavar="N", help="tokens held out, from the beginning (fineweb-edu 100,000,000; "
+        "openwebtext 4,400,000; others a tenth of their first shard)")  # fmt: skip
+    add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens of a shard (%(default)s)")
+    add("--processes", type=int, metavar="N", help="that encode (one a core)")
+    return parser
+
+
+class _Bar:
+    """Documents and tokens so far: a bar on a terminal, a line a shard elsewhere."""
+
+    def __init__(self, console: Console, source: sources.Source):
+        self._console, self._source = console, source
+        self._bar = Progress(
+            TextColumn("documents"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[tokens]} tokens  {task.fields[rate]} tokens/s  shard {task.fields[shard]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("prepare", total=None, tokens="-", rate="-", shard="-")
+        self._start: tuple[float, int] | None = None
+        self._shards = 0
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show(self, manifest: Manifest, documents: int, tokens: int) -> None:
+        now = time.perf_counter()
+        started, before = self._start = self._start or (now, tokens)
+        rate = f"{(tokens - before) / (now - started):,.0f}" if now > started else "-"
+        shards = len(manifest.val) + len(manifest.train)
+        total = self._source.documents
+        self._bar.update(
+            self._task, completed=documents, total=total, tokens=f"{tokens:,}", rate=rate, shard=str(shards)
+        )
+        if shards > self._shards and not self._console.is_terminal:
+            line(self._console, f"shard {shards:>5}: {documents:,} documents, {tokens:,} tokens so far")
+        self._shards = shards

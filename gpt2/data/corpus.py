@@ -1,0 +1,84 @@
+"""What a run trains on: tokens to learn from, tokens held out, and the tokenizer that made them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.shards import Tokens
+from fastgpt2.gpt2.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """documents: how many, None where that is not known. prompt: a few words that such a text could begin with."""
+
+    name: str
+    documents: int | None
+    train: Tokens
+    val: Tokens
+    tokenizer: Tokenizer
+    prompt: str = "\n"
+
+
+def load_corpus(
+    source: str | None,
+    tokenizer: str | None,
+    val_fraction: float,
+    block_size: int,
+    *,
+    text_tokenizer: str = "char",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Corpus:
+    """Token shards where `source` is a folder of them, else text, encoded here.
+
+    source: see `data.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
+    tokenizer: see `tokenizers.from_spec`; None: the one that shards bring, and `text_tokenizer` for text and others.
+    rank, world_size: of this process, among those that read the same shards.
+    Raises OSError or ValueError for data that cannot be used, naming the file, for a tokenizer that is not the one that
+    shards bring, and for tokens that the tokenizer does not have.
+    """
+    if source is not None and Path(source).is_file() and Path(source).suffix in shards.SUFFIXES:
+        raise ValueError(
+            f"{source} is a file of tokens: give its folder, whose files have train and val in their names"
+        )
+    if source is None or not shards.holds_tokens(source):
+        text = data.read_text(source)
+        made = tokenizers.from_spec(tokenizer or text_tokenizer, text.documents)
+        tokens = data.encode(((document, True) for document in text.documents), made)
+        train, val = data.split(tokens, val_fraction, block_size)
+        return Corpus(text.name, len(text.documents), train, val, made, _known(text.prompt, train, made))
+    made = shards_tokenizer(source, tokenizer, text_tokenizer)
+    parts = {split: shards.open_tokens(source, split, rank=rank, world_size=world_size) for split in shards.SPLITS}
+    for part in parts.values():
+        data.check_tokens(part, made.vocab_size)
+    documents = shards.read_manifest(source).documents if (Path(source) / shards.MANIFEST).is_file() else None
+    return Corpus(source, documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
+
+
+def shards_tokenizer(folder: str, spec: str | None, otherwise: str = "char") -> Tokenizer:
+    """The tokenizer that lies beside the shards of `folder`; where there is none, the one that `spec` names, or
+    `otherwise`. Raises ValueError where there is one and `spec` names another."""
+    try:
+        made = tokenizers.load(folder)
+    except FileNotFoundError:
+        if (spec or otherwise) != "char":
+            return tokenizers.from_spec(spec or otherwise, [])
+        raise ValueError(
+            f"{folder} holds tokens without their tokenizer, and tokenizer is 'char', which is made from text: "
+            "name the one they were made with, such as gpt2"
+        ) from None
+    if spec is not None and not tokenizers.is_named(spec, made):
+        raise ValueError(
+            f"tokenizer is {spec!r}, and {folder} was encoded by another one, which lies there: leave tokenizer out"
+        )
+    return made
+
+
+def _known(prompt: str, tokens: Tokens, tokenizer: Tokenizer) -> str:
+    """`prompt`, or a first token of the text where the tokenizer lacks some of its characters."""
+    return tokenizer.decode(tokens[:1]) if tokenizer.unknown(prompt) else prompt

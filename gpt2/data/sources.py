@@ -1,0 +1,301 @@
+"""Where text comes from: local text, JSONL and Parquet files, Python's own sources, and two data sets of the hub.
+
+A source gives its documents in a fixed order, in batches, and can go on before any of them:
+
+    source = find_source("fineweb-edu")             # or openwebtext, python, a file, a folder
+    for position, pieces in source.batches(): ...   # pieces: [(text, whether a document ends with it), ...]
+    source.batches(position)                        # that batch again, and those after it; JSON can hold a position
+
+A long document comes in pieces, so that memory stays small and processes can share it. It is cut only between two
+lines, after a character that is no space and before another: there every tokenizer here would cut as well, so the
+pieces' tokens are the document's.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import platform
+import re
+import sysconfig
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data.shards import SUFFIXES as TOKEN_SUFFIXES
+from fastgpt2.gpt2.files import LOCK
+
+Piece: TypeAlias = tuple[str, bool]
+Position: TypeAlias = dict[str, Any]
+
+PIECE_CHARACTERS = 1 << 20
+READ_BYTES = 1 << 20
+TEXT_FIELD = "text"
+_CUT = re.compile(r"\S\n(?=\S)")
+
+
+class Source(ABC):
+    """name: on the console. documents: how many, None where that is not known. prompt: a text could begin like this.
+
+    val_tokens: how many tokens at the beginning are usually held out, None where it depends on the length.
+    """
+
+    name: str
+    documents: int | None = None
+    prompt: str = "\n"
+    val_tokens: int | None = None
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What tells this source from another one; JSON can hold it."""
+
+    def inputs(self) -> dict[str, list[int]]:
+        """Every file that is read: [bytes, time of its last change in ns]. None of the hub's."""
+        return {}
+
+    @abstractmethod
+    def batches(self, position: Position | None = None) -> Iterator[tuple[Position, list[Piece]]]:
+        """All batches, or those from `position` on. Raises OSError or ValueError naming what cannot be read."""
+
+    def texts(self) -> Iterator[str]:
+        """Whole documents, one after another."""
+        parts: list[str] = []
+        for _, pieces in self.batches():
+            for text, ends in pieces:
+                parts.append(text)
+                if ends:
+                    yield "".join(parts)
+                    parts = []
+
+
+def cut(chunks: Iterable[str]) -> Iterator[Piece]:
+    """One document, given in chunks, as pieces of PIECE_CHARACTERS or a little more. None of an empty document."""
+    rest, searched, empty = "", PIECE_CHARACTERS, True
+    for chunk in chunks:
+        rest += chunk
+        start = 0
+        while match := _CUT.search(rest, max(start + PIECE_CHARACTERS, searched)):
+            yield rest[start : match.end()], False
+            start, empty = match.end(), False
+        rest = rest[start:]
+        searched = max(PIECE_CHARACTERS, len(rest) - 2)
+    if rest or not empty:
+        yield rest, True
+
+
+# -------------------------------------------------------------------------------------------------- local files
+
+
+class Files(Source):
+    """Text files, a document each; .jsonl and .parquet with a document in the field "text" of each row."""
+
+    def __init__(self, name: str, files: list[Path], prompt: str = "\n"):
+        self.name, self.files, self.prompt = name, files, prompt
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "files": len(self.files), "bytes": sum(f.stat().st_size for f in self.files)}
+
+    def inputs(self) -> dict[str, list[int]]:
+        stats = ((str(file), file.stat()) for file in self.files if file.exists())
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
+
+    def batches(self, position: Position | None = None) -> Iterator[tuple[Position, list[Piece]]]:
+        position = position or {"file": 0, "piece": 0}
+        size = 0
+        batch: list[Piece] = []
+        for i, file in enumerate(self.files[position["file"] :], start=position["file"]):
+            for j, piece in enumerate(_pieces(file)):
+                if i == position["file"] and j < position["piece"]:
+                    continue
+                if size >= PIECE_CHARACTERS:
+                    yield position, batch
+                    position, size, batch = {"file": i, "piece": j}, 0, []
+                batch.append(piece)
+                size += len(piece[0])
+        if batch:
+            yield position, batch
+
+
+def _pieces(file: Path) -> Iterator[Piece]:
+    documents = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix)
+    if documents is None:
+        yield from cut(_decoded(file))
+    else:
+        for document in documents(file):
+            yield from cut([document])
+
+
+def _decoded(file: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    before = 0
+    with open(file, "rb") as content:
+        while True:
+            chunk = content.read(READ_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                at = before - pending + error.start
+                raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {at}") from None
+            if not chunk:
+                return
+            before += len(chunk)
+
+
+def _jsonl(file: Path) -> Iterator[str]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict) or not isinstance(row.get(TEXT_FIELD), str):
+                raise ValueError(f"{file}, line {number} has no string in a field {TEXT_FIELD!r}")
+            yield row[TEXT_FIELD]
+
+
+def _parquet(file: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f"{file} needs the package pyarrow: pip install 'fastgpt2[data]'") from None
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is no Parquet file: {error}") from None
+    if TEXT_FIELD not in table.schema_arrow.names:
+        raise ValueError(f"{file} has no column {TEXT_FIELD!r}, there are {', '.join(table.schema_arrow.names)}")
+    batches = table.iter_batches(columns=[TEXT_FIELD])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+        if batch is None:
+            return
+        for value in batch.column(0).to_pylist():
+            if not isinstance(value, str):
+                raise ValueError(f"{file} holds {value!r} in column {TEXT_FIELD!r}, expected text")
+            yield value
+
+
+# ----------------------------------------------------------------------------------------------------------- hub
+
+
+class HubDataset(Source):
+    """A data set of the HuggingFace hub, streamed: nothing is stored but what is made from it."""
+
+    def __init__(self, name: str, dataset: str, config: str | None, val_tokens: int):
+        self.name, self.dataset, self.config, self.val_tokens = name, dataset, config, val_tokens
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "dataset": self.dataset, "config": self.config}
+
+    def batches(self, position: Position | None = None) -> Iterator[tuple[Position, list[Piece]]]:
+        rows = self._open()
+        if position:
+            rows.load_state_dict(position)
+        position, size = rows.state_dict(), 0
+        batch: list[Piece] = []
+        try:
+            for row in rows:
+                pieces = list(cut([row[TEXT_FIELD]]))
+                batch.extend(pieces)
+                size += len(row[TEXT_FIELD])
+                if size >= PIECE_CHARACTERS:
+                    yield position, batch
+                    position, size, batch = rows.state_dict(), 0, []
+        except Exception as error:  # of its HTTP libraries, Arrow's, the operating system's
+            raise OSError(f"{self.dataset} broke off ({_reason(error)}); given again, the command goes on") from None
+        if batch:
+            yield position, batch
+
+    def _open(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise ImportError(f"{self.name} needs the package datasets: pip install 'fastgpt2[data]'") from None
+        try:
+            rows = datasets.load_dataset(self.dataset, self.config, split="train", streaming=True)
+        except Exception as error:
+            raise OSError(
+                f"{self.dataset} could not be opened ({_reason(error)}); without a network, give the folder of its "
+                "Parquet files"
+            ) from None
+        split = (rows.info.splits or {}).get("train")
+        self.documents = split.num_examples if split else None
+        return rows
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+# What is held out: build-nanogpt's first shard of 100M tokens, and as many tokens as nanoGPT's 0.05% of OpenWebText.
+HUB = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", 100_000_000),
+    "openwebtext": ("Skylion007/openwebtext", None, 4_400_000),
+}
+
+
+def find_source(spec: str | Path | None, *more: str | Path) -> Source:
+    """None or "python": the sources of Python's library. A name of `HUB`. Else a file, or a folder and all below it.
+
+    more: others, one after another; not of the hub. Hidden files of a folder are left out, and with a warning runs and
+    shards that lie in it. Raises FileNotFoundError for a path that is missing, ValueError for an empty folder, for one
+    that holds files of tokens, and for a run.
+    """
+    if more:
+        parts = [find_source(part) for part in (spec, *more)]
+        files = [file for part in parts if isinstance(part, Files) for file in part.files]
+        for part in parts:
+            if not isinstance(part, Files):
+                raise ValueError(f"source {part.name!r} is the hub's and stands alone; allowed beside others are files")
+        return Files(", ".join(part.name for part in parts), files)
+    if spec is None or spec == "python":
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        return Files(f"the sources of Python {platform.python_version()}", files, prompt="def ")
+    if spec in HUB:
+        return HubDataset(str(spec), *HUB[str(spec)])
+    path = Path(spec)
+    if path.is_file():
+        return Files(str(path), [path])
+    if not path.is_dir():
+        raise FileNotFoundError(f"data is {str(spec)!r}, there is no such file or folder")
+    if _made_here(path):
+        raise ValueError(f"{path} was written by fastgpt2 train or prepare: give a folder of text")
+    files = sorted(_below(path))
+    for file in files:
+        if file.suffix in TOKEN_SUFFIXES:
+            raise ValueError(f"{path} is a folder of text, and {file} looks like tokens: move it away")
+    if not files:
+        raise ValueError(f"{path} holds no files: give a text, JSONL or Parquet file, or a folder of them")
+    return Files(str(path), files)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file, but for hidden ones and what this package made."""
+    for name, folders, files in os.walk(folder):
+        here = Path(name)
+        for below in sorted(folders):
+            if not below.startswith(".") and _made_here(here / below):
+                warnings.warn(f"{here / below} was written by fastgpt2 and is no part of {folder}", stacklevel=3)
+                folders.remove(below)
+        folders[:] = [below for below in folders if not below.startswith(".")]
+        yield from (here / file for file in files if not file.startswith(".") and (here / file).is_file())
+
+
+def _made_here(folder: Path) -> bool:
+    """Whether a run or prepared shards are in a folder, also when they are not finished."""
+    if (folder / LOCK).is_file():
+        return True
+    try:
+        return bool(shards.read_manifest(folder))
+    except (OSError, ValueError):
+        return False

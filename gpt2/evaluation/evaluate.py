@@ -1,0 +1,133 @@
+"""How good a model is: its loss on text that it has not seen."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.model import GPT, Context
+from fastgpt2.gpt2.ops import IGNORED_TARGET
+
+Watch = Callable[[Sequence[Any]], Iterable[Any]]  # passes its items on: rich.progress.track, or iter
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode and no gradients inside; after it each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def total_loss(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    documents: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[float, int]:
+    """(sum of the cross-entropy in nats, how many tokens) over all batches of (idx, targets), each (B, T) int64.
+
+    Negative targets are ignored. documents: gives the model's argument of that name for an idx; default: it gets none.
+    """
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for idx, targets in batches:
+            more = {} if documents is None else {"documents": documents(idx).to(device)}
+            _, loss = model(idx.to(device), targets.to(device), **more)
+            count = int((targets >= 0).sum())
+            total += loss.item() * count
+            tokens += count
+    return total, tokens
+
+
+def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    """Mean cross-entropy per token over all batches, in nats. See `total_loss`."""
+    total, tokens = total_loss(model, batches, device)
+    return total / tokens
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """loss: nats a token. Bits a byte do not depend on the tokenizer, so that they compare models of different ones."""
+
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+def text_loss(
+    model: GPT,
+    tokenizer: Tokenizer,
+    text: data.Text,
+    *,
+    stride: int | None = None,
+    batch_size: int = 8,
+    device: torch.device,
+    watch: Watch = iter,
+) -> TextLoss:
+    """How well the model predicts every token of a text.
+
+    A document follows the end of text, as in training; without such a token the very first one cannot be predicted and
+    is not counted. stride: see `data.strided`; default: block_size. batch_size: windows at once.
+    Raises ValueError for a stride that is not in 1..block_size, or a text of one token.
+    """
+    T = model.config.block_size
+    tokens = data.encode(((document, True) for document in text.documents), tokenizer)
+    if tokenizer.end_of_text is not None:
+        tokens = np.roll(tokens, 1)  # the end of each document stands before it, not after it
+    batches = list(data.strided(tokens, T, T if stride is None else stride, batch_size))
+    total, count = total_loss(model, watch(batches), device)
+    size = sum(len(document.encode()) for document in text.documents)
+    return TextLoss(count, total / count, math.exp(total / count), total / math.log(2) / size)
+
+
+def continuation_loss(
+    model: GPT,
+    rows: Sequence[tuple[np.ndarray, int]],
+    *,
+    batch_size: int,
+    device: torch.device,
+    watch: Watch = iter,
+) -> np.ndarray:
+    """Sum of the cross-entropy, in nats, of the last n tokens of each row given those before them: (N,) float64.
+
+    rows: (tokens, n), n below the number of tokens. Of a row longer than block_size + 1 the end counts. Rows of like
+    length share a batch; padding stands on the right, where no token sees it.
+    """
+    V, T = model.config.vocab_size, model.config.block_size
+    losses = np.empty(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    with evaluating(model):
+        for batch in watch([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
+            kept = [rows[i][0][-T - 1 :].astype(np.int64) for i in batch]
+            idx = torch.zeros(len(batch), len(kept[0]) - 1, dtype=torch.int64)
+            targets = torch.full_like(idx, IGNORED_TARGET)
+            for row, (i, tokens) in enumerate(zip(batch, kept, strict=True)):
+                end = len(tokens) - 1
+                begin = max(0, end - rows[i][1])
+                idx[row, :end] = torch.from_numpy(tokens[:-1])
+                targets[row, begin:end] = torch.from_numpy(tokens[begin + 1 :])
+            x = model.transformer(idx.to(device), Context(model.kernels))  # (B, T, C)
+            counted = targets >= 0
+            logits = model.lm_head(x[counted.to(device)])[:, :V]  # only where a token is to be predicted
+            nats = F.cross_entropy(logits.float(), targets[counted].to(device), reduction="none")
+            losses[batch] = (
+                torch.zeros(counted.shape, dtype=torch.float64).masked_scatter(counted, nats.double().cpu()).sum(1)
+            )
+    return losses

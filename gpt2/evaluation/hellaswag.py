@@ -1,0 +1,169 @@
+"""HellaSwag: which of four endings does a text have? Answered by the loss of each ending after the context.
+
+    examples = read_examples("hellaswag_val.jsonl")             # the official file; without it, from the network
+    hellaswag(model, tokenizer, examples, device=device).acc_norm
+
+Two conventions are in use, and their numbers do not compare:
+
+    acc, acc_norm                       the text as it is (build-nanogpt, llm.c): smallest sum, smallest mean of the
+                                        losses of an ending's tokens
+    eleuther_acc, eleuther_acc_norm     EleutherAI's harness: the activity before the context, WikiHow's marks taken
+                                        out; smallest sum, smallest sum over the ending's length in UTF-8 bytes (the
+                                        harness counts characters, which are bytes in all but a few endings)
+
+Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; github.com/rowanz/hellaswag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.evaluation.evaluate import Watch, continuation_loss
+from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.model import GPT
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+TIMEOUT_S = 60
+DOWNLOAD = "download"
+ENDINGS = 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """`endings[label]` is how the text `context` went on."""
+
+    activity: str
+    context: str
+    context_a: str
+    context_b: str
+    endings: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class HellaSwag:
+    """Parts of the examples that were answered right; a quarter is chance."""
+
+    examples: int
+    acc: float
+    acc_norm: float
+    eleuther_acc: float
+    eleuther_acc_norm: float
+
+
+def hellaswag(
+    model: GPT,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    device: torch.device,
+    watch: Watch = iter,
+) -> HellaSwag:
+    """All four scores, from batch_size endings at once."""
+    acc, acc_norm = plain_scores(model, tokenizer, examples, batch_size=batch_size, device=device, watch=watch)
+    pairs = [(_eleuther_context(e), _eleuther_text(ending)) for e in examples for ending in e.endings]
+    rows = [_joint_row(tokenizer, *pair) for pair in pairs]
+    losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
+    size = np.array([len(ending.encode()) for _, ending in pairs])
+    return HellaSwag(len(examples), acc, acc_norm, _right(losses, examples), _right(losses / size, examples))
+
+
+def plain_scores(
+    model: GPT,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    device: torch.device,
+    watch: Watch = iter,
+) -> tuple[float, float]:
+    """`acc` and `acc_norm` only."""
+    rows = [_plain_row(tokenizer, e.context, ending) for e in examples for ending in e.endings]
+    losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
+    tokens = np.array([n for _, n in rows])
+    return _right(losses, examples), _right(losses / tokens, examples)
+
+
+def _right(losses: np.ndarray, examples: Sequence[Example]) -> float:
+    """The part of the examples whose label has the smallest loss; losses (4 * examples,)."""
+    labels = [example.label for example in examples]
+    return float((losses.reshape(-1, ENDINGS).argmin(1) == labels).mean())
+
+
+def _plain_row(tokenizer: Tokenizer, context: str, ending: str) -> tuple[np.ndarray, int]:
+    before, after = tokenizer.encode(context), tokenizer.encode(" " + ending)
+    return np.concatenate([before, after]), len(after)
+
+
+def _joint_row(tokenizer: Tokenizer, context: str, ending: str) -> tuple[np.ndarray, int]:
+    """Both are encoded as one text; spaces at the context's end belong to the ending, as a word's first token has."""
+    whole = tokenizer.encode(f"{context} {ending}")
+    return whole, len(whole) - len(tokenizer.encode(context.rstrip()))
+
+
+def _eleuther_context(example: Example) -> str:
+    return _eleuther_text(f"{example.activity}: {example.context_a} {example.context_b.capitalize()}")
+
+
+def _eleuther_text(text: str) -> str:
+    """Without WikiHow's marks, such as [header]."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_examples(path: str | Path = DOWNLOAD) -> list[Example]:
+    """The examples of an official .jsonl file; of "download" the validation file, fetched once into the cache.
+
+    Raises OSError for a file that cannot be read or downloaded, ValueError naming the file and the line of an example
+    that is not one, or has no label (as those of the test file).
+    """
+    path = _download() if path == DOWNLOAD else Path(path)
+    examples = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                examples.append(_example(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(f"{path}, line {number} is no example with a label: {reason}") from None
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    return examples
+
+
+def _example(row: dict[str, Any]) -> Example:
+    example = Example(
+        row["activity_label"], row["ctx"], row["ctx_a"], row["ctx_b"], tuple(row["endings"]), int(row["label"])
+    )
+    if len(example.endings) != ENDINGS or not all(isinstance(e, str) and e for e in example.endings):
+        raise ValueError(f"endings is {row['endings']!r}, expected {ENDINGS} texts")
+    if not 0 <= example.label < ENDINGS:
+        raise ValueError(f"label is {example.label}, allowed are 0..{ENDINGS - 1}")
+    if not example.context.strip():
+        raise ValueError("ctx is empty")
+    return example
+
+
+def _download() -> Path:
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt2" / URL.rpartition("/")[2]
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(URL, timeout=TIMEOUT_S) as answer:
+                write_atomically(path, answer.read())
+        except OSError as error:
+            raise OSError(f"{URL} could not be downloaded ({error}); give a local copy: --hellaswag FILE") from None
+    return path

@@ -1,0 +1,1 @@
+"""Text out: sampling, generation token by token, decoding by CUDA graphs."""

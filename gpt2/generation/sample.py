@@ -1,0 +1,189 @@
+"""Writing text: a prompt becomes tokens, a model goes on from them, its tokens become text.
+
+    texts = generate_text(model, tokenizer, "Once", num=3, top_k=50)
+    for piece in stream_text(model, tokenizer, "Once", stop="\n\n"): print(piece, end="", flush=True)
+
+A text ends with the tokenizer's end of text, before the stop string, or after max_new_tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data.pieces import Pieces
+from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.generation.generate import Generation
+from fastgpt2.gpt2.generation.sampling import Sampling
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.weights.checkpoints import folder_to_read
+from fastgpt2.gpt2.weights.pretrained import CONFIG, HUB_NAMES, from_pretrained
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written after a prompt.
+
+    tokens: how many were drawn, with the one that ended it. logprobs: theirs under the model (see `Generation`), None
+    where they were not asked for.
+    ended: "end_of_text", "stop" or "length".
+    """
+
+    prompt: str
+    completion: str
+    tokens: int
+    logprobs: list[float] | None
+    ended: str
+
+
+def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> list[str]:
+    """Texts that begin with `prompt`; settings as for `write_texts`."""
+    return [text.prompt + text.completion for text in write_texts(model, tokenizer, prompt, **settings)]
+
+
+def write_texts(
+    model: GPT, tokenizer: Tokenizer, prompt: str, *, num: int = 1, stop: str | None = None, **settings: Any
+) -> list[Text]:
+    """`num` texts after `prompt`, written side by side. Same seed, same texts.
+
+    stop: a text ends before this string.
+    settings: max_new_tokens (200), seed (0), the fields of `Sampling`; with_logprobs (False); compile: see `Decoder`;
+        crop: of a prompt longer than block_size the model sees the end, with a warning, or with False it is an error.
+    Raises ValueError naming the argument, its value and what is allowed.
+    """
+    if num < 1:
+        raise ValueError(f"num is {num}, allowed are 1 and above")
+    rows = [Pieces(tokenizer, stop) for _ in range(num)]
+    generation = _begin(model, tokenizer, prompt, num, **settings)
+    with contextlib.closing(generation):
+        if stop is None:  # nothing has to be looked at before the end
+            for _ in generation:
+                pass
+            drawn = generation.ids[:, generation.T :].tolist()
+            for row, tokens in zip(rows, drawn, strict=True):
+                for token in tokens:
+                    row.add(token)
+        else:
+            for column in generation:
+                for row, token in zip(rows, column.tolist(), strict=True):
+                    row.add(token)
+                if all(row.ended for row in rows):
+                    break
+    for row in rows:
+        row.finish()
+    logprobs = generation.logprobs.tolist() if settings.get("with_logprobs") else [None] * num
+    return [
+        Text(prompt, row.text, row.tokens, values and values[: row.tokens], row.ended or "length")
+        for row, values in zip(rows, logprobs, strict=True)
+    ]
+
+
+def stream_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, *, stop: str | None = None, **settings: Any
+) -> Iterator[str]:
+    """The text after `prompt` in pieces, as it is written: whole characters, and nothing of the stop string.
+
+    Arguments as for `write_texts`, checked before the first piece is asked for.
+    """
+    text = Pieces(tokenizer, stop)
+    return _pieces(_begin(model, tokenizer, prompt, 1, **settings), text)
+
+
+def _pieces(generation: Generation, text: Pieces) -> Iterator[str]:
+    with contextlib.closing(generation):
+        for token in generation:
+            if piece := text.add(int(token)):
+                yield piece
+            if text.ended:
+                return
+        if piece := text.finish():
+            yield piece
+
+
+def _begin(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    num: int,
+    *,
+    max_new_tokens: int = 200,
+    seed: int = 0,
+    crop: bool = True,
+    compile: bool = False,
+    with_logprobs: bool = False,
+    **sampling: Any,
+) -> Generation:
+    if not prompt:
+        raise ValueError("prompt is empty: give at least one character to go on from")
+    if unknown := tokenizer.unknown(prompt):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(
+            f"prompt holds {', '.join(map(repr, unknown[:5]))}{more}, which the tokenizer has no token for: "
+            f"its vocabulary is {tokenizer.vocab_size} characters"
+        )
+    device = model.device
+    row = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(device)
+    return Generation(
+        model,
+        row.repeat(num, 1),
+        max_new_tokens,
+        Sampling(**sampling),
+        torch.Generator(device).manual_seed(seed),
+        stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
+        with_logprobs=with_logprobs,
+        crop=crop,
+        compile=compile,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def load_checkpoint(
+    checkpoint: str | Path, kernels: str = "auto", tokenizer_spec: str | None = None, *, check: bool = True
+) -> tuple[GPT, Tokenizer]:
+    """The model and tokenizer of a run's folder, of a folder that `from_pretrained` reads, or of a hub name.
+
+    tokenizer_spec: as `tokenizer.from_spec` takes it, where the checkpoint brings none.
+    check: as for `from_pretrained`.
+    """
+    if str(checkpoint) and Path(checkpoint).is_dir():
+        checkpoint = str(folder_to_read(Path(checkpoint), check))
+    model = from_pretrained(checkpoint, kernels=kernels, check=False)
+    if tokenizer_spec is None:
+        tokenizer = checkpoint_tokenizer(checkpoint, model.config.vocab_size)
+    else:
+        tokenizer = _named_tokenizer(checkpoint, tokenizer_spec)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
+    """Raises ValueError where a folder brings another tokenizer than `spec` names."""
+    try:
+        own = tokenizers.load(checkpoint)
+    except FileNotFoundError:
+        return tokenizers.from_spec(spec, [])
+    if not tokenizers.is_named(spec, own):
+        raise ValueError(f"tokenizer is {spec!r}, and {checkpoint} brings another one: leave tokenizer out")
+    return own
+
+
+def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a checkpoint brings; GPT-2's where it brings none and its vocabulary has GPT-2's size."""
+    if str(checkpoint) not in HUB_NAMES or (Path(checkpoint) / CONFIG).is_file():
+        try:
+            return tokenizers.load(checkpoint) if Path(checkpoint).is_dir() else tokenizers.download(str(checkpoint))
+        except FileNotFoundError as error:
+            if vocab_size != tokenizers.GPT2_VOCAB_SIZE:
+                raise FileNotFoundError(f"{error}, and its {vocab_size} tokens are not GPT-2's vocabulary") from None
+    return tokenizers.gpt2()

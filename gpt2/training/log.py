@@ -1,0 +1,25 @@
+"""log.jsonl of a run, read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LOG = "log.jsonl"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, none where there is none; a last line that was cut off in writing is left out.
+
+    Raises ValueError naming a line that is no JSON.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    return records

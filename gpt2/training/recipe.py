@@ -1,0 +1,196 @@
+"""How a model is trained: the settings of a run, checked, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from fastgpt2.gpt2.config import GPTConfig
+from fastgpt2.gpt2.data.windows import MAX_SEED
+from fastgpt2.gpt2.training.settings import Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Every setting of one training run: `TrainConfig.from_preset("gpt2", steps=100)`."""
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> TrainConfig:
+        """One of `PRESETS` with single settings replaced.
+
+        Raises ValueError for an unknown name or a value that is not allowed, TypeError for an unknown setting.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown, there are {', '.join(PRESETS)}")
+        return cls(preset=name, **{**PRESETS[name], **overrides})
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "eval_interval", "eval_tokens", "keep"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}, allowed are whole numbers of at least 1")
+        for name in ("lr", "grad_clip", "spike"):
+            if not 0.0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} is {value}, allowed are numbers above 0")
+        for name in ("min_lr", "warmup", "weight_decay"):
+            if not 0.0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} is {value}, allowed are numbers of at least 0")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}, allowed are numbers up to lr, which is {self.lr}")
+        for name in ("beta2", "val_fraction", "decay_fraction"):
+            if not 0.0 < (value := getattr(self, name)) < 1.0:
+                raise ValueError(f"{name} is {value}, allowed are numbers between 0 and 1")
+        for name, hint in get_type_hints(type(self)).items():
+            allowed, value = [a for a in get_args(hint) if isinstance(a, str)], getattr(self, name)
+            if allowed and value not in allowed:
+                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}, allowed are 0..{MAX_SEED}")
+        self.model_config(vocab_size=1)
+        self.passes(1)
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The model that is trained."""
+        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "vocab_multiple")
+        return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+
+    def text_tokenizer(self) -> str:
+        """Of text, and of tokens that bring none, where `tokenizer` is None."""
+        small = self.preset.endswith("-smoke")
+        return "char" if not self.preset.startswith("gpt2") else "byte" if small else "gpt2"
+
+    def passes(self, world_size: int) -> int:
+        """Forward and backward passes of each rank whose mean gradient makes one step.
+
+        Raises ValueError where the tokens of a step are not a whole number of passes of all ranks.
+        """
+        together = self.batch_size * self.block_size * world_size
+        if self.total_batch_tokens is None:
+            return 1
+        if self.total_batch_tokens < 1 or self.total_batch_tokens % together:
+            raise ValueError(
+                f"total_batch_tokens is {self.total_batch_tokens}, allowed are multiples of batch_size "
+                f"{self.batch_size} x block_size {self.block_size} x {world_size} ranks = {together}"
+            )
+        return self.total_batch_tokens // together
+
+    def as_cuda_graph(self, world_size: int) -> bool:
+        """Whether forward and backward are CUDA graphs. Raises ValueError where they shall be and cannot."""
+        cuda, sharded = torch.device(self.device).type == "cuda", self.parallel == "fsdp" and world_size > 1
+        if self.cuda_graph == "on" and not cuda:
+            raise ValueError(f"cuda_graph is 'on' and device is {self.device!r}, allowed is a GPU")
+        if self.cuda_graph == "on" and sharded:
+            raise ValueError(f"cuda_graph is 'on' and parallel 'fsdp' on {world_size} ranks, allowed is 'ddp'")
+        return cuda and not sharded and self.cuda_graph != "off"
+
+    def tokens_per_step(self, world_size: int = 1) -> int:
+        """Tokens that one optimizer step is trained on, over all ranks."""
+        return self.passes(world_size) * self.batch_size * self.block_size * world_size
+
+    def on_this_machine(self) -> TrainConfig:
+        """device and dtype settled: "auto" replaced by what it means here."""
+        device = find_device(self.device)
+        dtype = self.dtype if self.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+        return dataclasses.replace(self, device=str(device), dtype=dtype)
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto" is the GPU where there is one. Raises ValueError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        # Under torchrun each process looks at its own GPU: a look at the first one would take memory there.
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else device
+        torch.empty(0, device=own)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from None
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a YAML file gives: {name: value}, values as they stand there.
+
+    Raises FileNotFoundError where there is no such file, ValueError for one that is no YAML or has an unknown setting.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config is {str(path)!r}, there is no such file")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected lines such as 'lr: 0.001'")
+    names = [f.name for f in dataclasses.fields(Settings)]
+    for name in content:
+        if name not in names:
+            raise ValueError(f"{path}: setting {name!r} is unknown, there are {', '.join(names)}")
+    return content
+
+
+def settings_text(config: TrainConfig) -> str:
+    """Every setting as YAML, which `read_settings` reads. The run's folder is left open: another run has another."""
+    import yaml
+
+    return yaml.safe_dump({**dataclasses.asdict(config), "out": None}, sort_keys=False)
+
+
+# -------------------------------------------------------------------------------------------------------- presets
+
+
+# GPT-2's sizes: 524,288 tokens a step over 10B tokens (build-nanogpt), peak learning rates from GPT-3's table 2.1.
+_GPT2 = dict(
+    steps=19073, total_batch_tokens=2**19, batch_size=16, block_size=1024, n_layer=12, n_head=12,
+    n_embd=768, dropout=0.0, vocab_multiple=128, lr=6e-4, min_lr=6e-5, warmup=715, beta2=0.95, eval_tokens=10 * 2**20,
+)  # fmt: skip
+_MEDIUM = dict(n_layer=24, n_head=16, n_embd=1024, batch_size=8, lr=3e-4, min_lr=3e-5)
+_LARGE = dict(n_layer=36, n_head=20, n_embd=1280, batch_size=4, lr=2.5e-4, min_lr=2.5e-5)
+_XL = dict(n_layer=48, n_head=25, n_embd=1600, batch_size=4, lr=2e-4, min_lr=2e-5)
+# The recipe and depth of a GPT-2 at a width and for a time that a CPU has, with no vocabulary to download; a step's
+# tokens divide by eight processes.
+_SMOKE = dict(
+    steps=30, total_batch_tokens=512, batch_size=1, block_size=64, n_head=4, n_embd=64, warmup=3,
+    eval_interval=10, eval_tokens=2048,
+)  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "baby": {},
+    # baby at a size that 2 CPU cores train in about two minutes.
+    "baby-smoke": dict(
+        steps=2000, batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, lr=3e-3,
+        eval_tokens=15_360,
+    ),
+    "gpt2": _GPT2,
+    "gpt2-smoke": _GPT2 | _SMOKE,
+    "gpt2-medium": _GPT2 | _MEDIUM,
+    "gpt2-medium-smoke": _GPT2 | _MEDIUM | _SMOKE,
+    "gpt2-large": _GPT2 | _LARGE,
+    "gpt2-large-smoke": _GPT2 | _LARGE | _SMOKE,
+    "gpt2-xl": _GPT2 | _XL,
+    "gpt2-xl-smoke": _GPT2 | _XL | _SMOKE,
+}  # fmt: skip
+
+
+def choose_preset(name: str | None, device: torch.device) -> tuple[str, str]:
+    """(the preset of a run that asked for `name`, or for none; what to say about it)."""
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
+    if device.type == "cuda":
+        return name or "baby", f"on {torch.cuda.get_device_name(device)}"
+    if name is None:
+        return "baby-smoke", "no GPU here: baby at a size that 2 CPU cores train in about two minutes"
+    return name, "made for a CPU" if name.endswith("-smoke") else f"made for a GPU; {name}-smoke is made for a CPU"

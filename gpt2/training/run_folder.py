@@ -1,0 +1,150 @@
+"""The folder of a run: config.yaml, about.json, log.jsonl, checkpoints/ and loss.png."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt2.gpt2.data.corpus import Corpus
+from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.ops import kernels_digest
+from fastgpt2.gpt2.training.log import LOG, read_log
+from fastgpt2.gpt2.training.recipe import TrainConfig, settings_text
+
+CONFIG, ABOUT, PLOT = "config.yaml", "about.json", "loss.png"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step, one line of log.jsonl. Losses are in nats a token; rates leave validation out.
+
+    tokens: trained on so far. loss: mean over the step's passes, before its update. mfu: FLOPs of the model, by
+    `GPTConfig.flops_per_token`, over the peak of all GPUs, None where that is unknown. peak_memory_bytes: of this
+    process. val_loss: after the update. hellaswag: acc_norm after it. left_out: why the step made no update.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    step_ms: float
+    tokens_per_s: float
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+    val_loss: float | None = None
+    hellaswag: float | None = None
+    left_out: str | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """Every number that is there, by name."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+
+    def line(self) -> str:
+        """One line of JSON, where infinity and what is no number are null."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return json.dumps(values, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @classmethod
+    def create(cls, out: str | None, preset: str, held: contextlib.ExitStack) -> RunFolder:
+        """A new folder, which is this process's until `held` is closed: `out`, or runs/DATE-TIME-PRESET.
+
+        What a run left there that was killed before its config.yaml was written goes. Raises FileExistsError where
+        anything else is in it, BlockingIOError where another run is using it.
+        """
+        if out is None:
+            named = Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{preset}"
+            candidates = [named, *(named.with_name(f"{named.name}-{i}") for i in range(2, 100))]
+        else:
+            candidates = [Path(out)]
+        for path in candidates:
+            if not _is_new(path):
+                continue
+            try:
+                held.enter_context(exclusive(path))
+            except BlockingIOError:
+                if out is not None:
+                    raise
+                continue
+            if _is_new(path):  # still: nobody was quicker
+                for leftover in path.iterdir():
+                    if leftover.name != LOCK:
+                        leftover.unlink()
+                return cls(path)
+        path = candidates[0]
+        if (path / CONFIG).is_file():
+            raise FileExistsError(f"out is {str(path)!r}, which holds a run: --resume {path} goes on with it")
+        raise FileExistsError(f"out is {str(path)!r}, which is not an empty folder: choose another")
+
+    def write_config(self, config: TrainConfig, model: GPT, corpus: Corpus) -> None:
+        """Every setting as it was used, which `--config` takes; beside it what the settings led to."""
+        content: dict[str, Any] = {
+            "model": dataclasses.asdict(model.config),
+            "kernels": dataclasses.asdict(model.kernels),
+            "text": {
+                "name": corpus.name,
+                "documents": corpus.documents,
+                "tokens": len(corpus.train),
+                "held_out": len(corpus.val),
+            },
+            "versions": versions(),
+        }
+        write_atomically(self.path / ABOUT, json.dumps(content, indent=2) + "\n")
+        write_atomically(self.path / CONFIG, settings_text(config))
+
+    def log(self, record: Record) -> None:
+        """Appends one line, in one write."""
+        with open(self.path / LOG, "a", encoding="utf-8") as file:
+            file.write(record.line())
+
+    def rewind_log(self, step: int) -> None:
+        """Leaves the lines up to that of `step`."""
+        kept = [record for record in read_log(self.path / LOG) if record["step"] <= step]
+        write_atomically(self.path / LOG, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def plot(self) -> None:
+        from fastgpt2.gpt2.training.plot import plot_losses
+
+        plot_losses(self.path / LOG, self.path / PLOT, title=self.path.name)
+
+
+def _is_new(path: Path) -> bool:
+    """Whether nothing is there but what a run leaves that was killed before its config.yaml was written."""
+    if not path.exists():
+        return True
+    temporary = tuple(f".{name}." for name in (ABOUT, CONFIG))
+    ours = (f.name in (LOCK, ABOUT) or f.name.startswith(temporary) for f in path.iterdir()) if path.is_dir() else ()
+    return path.is_dir() and all(ours)
+
+
+def check_run(folder: Path) -> None:
+    """Raises FileNotFoundError for a folder that is no run's."""
+    if not (folder / CONFIG).is_file():
+        if (folder / LOCK).is_file() and _is_new(folder):
+            raise FileNotFoundError(
+                f"resume is {str(folder)!r}, where a run was killed before its settings were written: begin it again "
+                "with the command that began it"
+            )
+        raise FileNotFoundError(f"resume is {str(folder)!r}, which is no run: it has no {CONFIG}")
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides its settings."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "kernels": kernels_digest()}

@@ -1,0 +1,258 @@
+"""One run's model, optimizer and data: steps, validation, and a state that goes on bit for bit where it was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+
+from fastgpt2.gpt2 import hardware
+from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data.shards import Tokens
+from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.evaluation.evaluate import total_loss
+from fastgpt2.gpt2.evaluation.hellaswag import Example, plain_scores
+from fastgpt2.gpt2.generation.sample import generate_text
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.training.graphed import graphed
+from fastgpt2.gpt2.training.loss_watch import LossWatch
+from fastgpt2.gpt2.training.optim import cosine_schedule, wsd_schedule
+from fastgpt2.gpt2.training.ranks import Ranks, set_gradient_sync, spread
+from fastgpt2.gpt2.training.recipe import DTYPES, TrainConfig
+from fastgpt2.gpt2.training.run_folder import Record
+
+SAMPLE_TOKENS = 300
+
+
+class Trainer:
+    """Everything that a step needs and nothing that it writes.
+
+    ranks: the processes that share the run's steps; default: this one alone. Every method is called on all of them.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        train_tokens: Tokens,
+        val_tokens: Tokens,
+        ranks: Ranks | None = None,
+    ):
+        self.config, self.tokenizer, self.val_tokens = config, tokenizer, val_tokens
+        self.ranks = ranks or Ranks(torch.device(config.device))
+        self.device = self.ranks.device
+        self.peak_flops = hardware.peak_flops(self.device)
+        self.passes = config.passes(self.ranks.size)
+        self.captures = config.as_cuda_graph(self.ranks.size)
+        self.model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels).to(self.device)
+        self.model.transformer.recompute = config.recompute
+        # Validation and sampling use the module itself, which shares its weights with the compiled one.
+        self.spread = spread(self.model, self.ranks, config.parallel, config.compile)
+        self.optimizer = self.model.configure_optimizers(
+            config.weight_decay, config.lr, (0.9, config.beta2), self.device.type
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
+        self.watch = LossWatch(config.spike)
+        if config.document_mask and tokenizer.end_of_text is None:
+            raise ValueError(
+                "document_mask is set, and the tokenizer has no end of text: gpt2's has one, char and byte none"
+            )
+        for part in (train_tokens, val_tokens):
+            data.check_tokens(part, self.model.config.vocab_size)
+        self.windows = data.Windows(train_tokens, config.block_size, config.seed, self.ranks.rank, self.ranks.size)
+        if not self.ranks.first:
+            torch.manual_seed(config.seed + self.ranks.rank)  # the same weights, but other dropout
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def step(self, step: int) -> Record:
+        """Optimizer step number `step`, from 1."""
+        config, start = self.config, time.perf_counter()
+        lr = self.learning_rate(step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses = [self._accumulate_gradient(i) for i in range(self.passes)]
+        self.scaler.unscale_(self.optimizer)
+        grad_norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        if config.parallel == "fsdp" and self.ranks.size > 1:
+            grad_norm = grad_norm.full_tensor()
+        loss, norm = self.ranks.mean(torch.stack([torch.stack(losses).mean(), grad_norm]))
+        left_out = self._update(step, loss, norm)
+        seconds = time.perf_counter() - start
+        tokens = config.tokens_per_step(self.ranks.size)
+        flops = self.model.config.flops_per_token() * tokens / self.ranks.size  # of one rank
+        return Record(
+            step=step,
+            tokens=step * tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            step_ms=seconds * 1e3,
+            tokens_per_s=tokens / seconds,
+            mfu=None if self.peak_flops is None else flops / seconds / self.peak_flops,
+            peak_memory_bytes=hardware.peak_memory_bytes(self.device),
+            left_out=left_out,
+        )
+
+    def _update(self, step: int, loss: float, norm: float) -> str | None:
+        """Gives the gradient to AdamW, or says why not."""
+        problem = self.watch.problem(loss, norm)
+        # An overflow in float16 is no fault of the run's: the scaler leaves the update out and takes a smaller scale.
+        overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+        if problem is not None:
+            if self.config.bad_steps == "stop" and not overflow:
+                raise FloatingPointError(
+                    f"step {step}: {problem}; begin again with a lower lr, or go on without such steps: "
+                    "--resume RUN --bad-steps skip"
+                )
+            self.watch.leave_out(step, problem)
+        if problem is None or overflow:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return problem
+
+    def learning_rate(self, step: int) -> float:
+        """Of step `step`, from 0."""
+        config = self.config
+        sizes: dict[str, Any] = dict(peak=config.lr, floor=config.min_lr, warmup=config.warmup, steps=config.steps)
+        if config.schedule == "wsd":
+            return wsd_schedule(step, **sizes, decay=round(config.steps * config.decay_fraction))
+        return cosine_schedule(step, **sizes)
+
+    def _accumulate_gradient(self, i: int) -> torch.Tensor:
+        """Forward and backward pass number `i` of a step, from 0 -> its loss. Gradients add up to the mean over the
+        passes of a step."""
+        idx, targets = self.windows.next_batch(self.config.batch_size)
+        more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
+        idx, targets = idx.to(self.device), targets.to(self.device)
+        set_gradient_sync(self.spread, i == self.passes - 1)
+        if self.captures:
+            graphed(self.spread, idx, targets, more.get("documents"), required=self.config.cuda_graph == "on")
+            self.captures = False
+        with self.autocast():
+            _, loss = self.spread(idx, targets, **more)
+        self.scaler.scale(loss / self.passes).backward()
+        return loss.detach()
+
+    def _documents(self, idx: torch.Tensor) -> torch.Tensor:
+        """Where documents begin: the model's argument of this name."""
+        assert self.tokenizer.end_of_text is not None
+        return data.document_starts(idx, self.tokenizer.end_of_text)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in the dtype that the config names."""
+        if self.config.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.config.dtype])
+
+    # -------------------------------------------------------------------------------------------------- looking
+
+    def validation_loss(self) -> float:
+        """Mean loss on always the same held-out windows, computed in the dtype of training."""
+        config, ranks = self.config, self.ranks
+        windows = max(1, config.eval_tokens // config.block_size)
+        batches = data.evenly(self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size)
+        documents = self._documents if config.document_mask else None
+        with self.autocast():
+            found = total_loss(self.model, batches, self.device, documents)
+        total, tokens = ranks.sum(torch.tensor(found, dtype=torch.float64))
+        return total / tokens
+
+    def hellaswag(self, examples: Sequence[Example]) -> float:
+        """The `acc_norm` of `plain_scores`. Ranks share the examples; with FSDP2 the first one, which alone gets the
+        whole model, answers all."""
+        model, ranks = self.whole_model(), self.ranks
+        if ranks.size > 1 and self.config.parallel == "fsdp":
+            mine = examples if ranks.first else []
+        else:
+            mine = examples[ranks.rank :: ranks.size]
+        right = 0.0
+        if mine:
+            with self.autocast():
+                _, acc_norm = plain_scores(model.to(self.device), self.tokenizer, mine, device=self.device)
+            right = acc_norm * len(mine)
+        (total,) = ranks.sum(torch.tensor([right], dtype=torch.float64))
+        return total / len(examples)
+
+    def sample(self, model: GPT, prompt: str) -> str:
+        """What `whole_model` writes after `prompt`."""
+        with self.autocast():
+            texts = generate_text(
+                model.to(self.device),
+                self.tokenizer,
+                prompt,
+                max_new_tokens=SAMPLE_TOKENS,
+                temperature=0.8,
+                seed=self.config.seed,
+            )
+        return texts[0]
+
+    # -------------------------------------------------------------------------------------------------- keeping
+
+    def whole_model(self) -> GPT:
+        """The model with whole parameters: itself, or on rank 0 a copy of it on the CPU where ranks hold parts."""
+        if self.ranks.size == 1 or self.config.parallel != "fsdp":
+            return self.model
+        weights = dcp.get_model_state_dict(self.model, options=WHOLE)
+        if not self.ranks.first:
+            return self.model
+        with torch.device("meta"):
+            whole = GPT(self.model.config, self.config.kernels)
+        whole.load_state_dict(weights, assign=True)
+        whole.tie_weights()
+        return whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the weights do not say, on rank 0: optimizer, place in the data, random numbers of every rank.
+
+        Whole parameters and names instead of numbers, so that any number of ranks, with DDP or FSDP2, can go on.
+        """
+        table, V = self.whole_model().transformer.wte.weight.detach(), self.model.config.vocab_size
+        return {
+            "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE),
+            "scaler": self.scaler.state_dict(),
+            "watch": self.watch.state_dict(),
+            "windows": self.windows.state_dict(),
+            "random": self.ranks.gather(self._random_state()),
+            # Rows of the token table beyond the vocabulary, which no checkpoint has.
+            "padding": table[V:].cpu().clone() if self.ranks.first else None,
+        }
+
+    def load_state_dict(self, model: GPT, state: dict[str, Any]) -> None:
+        """Goes on from weights and state. model, state: as saved; on every rank.
+
+        Raises ValueError if the data is not what it was.
+        """
+        self.windows.load_state_dict(state["windows"])
+        weights = model.state_dict()
+        table = weights["transformer.wte.weight"]
+        with torch.no_grad():
+            table[model.config.vocab_size :] = state["padding"]
+        dcp.set_model_state_dict(self.model, weights, options=GIVEN_WHOLE)
+        dcp.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=GIVEN_WHOLE)
+        self.scaler.load_state_dict(state["scaler"])
+        self.watch.load_state_dict(state["watch"])
+        if self.ranks.rank < len(state["random"]):
+            self._set_random_state(state["random"][self.ranks.rank])
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set_random_state(self, states: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+GIVEN_WHOLE = dcp.StateDictOptions(full_state_dict=True)

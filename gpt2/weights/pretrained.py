@@ -1,0 +1,233 @@
+"""Checkpoints as HuggingFace has them: read from a local folder or the hub, written so that transformers reads them.
+
+A folder holds config.json and the weights, the first of these that is there: model.safetensors,
+model.safetensors.index.json (shards), pytorch_model.bin, pytorch_model.bin.index.json. None of it needs transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt2.gpt2.files import temporary_beside, write_atomically
+from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.ops import Kernels
+from fastgpt2.gpt2.weights.checkpoints import folder_to_read, saved_checkpoints
+from fastgpt2.gpt2.weights.huggingface import (
+    StoredTensor,
+    build,
+    config_from_huggingface,
+    config_to_huggingface,
+    huggingface_state,
+    unwrap,
+)
+
+CONFIG = "config.json"
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The hub's short names: a cache may hold either one.
+HUB_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+LOCAL_INSTEAD = (
+    f"without a network, pass a local folder with {CONFIG} and {SAFETENSORS[0]} (or {PICKLED[0]}): "
+    "GPT.from_pretrained('path/to/folder')"
+)
+
+
+def from_pretrained(
+    name_or_folder: str | Path,
+    override_args: Mapping[str, Any] | None = None,
+    *,
+    kernels: str | Kernels = "auto",
+    check: bool = True,
+) -> GPT:
+    """GPT-2's weights from a local folder or from the hub, on the CPU, in float32 whatever the files hold.
+
+    name_or_folder: an existing folder, or a name on the hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
+        "distilgpt2", "organisation/name". What was downloaded before is found without a network. Of a run of
+        `fastgpt2 train` it is the newest whole checkpoint.
+    override_args: dropout (0 by default), vocab_multiple; as in nanoGPT, the rest is the checkpoint's.
+    check: compare the files of a run's checkpoint with what the run wrote (reads them once more).
+    The model is in train mode, as a new one is.
+    Raises FileNotFoundError for a folder that is no checkpoint, OSError when a download fails, ValueError naming file
+    and tensor or setting for one that is damaged or is not a GPT-2 that this is.
+    """
+    folder = _find(name_or_folder, check)
+    weights = _weights_file(folder)
+    config = config_from_huggingface(_read_json(folder / CONFIG), str(folder / CONFIG), override_args)
+    return build(config, _stored(weights), str(weights), dtype=torch.float32, kernels=kernels)
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Writes config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` and `from_pretrained` read.
+
+    model: a GPT, also compiled or inside DistributedDataParallel. Weights keep their dtype; padded rows of the
+    vocabulary are cut off; a model without biases gets zero ones, and is without them again when read back here.
+    Until the last moment the folder holds what it held before, and at no moment a mix that loads.
+    """
+    from safetensors.torch import save_file
+
+    gpt, folder = unwrap(model), Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, save_pretrained writes into a folder")
+    state = {name: t.cpu().contiguous() for name, t in huggingface_state(gpt).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config_to_huggingface(gpt.config, gpt.dtype)
+    text = json.dumps(settings, indent=2) + "\n"
+    config_path, weights_path = folder / CONFIG, folder / SAFETENSORS[0]
+    with temporary_beside(weights_path) as temporary:
+        mode = temporary.stat().st_mode
+        save_file(state, str(temporary), metadata={"format": "pt"})
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if config_path.exists() and config_path.read_text(encoding="utf-8") != text:
+            config_path.unlink()  # new weights must not meet old settings, not even after a crash right here
+        os.replace(temporary, weights_path)
+        write_atomically(config_path, text)
+
+
+# ------------------------------------------------------------------------------------------------ finding a folder
+
+
+def _find(name_or_folder: str | Path, check: bool) -> Path:
+    """The local folder of a checkpoint, downloaded where it has to be."""
+    if not str(name_or_folder):
+        raise ValueError("the checkpoint's name is empty: pass a folder, or a name on the hub, such as 'gpt2'")
+    folder = Path(name_or_folder)
+    # A folder of a hub name that holds no checkpoint is not meant: this project's own sources are in one called gpt2.
+    meant = (folder / CONFIG).exists() or str(name_or_folder) not in HUB_NAMES or saved_checkpoints(folder)
+    if folder.is_dir() and meant:
+        return folder_to_read(folder, check)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, pass the folder that holds {CONFIG} and the weights")
+    if isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_folder):
+        return _download(name_or_folder)
+    raise FileNotFoundError(f"{folder} is neither a folder that exists nor a name on the hub, such as 'gpt2'")
+
+
+def _download(name: str) -> Path:
+    """The hub's files in its cache: config.json and weights, as safetensors where they exist."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError:
+        raise ImportError(f"downloading {name!r} needs the package huggingface_hub; {LOCAL_INSTEAD}") from None
+
+    failure: Exception | None = None
+    for repository in dict.fromkeys((name, HUB_NAMES.get(name, name))):
+        try:
+            for files in (SAFETENSORS, PICKLED):
+                shards = f"{files[0].replace('.', '-*.')}"
+                folder = Path(snapshot_download(repository, allow_patterns=[CONFIG, *files, shards]))
+                if any((folder / file).exists() for file in files):
+                    return folder
+            _weights_file(folder)
+        except Exception as error:  # its own errors, its HTTP library's, the operating system's
+            failure = error
+    reason = str(failure).strip().splitlines()[0]
+    raise OSError(
+        f"{name!r} is no local folder and could not be downloaded from the model hub "
+        f"({type(failure).__name__}: {reason}); {LOCAL_INSTEAD}"
+    ) from None
+
+
+def _weights_file(folder: Path) -> Path:
+    names = (*SAFETENSORS, *PICKLED)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found or not (folder / CONFIG).is_file():
+        lacking = CONFIG if found else "weights" if (folder / CONFIG).is_file() else f"{CONFIG} and no weights"
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint, it has no {lacking}: looked for {CONFIG} and one of {', '.join(names)}"
+        )
+    return found[0]
+
+
+# -------------------------------------------------------------------------------------------------- reading files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, is it cut short? ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _stored(weights: Path) -> Iterator[StoredTensor]:
+    """The tensors of a weights file or of the shards that an index names."""
+    read = _safetensors if weights.name in SAFETENSORS else _pickled
+    if weights.suffix != ".json":
+        yield from read(weights)
+        return
+    shard_of = _read_json(weights).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise ValueError(f"{weights} has no weight_map from tensors to shards")
+    for shard in sorted(set(shard_of.values())):
+        path = weights.parent / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise FileNotFoundError(f"{weights} names the shard {shard!r}, which is not in {weights.parent}")
+        tensors = list(read(path))
+        there = {tensor.name for tensor in tensors}
+        for name, expected in shard_of.items():
+            if expected == shard and name not in there:
+                raise ValueError(f"{path}: tensor {name!r} is missing, {weights.name} says that it is here")
+        yield from tensors
+
+
+def _safetensors(path: Path) -> Iterator[StoredTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file, is it cut short? ({error})") from None
+    for name in file.keys():
+        view = file.get_slice(name)
+        dtype = view.get_dtype()
+        yield StoredTensor(
+            str(path),
+            name,
+            tuple(view.get_shape()),
+            SAFETENSORS_DTYPES.get(dtype, dtype),
+            partial(file.get_tensor, name),
+        )
+
+
+def _pickled(path: Path) -> Iterator[StoredTensor]:
+    try:
+        # Mapped, not read, where the format allows it (PyTorch's own before 1.6 was no zip file).
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (PermissionError, FileNotFoundError):
+        raise
+    except Exception as error:  # damaged files raise anything, among it OSError (a seek to before the beginning)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is not a whole PyTorch file of tensors, is it cut short? ({reason})") from None
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path} holds a tensor under {name!r}, expected names")
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise ValueError(f"{path}: tensor {name!r} is {tensor.layout}, expected a dense one")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: tensor {name!r} has fewer numbers than its shape {tuple(tensor.shape)}")
+        yield StoredTensor(str(path), name, tuple(tensor.shape), tensor.dtype, partial(lambda t: t, tensor))
