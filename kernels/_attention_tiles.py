@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
 
 
 @triton.jit
@@ -166,22 +166,23 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) < 2**31 // 128 else x.contiguous()
 
 
-def variant(dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: bool = False) -> str:
-    """Which rows of the table: bits of an element and the padded head size, "16x64" ... "64x128"; what takes registers
-    beside: " bounded" (documents or a window), " dropout" (with or without them).
+def tuning_key(
+    op: str, dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: bool = False
+) -> _tuning.Key:
+    """Which row of the table: that of dropout serves with and without bounds (documents, a window).
 
     A head that is no whole number of 16-byte pieces is read by narrow loads, whose addresses take the registers that
     float32 takes for its numbers: it has float32's rows.
     """
-    more = " dropout" if dropout else " bounded" if bounded else ""
     bits = torch.finfo(dtype).bits
     if head_size * bits % 128:
         bits = max(bits, 32)
-    return f"{bits}x{128 if head_size > 64 else 64}{more}"
+    padded = 128 if head_size > 64 else 64
+    return _tuning.Key(op, bits=bits, head_size=padded, bounded=bounded and not dropout, dropout=dropout)
 
 
 def block_d(head_size: int) -> int:
-    return max(16, _launch.next_power_of_2(head_size))
+    return max(16, _tuning.next_power_of_2(head_size))
 
 
 def refuse(op_name: str, toggle: str, argument: str, value: object, allowed: str) -> NoReturn:

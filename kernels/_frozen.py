@@ -21,11 +21,11 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from . import _launch
+from . import _device, _tuning
 from ._trace import is_traced, write_down
 
 # On ROCm, Triton looks at the sizes of tensors, too.
-TRIED = (3, 4) <= _launch.TRITON_VERSION <= (3, 9) and not torch.version.hip
+TRIED = (3, 4) <= _device.TRITON_VERSION <= (3, 9) and not torch.version.hip
 MOST_PLANS = 1024  # of each kind that are remembered
 Plan = TypeVar("Plan")
 _RUN = JITFunction.run
@@ -116,7 +116,7 @@ def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
     @functools.wraps(make)
     def plan(*args):
         try:
-            return remembered(_launch.capability, _launch.sm_count, _launch.config, *args)
+            return remembered(_device.capability, _device.sm_count, _tuning.config, *args)
         except TypeError:  # sizes that are symbols, under torch.compile, have no hash
             return make(*args)
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
 from ._attention_tiles import (
     _first_keys,
     _keep,
@@ -40,7 +40,7 @@ from ._attention_tiles import (
     dropout_scalars,
     refuse,
     rows_contiguous,
-    variant,
+    tuning_key,
 )
 from ._frozen import Launch, planned
 from ._op import check_dtypes, check_once, op
@@ -250,10 +250,10 @@ def _fwd_plan(
     strides: tuple[int, int], documents: int, window: int | None, dropout_p: float, scale: float,
 ) -> Launch:  # fmt: skip
     bounded = documents > 0 or window is not None
-    config = _launch.config("attention_fwd", device, variant(dtype, D, bounded, dropout))
+    config = _tuning.config(tuning_key("attention_fwd", dtype, D, bounded, dropout), device)
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
     return Launch(
-        _attention_fwd_kernel, (_launch.cdiv(T, queries) * B, n_head),
+        _attention_fwd_kernel, (_tuning.cdiv(T, queries) * B, n_head),
         *strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
         D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config,
     )  # fmt: skip

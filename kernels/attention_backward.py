@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
 from ._attention_tiles import (
     _first_keys,
     _keep,
@@ -34,7 +34,7 @@ from ._attention_tiles import (
     block_d,
     dropout_scalars,
     rows_contiguous,
-    variant,
+    tuning_key,
 )
 from ._frozen import Launch, planned
 from ._op import empty_like, op
@@ -318,12 +318,12 @@ def _plans(
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """The two launches."""
     sizes = dict(D=D, BLOCK_D=block_d(D))
-    config = _launch.config("attention_delta", device, variant(dtype, D))
-    grid = (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head)
+    config = _tuning.config(tuning_key("attention_delta", dtype, D), device)
+    grid = (_tuning.cdiv(T, config["BLOCK_M"]) * B, n_head)
     delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
     bounded = documents > 0 or window is not None
-    config = _launch.config("attention_bwd", device, variant(dtype, D, bounded, dropout))
-    tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
+    config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
+    tiles = _tuning.cdiv(T, config["DKV_BLOCK_N"]) + _tuning.cdiv(T, config["DQ_BLOCK_M"])
     return delta, Launch(
         _attention_bwd_kernel, (tiles * B, n_head),
         *strides, *dout_strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,

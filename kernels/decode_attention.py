@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
-from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, variant
+from . import _device, _tuning
+from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, tuning_key
 from ._frozen import Launch, planned
 from ._op import check_dtypes, op
 from ._overlap import start_next, wait_for_previous
@@ -226,18 +226,18 @@ def _plans(
     device: torch.device,
 ) -> tuple[int, Launch, Launch]:  # fmt: skip
     """Splits of the cache, and the two launches."""
-    config = dict(_launch.config("decode_attention", device, variant(dtype, D)))
-    programs, block_n = config.pop("PROGRAMS_PER_SM") * _launch.sm_count(device), config["BLOCK_N"]
-    splits = 1 if S <= config.pop("ONE_SPLIT") else _launch.cdiv(S, block_n)
+    config = _tuning.config(tuning_key("decode_attention", dtype, D), device)
+    programs, block_n = config.pop("PROGRAMS_PER_SM") * _device.sm_count(device), config["BLOCK_N"]
+    splits = 1 if S <= config.pop("ONE_SPLIT") else _tuning.cdiv(S, block_n)
     n_splits = max(1, min(programs // (B * n_head), splits))
     shared: dict[str, Any] = dict(D=D, BLOCK_D=block_d(D))
-    shared["OVERLAP"] = B == 1 and _launch.can_overlap(device)  # as its neighbours' launches
+    shared["OVERLAP"] = B == 1 and _device.can_overlap(device)  # as its neighbours' launches
     if shared["OVERLAP"]:
         shared["launch_pdl"] = True
     grid = (B * n_head * n_splits,)
     attend = Launch(_decode_attention_kernel, grid, *strides, S, n_head, n_splits, scale, **shared, **config)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    config = _launch.config("decode_merge", device, variant(statistics, D))
+    config = _tuning.config(tuning_key("decode_merge", statistics, D), device)
     sizes = (S, n_head, n_splits)
     merge = Launch(_decode_merge_kernel, (B * n_head,), *sizes, BLOCK_N=block_n, **shared, **config)
     return n_splits, attend, merge
