@@ -175,9 +175,9 @@ def tuning_key(
     float32 takes for its numbers: it has float32's rows.
     """
     bits = torch.finfo(dtype).bits
-    if D * bits % 128:
+    if head_size * bits % 128:
         bits = max(bits, 32)
-    padded = 128 if D > 64 else 64
+    padded = 128 if head_size > 64 else 64
     return _tuning.Key(op, bits=bits, head_size=padded, bounded=bounded and not dropout, dropout=dropout)
 
 
