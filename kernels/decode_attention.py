@@ -134,12 +134,12 @@ def _decode_attention_kernel(
     m_i = tl.full((BLOCK_N,), LOWEST, ACC)
     l_i = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N) + offs_d[None, :]
+    k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N, BLOCK_D)
     # Named at the loop, because Triton lets loads that feed no tl.dot run ahead only where that is asked for.
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         mask_n = start + tl.arange(0, BLOCK_N) < last
-        k = _load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, True)
-        v = _load_rows(k_ptrs + stride_cw, mask_n, offs_d, D, BLOCK_D, True)
+        k = _load_rows(k_ptrs, mask_n, D, True)
+        v = _load_rows(k_ptrs + stride_cw, mask_n, D, True)
         s = tl.where(mask_n, tl.sum(q[None, :] * k.to(ACC), 1), float("-inf"))
         m_i, l_i, acc = _meet(s, v.to(ACC), m_i, l_i, acc)
         k_ptrs += BLOCK_N * stride_cs
@@ -181,7 +181,7 @@ def _decode_merge_kernel(
     take_part = tl.maximum(tl.cdiv(cached, size), 1)
     lse_ptr += place * n_splits
     offs_d = tl.arange(0, BLOCK_D)
-    part_ptrs = _rows(parts_ptr, place * n_splits, D, BLOCK_P) + offs_d[None, :]
+    part_ptrs = _rows(parts_ptr, place * n_splits, D, BLOCK_P, BLOCK_D)
     m_i = tl.full((BLOCK_P,), LOWEST, ACC)
     l_i = tl.zeros((BLOCK_P,), ACC)
     acc = tl.zeros((BLOCK_P, BLOCK_D), ACC)
@@ -189,7 +189,7 @@ def _decode_merge_kernel(
         offs_p = start + tl.arange(0, BLOCK_P)
         mask_p = offs_p < take_part
         lse = tl.load(lse_ptr + offs_p, mask=mask_p, other=float("-inf"))
-        part = _load_rows(part_ptrs, mask_p, offs_d, D, BLOCK_D, True)
+        part = _load_rows(part_ptrs, mask_p, D, True)
         m_i, l_i, acc = _meet(lse, part, m_i, l_i, acc)
         part_ptrs += BLOCK_P * D
     out, _ = _finish(m_i, l_i, acc)
