@@ -32,7 +32,7 @@ from ._overlap import start_next, wait_for_previous
 from .gelu import _sigmoid_2u
 
 OP = "decode_linear"
-TOGGLE = "layer_norm"
+TOGGLE = "layer_norm='torch' or mlp"  # either one switches it off: errors go on with ='torch'
 TO_TORCH = f" (toggle: {TOGGLE}='torch')"
 MOST_ROWS = 32  # of a program
 

@@ -189,20 +189,20 @@ def _backward(ctx, dy):
     return dx, dbias if need_bias else None
 
 
-_gelu_bwd = _op.op(gelu_bwd, _gelu_bwd_fake, toggle="gelu", strided=("dy", "x"))
+_gelu_bwd = _op.op(gelu_bwd, _gelu_bwd_fake, toggle="mlp", strided=("dy", "x"))
 _gelu_fwd = _op.op(
-    gelu_fwd, _gelu_fwd_fake, toggle="gelu", strided=("x",), setup_context=_setup_context, backward=_backward
+    gelu_fwd, _gelu_fwd_fake, toggle="mlp", strided=("x",), setup_context=_setup_context, backward=_backward
 )
 
 
 def gelu(x: Tensor) -> Tensor:
     """GELU, tanh form: (..., C) -> (..., C) in the dtype of x."""
-    _op.check_dtypes("gelu", "gelu", x=x)
+    _op.check_dtypes("gelu", "mlp", x=x)
     return _gelu_fwd(x, None)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias): (..., C), (C,) -> (..., C) in the dtype of x, whatever that of bias."""
-    _op.check_dtypes("bias_gelu", "gelu", x=x, bias=bias)
-    _op.check_shape("bias_gelu", "gelu", "bias", bias, x.shape[-1:])
+    _op.check_dtypes("bias_gelu", "mlp", x=x, bias=bias)
+    _op.check_shape("bias_gelu", "mlp", "bias", bias, x.shape[-1:])
     return _gelu_fwd(x, bias)

@@ -202,9 +202,9 @@ def test_rows_are_shared_among_programs(device, monkeypatch):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda x: gelu(x.long()), TypeError, ("gelu", "x", "int64", "float16", "gelu='torch'")),
+        (lambda x: gelu(x.long()), TypeError, ("gelu", "x", "int64", "float16", "mlp='torch'")),
         (lambda x: bias_gelu(x, x[0].bool()), TypeError, ("bias_gelu", "bias", "bool")),
-        (lambda x: bias_gelu(x, x), ValueError, ("bias", "(3, 8)", "(8,)", "gelu='torch'")),
+        (lambda x: bias_gelu(x, x), ValueError, ("bias", "(3, 8)", "(8,)", "mlp='torch'")),
         (lambda x: bias_gelu(x, x[0, :1]), ValueError, ("bias", "(1,)", "(8,)")),
     ],
 )
