@@ -231,7 +231,7 @@ class GPT(nn.Module):
 
     @property
     def kernels(self) -> Kernels:
-        """How each op is computed. Assign "auto", "triton", "torch", "attention,gelu" or a Kernels; "auto" is Triton
+        """How each op is computed. Assign "auto", "triton", "torch", "attention,mlp" or a Kernels; "auto" is Triton
         where the parameters are on a CUDA or ROCm device and PyTorch elsewhere."""
         return ops.kernels_for(self._kernels, self.device)
 
@@ -241,8 +241,9 @@ class GPT(nn.Module):
 
     @contextlib.contextmanager
     def use_kernels(self, spec: str | Kernels | None = None, **toggles: str) -> Iterator[GPT]:
-        """Other kernels inside a `with`: `model.use_kernels("torch")`, `model.use_kernels(gelu="torch")`."""
+        """Other kernels inside a `with`: `model.use_kernels("torch")`, `model.use_kernels(mlp="torch")`."""
         before = self._kernels
+        toggles = ops.current_names(toggles)
         for op in toggles:
             if op not in Kernels.names():
                 raise ValueError(f"use_kernels got {op!r}, there are {', '.join(Kernels.names())}")

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -49,32 +49,77 @@ IGNORED_TARGET = -100
 SHORT_ON_CPU = 256
 
 
-@dataclass(frozen=True)
+FORMER_NAMES = {"gelu": "mlp"}  # of switches; accepted wherever a switch is named
+
+
+def current_names(toggles: Mapping[str, str]) -> dict[str, str]:
+    """The switches by the names they have now.
+
+    Raises ValueError if a switch is given by both of its names, with different values.
+    """
+    current: dict[str, str] = {}
+    for name, backend in toggles.items():
+        now = FORMER_NAMES.get(name, name)
+        if current.setdefault(now, backend) != backend:
+            given = " and ".join(f"{n}={b!r}" for n, b in toggles.items() if FORMER_NAMES.get(n, n) == now)
+            raise ValueError(f"{given} are two names of one switch with different values: give {now} only")
+    return current
+
+
+@dataclass(frozen=True, init=False)
 class Kernels:
     """How each op is computed: "triton" or "torch". It says nothing about the model and goes into no checkpoint.
 
     attention: causal self-attention on packed q, k, v; one new token's attention over the cache.
     layer_norm: residual add + LayerNorm, with the projection's bias and dropout before it.
-    gelu: the MLP's GELU with its bias.
+    mlp: the MLP, with GELU and bias in one kernel and little kept for backward. `gelu` is its former name.
     cross_entropy: the head's matrix product and the loss, without whole logits.
     embedding: token and position embedding.
     """
 
     attention: str = "torch"
     layer_norm: str = "torch"
-    gelu: str = "torch"
+    mlp: str = "torch"
     cross_entropy: str = "torch"
     embedding: str = "torch"
 
-    def __post_init__(self):
-        for op, backend in dataclasses.asdict(self).items():
+    def __init__(
+        self,
+        attention: str = "torch",
+        layer_norm: str = "torch",
+        mlp: str | None = None,
+        cross_entropy: str = "torch",
+        embedding: str = "torch",
+        *,
+        gelu: str | None = None,
+    ):
+        """mlp: "torch" by default. gelu: the same switch by its former name.
+
+        Raises ValueError for another backend, or if mlp and gelu differ, and ImportError for "triton" if it is not
+        installed.
+        """
+        toggles = {name: backend for name, backend in (("mlp", mlp), ("gelu", gelu)) if backend is not None}
+        toggles |= dict(attention=attention, layer_norm=layer_norm, cross_entropy=cross_entropy, embedding=embedding)
+        for op, backend in toggles.items():
             if backend not in BACKENDS:
                 raise ValueError(f"Kernels.{op} is {backend!r}, allowed are 'triton' and 'torch'")
+        current = current_names(toggles)
+        for op in self.names():
+            object.__setattr__(self, op, current.get(op, "torch"))
         if not TRITON_INSTALLED and "triton" in dataclasses.astuple(self):
             raise ImportError(
                 "kernels='triton' needs the package triton, which is not installed: "
                 "pip install 'triton>=3.4' (Linux), or use kernels='torch'"
             )
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        """Unpickles what any version wrote."""
+        Kernels.__init__(self, **state)
+
+    @property
+    def gelu(self) -> str:
+        """The former name of `mlp`."""
+        return self.mlp
 
     @classmethod
     def all(cls, backend: str) -> Kernels:
@@ -88,7 +133,7 @@ class Kernels:
 
     @classmethod
     def parse(cls, spec: str | Kernels) -> Kernels:
-        """ "triton", "torch", "attention,gelu" (those on Triton, the rest on PyTorch) or a Kernels, unchanged.
+        """ "triton", "torch", "attention,mlp" (those on Triton, the rest on PyTorch) or a Kernels, unchanged.
 
         Raises ValueError for a name that is none of these, TypeError for another type.
         """
@@ -98,7 +143,7 @@ class Kernels:
             raise TypeError(f"kernels is {spec!r}, expected a string or a Kernels")
         if spec.strip() in BACKENDS:
             return cls.all(spec.strip())
-        ops = [op.strip() for op in spec.split(",")]
+        ops = [FORMER_NAMES.get(op.strip(), op.strip()) for op in spec.split(",")]
         for op in ops:
             if op not in cls.names():
                 raise ValueError(
@@ -288,7 +333,7 @@ def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Ten
 def mlp(h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
     """c_proj(gelu(c_fc(h))): (B, T, C) -> (B, T, C), and as in `project` the bias that is still to add."""
     if is_stock(c_fc, nn.Linear):
-        if kernels.gelu == "torch":
+        if kernels.mlp == "torch":
             act = linear_gelu(h, c_fc.weight, c_fc.bias)
         elif is_stock(c_proj, nn.Linear):
             if kernels.layer_norm == "triton":
@@ -299,15 +344,15 @@ def mlp(h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels) -> tupl
             act = triton_gelu(pre) if c_fc.bias is None else triton_bias_gelu(pre, c_fc.bias)
     else:
         pre = c_fc(h)
-        act = triton_gelu(pre) if kernels.gelu == "triton" else F.gelu(pre, approximate="tanh")
+        act = triton_gelu(pre) if kernels.mlp == "triton" else F.gelu(pre, approximate="tanh")
     return project(act, c_proj, kernels)
 
 
 def few_rows(x: Tensor, kernels: Kernels) -> bool:
-    """Whether `decode_linear` computes on x (B, T, C): where LayerNorm and GELU are Triton's, no gradients are
+    """Whether `decode_linear` computes on x (B, T, C): where LayerNorm and MLP are Triton's, no gradients are
     recorded, and rows are so few that launches cost more than their work."""
     return (
-        kernels.layer_norm == kernels.gelu == "triton"
+        kernels.layer_norm == kernels.mlp == "triton"
         and x.size(0) * x.size(1) <= MOST_ROWS
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)

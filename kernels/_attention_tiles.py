@@ -15,36 +15,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
+
+# The parts of the run of key tiles that a tile of queries needs, in the order of the keys. They are masked by first(t);
+# by nothing; by the diagonal; by that of a second tile of queries, where the first one sees nothing.
+FAR_END = tl.constexpr(0)
+INSIDE = tl.constexpr(1)
+DIAGONAL = tl.constexpr(2)
+SECOND_DIAGONAL = tl.constexpr(3)
 
 
 @triton.jit
 def _key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
-    """The run of key tiles that queries [start, stop) need, cut at a <= b <= c <= d <= e into what is masked where.
+    """The run of key tiles that queries [start, stop) need: part p is tiles cuts[p] to cuts[p + 1] - 1.
 
-    [a, b): by first(t).  [b, c): nowhere.  [c, d): by the diagonal of queries [start, middle).  [d, e): by that of
-    [middle, stop), and the former see nothing.  nearest_first, farthest_first: the lowest and the highest first(t).
+    DIAGONAL is that of queries [start, middle), SECOND_DIAGONAL that of [middle, stop). nearest_first, farthest_first:
+    the lowest and the highest first(t).
     """
-    a = nearest_first // BLOCK_N
-    e = max((stop + BLOCK_N - 1) // BLOCK_N, a)
-    c = min(max((start + 1) // BLOCK_N, a), e)
-    d = min(max(middle // BLOCK_N, c), e)
-    b = max(min((farthest_first + BLOCK_N - 1) // BLOCK_N, c), a)
-    return a, b, c, d, e
+    first = nearest_first // BLOCK_N
+    last = max((stop + BLOCK_N - 1) // BLOCK_N, first)
+    diagonal = min(max((start + 1) // BLOCK_N, first), last)
+    second_diagonal = min(max(middle // BLOCK_N, diagonal), last)
+    inside = max(min((farthest_first + BLOCK_N - 1) // BLOCK_N, diagonal), first)
+    return first, inside, diagonal, second_diagonal, last
 
 
 @triton.jit
 def _query_tiles(start, stop, nearest_last, farthest_last, BLOCK_M):
-    """The run of query tiles that keys [start, stop) need, cut at a <= b <= c <= d: [a, b) and [c, d) need a mask.
+    """The run of query tiles that keys [start, stop) need: part p is tiles cuts[p + 1] to cuts[p] - 1.
 
-    [a, b) crosses the diagonal, [c, d) window, document or T. nearest_last, farthest_last: the lowest and the highest
-    last(j) of these keys.
+    Keys meet the diagonal first and what masks their FAR_END last: window, document or T. nearest_last, farthest_last:
+    the lowest and the highest last(j) of these keys.
     """
-    a = start // BLOCK_M
-    d = max((farthest_last + BLOCK_M) // BLOCK_M, a)
-    b = min(max((stop + BLOCK_M - 2) // BLOCK_M, a), d)
-    c = max((nearest_last + 1) // BLOCK_M, b)
-    return a, b, min(c, d), d
+    first = start // BLOCK_M
+    last = max((farthest_last + BLOCK_M) // BLOCK_M, first)
+    inside = min(max((stop + BLOCK_M - 2) // BLOCK_M, first), last)
+    far_end = min(max((nearest_last + 1) // BLOCK_M, inside), last)
+    return last, far_end, inside, first
 
 
 @triton.jit
@@ -66,23 +73,27 @@ def _document(cu_ptr, n_documents, token):
 
 
 @triton.jit
-def _first_keys(offs_m, row, T, cu_ptr, n_documents, window):
-    """first(t) for each of the queries offs_m of batch row `row`; t + 1 for a query that sees nothing."""
+def _first_keys(offs_m, T, documents, window):
+    """first(t) for each of the queries offs_m; t + 1 for a query that sees nothing.
+
+    documents: (cu_ptr, n_documents, row of the batch), or None.
+    """
     first = offs_m * 0
     if window is not None:
         first = tl.maximum(offs_m - window + 1, 0)
-    if cu_ptr is not None:
+    if documents is not None:
+        cu_ptr, n_documents, row = documents
         start, _ = _document(cu_ptr, n_documents, row * T + offs_m)
         first = tl.maximum(first, (start - row * T).to(tl.int32))
     return first
 
 
 @triton.jit
-def _span(offs_m, first_keys, stop, T, BOUNDED: tl.constexpr):
+def _span(offs_m, first_keys, stop, T):
     """Which of queries offs_m (up to `stop`) see anything; the lowest and the highest first(t) and the end of these."""
     sees = offs_m < T
     nearest, farthest, stop = 0, 0, tl.minimum(stop, T)
-    if BOUNDED:
+    if first_keys is not None:
         sees = sees & (first_keys <= offs_m)
         nearest = tl.min(tl.where(sees, first_keys, T), 0)
         farthest = tl.max(tl.where(sees, first_keys, 0), 0)
@@ -91,25 +102,36 @@ def _span(offs_m, first_keys, stop, T, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def _last_queries(offs_n, row, T, cu_ptr, n_documents, window):
-    """last(j) for each of the keys offs_n of batch row `row`; less than j for a key that nobody sees."""
+def _seen(offs_m, offs_n, first_keys):
+    """True where queries offs_m see keys offs_n: (M, N). first_keys: None without bounds."""
+    seen = offs_n[None, :] <= offs_m[:, None]
+    if first_keys is not None:
+        seen = seen & (offs_n[None, :] >= first_keys[:, None])
+    return seen
+
+
+@triton.jit
+def _last_queries(offs_n, T, documents, window):
+    """last(j) for each of the keys offs_n; less than j for a key nobody sees. documents: as of `_first_keys`."""
     last = offs_n * 0 + (T - 1)
     if window is not None:
         last = tl.minimum(offs_n + (window - 1), last)
-    if cu_ptr is not None:
+    if documents is not None:
+        cu_ptr, n_documents, row = documents
         _, stop = _document(cu_ptr, n_documents, row * T + offs_n)
         last = tl.minimum(last, (stop - row * T).to(tl.int32) - 1)
     return last
 
 
 @triton.jit
-def _keep(
-    seed_ptr, row, head, offs_m, key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr
-):
+def _keep(dropout, offs_m, key, BLOCK_N: tl.constexpr, TURNED: tl.constexpr):
     """True where dropout keeps the weight of queries offs_m for keys key ... key + BLOCK_N: (M, N), TURNED: (N, M).
 
-    One Philox call serves four keys. Its counter is (key // 4, query, row, head), whatever the tiles are.
+    dropout: (seed_ptr, threshold, row of the batch, head). One Philox call serves four keys. Its counter is
+    (key // 4, query, row, head), whatever the tiles are.
     """
+    seed_ptr, threshold, row, head = dropout
+    BLOCK_M: tl.constexpr = offs_m.shape[0]
     quads = key // 4 + tl.arange(0, BLOCK_N // 4)
     if TURNED:
         quad = tl.broadcast_to(quads[:, None], (BLOCK_N // 4, BLOCK_M))
@@ -134,30 +156,32 @@ def dropout_scalars(dropout_p: float) -> tuple[int, float]:
 
 
 @triton.jit
-def _rows(ptr, first, stride, BLOCK: tl.constexpr):
-    """Pointers (BLOCK, 1) to rows first ... of a matrix. Inside a block 32 bits do: see `rows_contiguous`."""
-    return ptr + first.to(tl.int64) * stride + (tl.arange(0, BLOCK) * stride)[:, None]
+def _rows(ptr, first, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers (BLOCK, BLOCK_D) to rows first ... of a matrix. Inside a block 32 bits do: see `rows_contiguous`."""
+    return ptr + first.to(tl.int64) * stride + (tl.arange(0, BLOCK) * stride)[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
-def _load_rows(ptrs, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def _load_rows(ptrs, mask_row, D: tl.constexpr, MASKED: tl.constexpr):
     """A (rows, BLOCK_D) tile; with a mask on rows where MASKED, on columns only where the head size is padded."""
+    BLOCK_D: tl.constexpr = ptrs.shape[1]
     if MASKED and D != BLOCK_D:
-        mask = mask_row[:, None] & (offs_d[None, :] < D)
+        mask = mask_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < D)
     elif MASKED:
         mask = mask_row[:, None]
     elif D != BLOCK_D:
-        mask = offs_d[None, :] < D
+        mask = tl.arange(0, BLOCK_D)[None, :] < D
     else:
         mask = None
     return tl.load(ptrs, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit
-def _store_rows(ptrs, value, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store_rows(ptrs, value, mask_row, D: tl.constexpr):
+    BLOCK_D: tl.constexpr = ptrs.shape[1]
     mask = mask_row[:, None]
     if D != BLOCK_D:
-        mask = mask & (offs_d[None, :] < D)
+        mask = mask & (tl.arange(0, BLOCK_D)[None, :] < D)
     tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask)
 
 
@@ -166,22 +190,23 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) < 2**31 // 128 else x.contiguous()
 
 
-def variant(dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: bool = False) -> str:
-    """Which rows of the table: bits of an element and the padded head size, "16x64" ... "64x128"; what takes registers
-    beside: " bounded" (documents or a window), " dropout" (with or without them).
+def tuning_key(
+    op: str, dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: bool = False
+) -> _tuning.Key:
+    """Which row of the table: that of dropout serves with and without bounds (documents, a window).
 
     A head that is no whole number of 16-byte pieces is read by narrow loads, whose addresses take the registers that
     float32 takes for its numbers: it has float32's rows.
     """
-    more = " dropout" if dropout else " bounded" if bounded else ""
     bits = torch.finfo(dtype).bits
     if head_size * bits % 128:
         bits = max(bits, 32)
-    return f"{bits}x{128 if head_size > 64 else 64}{more}"
+    padded = 128 if head_size > 64 else 64
+    return _tuning.Key(op, bits=bits, head_size=padded, bounded=bounded and not dropout, dropout=dropout)
 
 
 def block_d(head_size: int) -> int:
-    return max(16, _launch.next_power_of_2(head_size))
+    return max(16, _tuning.next_power_of_2(head_size))
 
 
 def refuse(op_name: str, toggle: str, argument: str, value: object, allowed: str) -> NoReturn:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
 from ._frozen import Launch, planned
 from ._op import empty_like
 
@@ -50,8 +50,8 @@ def _column_sum_kernel(
 
 @planned
 def _plan(K: int, P: int, C: int, device: torch.device) -> Launch:
-    options = _launch.config("column_sum", device)
-    return Launch(_column_sum_kernel, (_launch.cdiv(C, options["BLOCK_C"]), K), P, C, **options)
+    options = _tuning.config(_tuning.Key("column_sum"), device)
+    return Launch(_column_sum_kernel, (_tuning.cdiv(C, options["BLOCK_C"]), K), P, C, **options)
 
 
 def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
 from ._frozen import Launch, planned
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -144,7 +144,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def padded_vocab(V: int) -> int:
     """Row stride of the logits in elements: V rounded up to 64."""
-    return _launch.cdiv(V, 64) * 64
+    return _tuning.cdiv(V, 64) * 64
 
 
 def cross_entropy_(
@@ -168,13 +168,13 @@ def cross_entropy_(
 
 @planned
 def _plan(R: int, bits: int, device: torch.device, *numbers) -> Launch:
-    options = _launch.config("cross_entropy", device, str(bits))
+    options = _tuning.config(_tuning.Key("cross_entropy", bits=bits), device)
     return Launch(_cross_entropy_kernel, (R,), *numbers, VECTOR=128 // bits, **options)
 
 
 @planned
 def _sum_plan(kernel: Any, device: torch.device, *numbers: int) -> Launch:
-    return Launch(kernel, (1,), *numbers, **_launch.config("loss_total", device))
+    return Launch(kernel, (1,), *numbers, **_tuning.config(_tuning.Key("loss_total"), device))
 
 
 def inverse_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:

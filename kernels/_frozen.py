@@ -21,11 +21,11 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from . import _launch
+from . import _device, _tuning
 from ._trace import is_traced, write_down
 
 # On ROCm, Triton looks at the sizes of tensors, too.
-TRIED = (3, 4) <= _launch.TRITON_VERSION <= (3, 9) and not torch.version.hip
+TRIED = (3, 4) <= _device.TRITON_VERSION <= (3, 9) and not torch.version.hip
 MOST_PLANS = 1024  # of each kind that are remembered
 Plan = TypeVar("Plan")
 _RUN = JITFunction.run
@@ -119,9 +119,9 @@ def _launcher(compiled: Any) -> tuple[Any, tuple, bool]:
     if type(run).__name__ != "CudaLauncher" or scratch or getattr(run, "gsan_enabled", False):
         return run, (function, metadata, *no_hooks), False
     first = (function, run.launch_cooperative_grid, run.launch_pdl)
-    if _launch.TRITON_VERSION >= (3, 7):
+    if _device.TRITON_VERSION >= (3, 7):
         return run.launch, (*first, metadata, *no_hooks, None, None, run.arg_annotations, run.kernel_signature), True
-    no_scratch = 1 if _launch.TRITON_VERSION == (3, 4) else 2
+    no_scratch = 1 if _device.TRITON_VERSION == (3, 4) else 2
     return run.launch, (*first, *(None,) * no_scratch, metadata, *no_hooks), False
 
 
@@ -139,7 +139,7 @@ def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
     @functools.wraps(make)
     def plan(*args):
         try:
-            return remembered(_launch.capability, _launch.sm_count, _launch.config, *args)
+            return remembered(_device.capability, _device.sm_count, _tuning.config, *args)
         except TypeError:  # sizes that are symbols, under torch.compile, have no hash
             return make(*args)
 

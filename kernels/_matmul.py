@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _launch
+from . import _device
 
 PIECE = 4096  # rows of `out` at a time where something must be held beside them
 
@@ -21,7 +21,7 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif not add:
         _widening_matmul(a, b, out)
-    elif _launch.mixed_matmul(out.device) == "addmm":
+    elif _device.mixed_matmul(out.device) == "addmm":
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         for m in range(0, out.shape[0], PIECE):
@@ -31,7 +31,7 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 def _widening_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if _launch.mixed_matmul(out.device):
+    if _device.mixed_matmul(out.device):
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
     else:
         torch.ops.fastgpt2.upcast_matmul(a, b, out=out)

@@ -35,7 +35,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import _launch
+from . import _device
 from ._frozen import MOST_PLANS
 from ._trace import traced
 from ._watched import flops_are_counted, one_by_one, refusing, register_flops, transformed_function
@@ -95,7 +95,7 @@ def op(
 
     def check_device(tensors: list[Tensor]) -> None:
         try:
-            _launch.check_device(*tensors)
+            _device.check_device(*tensors)
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error} (or switch this kernel off: {toggle}='torch')") from None
 
@@ -147,7 +147,7 @@ def op(
         register_flops(getattr(torch.ops.fastgpt2, name), flops)
     if KERNELS_IN_KEYS is not None:
         KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_SOURCES_KERNEL]
-        if not (opaque or _launch.INTERPRETED):
+        if not (opaque or _device.INTERPRETED):
             torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
     if backward is None or setup_context is None:

@@ -25,13 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
 from ._attention_tiles import (
+    DIAGONAL,
+    FAR_END,
+    INSIDE,
+    SECOND_DIAGONAL,
     _first_keys,
     _keep,
     _key_tiles,
     _load_rows,
     _rows,
+    _seen,
     _span,
     _store_rows,
     block_d,
@@ -40,7 +45,7 @@ from ._attention_tiles import (
     dropout_scalars,
     refuse,
     rows_contiguous,
-    variant,
+    tuning_key,
 )
 from ._frozen import Launch, planned
 from ._op import check_dtypes, check_once, op
@@ -92,67 +97,35 @@ def visible(
 
 @triton.jit
 def _attend(
-    q,
-    k,
-    v,
-    m_i,
-    l_i,
-    acc,
-    offs_m,
-    key,
-    first_keys,
-    scale_log2,
-    seed_ptr,
-    row,
-    head,
-    dropout_threshold,
-    MASKED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, offs_m, first_keys, k, v, key, state, scale_log2, dropout, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The online softmax's step: queries q (M, D) meet the tile of keys and values k, v (N, D) that starts at `key`."""
+    """The online softmax's step: queries q (M, D) meet the tile of keys and values k, v (N, D) that starts at `key`.
+
+    first_keys: None without bounds. dropout: as of `_keep`, or None. state and what is returned: (m_i, l_i, acc).
+    """
+    m_i, l_i, acc = state
+    BLOCK_N: tl.constexpr = k.shape[0]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
     if MASKED:
-        offs_n = key + tl.arange(0, BLOCK_N)
-        seen = offs_n[None, :] <= offs_m[:, None]
-        if BOUNDED:
-            seen = seen & (offs_n[None, :] >= first_keys[:, None])
-        s = tl.where(seen, s, float("-inf"))
+        s = tl.where(_seen(offs_m, key + tl.arange(0, BLOCK_N), first_keys), s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     alpha = tl.exp2(m_i - m_new)
     p = tl.exp2(s * scale_log2 - m_new[:, None])
     l_i = l_i * alpha + tl.sum(p, 1)
-    if seed_ptr is not None:
-        p = tl.where(_keep(seed_ptr, row, head, offs_m, key, dropout_threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
+    if dropout is not None:
+        p = tl.where(_keep(dropout, offs_m, key, BLOCK_N, False), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return m_new, l_i, acc
 
 
 @triton.jit
-def _finish(
-    out_ptr,
-    lse_ptr,
-    m_i,
-    l_i,
-    acc,
-    offs_m,
-    start,
-    sees,
-    T,
-    C,
-    factor,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def _finish(out_ptr, lse_ptr, state, offs_m, start, sees, T, C, factor, D: tl.constexpr):
     """Divides by the softmax's sum and stores queries start ... of one head: out 0 and lse 0 where nothing is seen."""
+    m_i, l_i, acc = state
     sees = sees & (l_i > 0.0)
     lse = tl.where(sees, m_i + tl.log2(tl.where(sees, l_i, 1.0)), 0.0)
     out = acc * tl.where(sees, factor / tl.where(sees, l_i, 1.0), 0.0)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)
-    _store_rows(_rows(out_ptr, start, C, BLOCK_M) + offs_d[None, :], out, offs_m < T, offs_d, D, BLOCK_D)
+    _store_rows(_rows(out_ptr, start, C, acc.shape[0], acc.shape[1]), out, offs_m < T, D)
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < T)
 
 
@@ -194,12 +167,19 @@ def _attention_fwd_kernel(
     out_ptr += row * T * C + head * D
     lse_ptr += (row * H + head) * T
 
-    offs_d = tl.arange(0, BLOCK_D)
     offs_0 = start + tl.arange(0, BLOCK_M)
-    q_0 = _load_rows(_rows(qkv_ptr, start, stride_qt, BLOCK_M) + offs_d[None, :], offs_0 < T, offs_d, D, BLOCK_D, True)
-    first_keys = _first_keys(offs_0, row, T, cu_ptr, n_documents, window)
-    sees_0, nearest, farthest, stop = _span(offs_0, first_keys, start + QUERIES, T, BOUNDED)
-    a, b, c, d, e = _key_tiles(start, start + BLOCK_M, stop, nearest, farthest, BLOCK_N)
+    q_0 = _load_rows(_rows(qkv_ptr, start, stride_qt, BLOCK_M, BLOCK_D), offs_0 < T, D, True)
+    documents = None
+    if cu_ptr is not None:
+        documents = (cu_ptr, n_documents, row)
+    dropout = None
+    if seed_ptr is not None:
+        dropout = (seed_ptr, dropout_threshold, row, head)
+    first_keys = None
+    if BOUNDED:
+        first_keys = _first_keys(offs_0, T, documents, window)
+    sees_0, nearest, farthest, stop = _span(offs_0, first_keys, start + QUERIES, T)
+    cuts = _key_tiles(start, start + BLOCK_M, stop, nearest, farthest, BLOCK_N)
 
     scale_log2 = tl.full((), scale, ACC) * 1.4426950408889634
     # The lowest finite number and not -inf: a row that sees nothing yet would get -inf - -inf = NaN.
@@ -208,37 +188,32 @@ def _attention_fwd_kernel(
     acc_0 = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if PAIR:
         offs_1 = offs_0 + BLOCK_M
-        q_1_ptrs = _rows(qkv_ptr, start + BLOCK_M, stride_qt, BLOCK_M) + offs_d[None, :]
-        q_1 = _load_rows(q_1_ptrs, offs_1 < T, offs_d, D, BLOCK_D, True)
+        q_1 = _load_rows(_rows(qkv_ptr, start + BLOCK_M, stride_qt, BLOCK_M, BLOCK_D), offs_1 < T, D, True)
         m_1, l_1, acc_1 = m_0, l_0, acc_0
-    k_ptr = qkv_ptr + C + (a * BLOCK_N).to(tl.int64) * stride_qt
-    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + offs_d[None, :]
-    for part in tl.static_range(4):
-        if (PAIR and part > 0) or (BOUNDED and part < 3):
-            first_tile = a if part == 0 else (b if part == 1 else (c if part == 2 else d))
-            last_tile = b if part == 0 else (c if part == 1 else (d if part == 2 else e))
-            for tile in range(first_tile, last_tile):
-                key = tile * BLOCK_N
-                mask_n = key + tl.arange(0, BLOCK_N) < T
-                k = _load_rows(k_ptr + offsets, mask_n, offs_d, D, BLOCK_D, part > 1)
-                v = _load_rows(k_ptr + C + offsets, mask_n, offs_d, D, BLOCK_D, part > 1)
-                if part < 3:
-                    m_0, l_0, acc_0 = _attend(
-                        q_0, k, v, m_0, l_0, acc_0, offs_0, key, first_keys, scale_log2, seed_ptr, row, head,
-                        dropout_threshold, part != 1, BOUNDED, PRECISION, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                if PAIR:
-                    m_1, l_1, acc_1 = _attend(
-                        q_1, k, v, m_1, l_1, acc_1, offs_1, key, first_keys, scale_log2, seed_ptr, row, head,
-                        dropout_threshold, part == 3, False, PRECISION, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                k_ptr += BLOCK_N * stride_qt
+    k_ptr = qkv_ptr + C + (cuts[0] * BLOCK_N).to(tl.int64) * stride_qt
+    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + tl.arange(0, BLOCK_D)[None, :]
+    for part in tl.static_range(FAR_END if BOUNDED else INSIDE, SECOND_DIAGONAL + PAIR):
+        for tile in range(cuts[part], cuts[part + 1]):
+            key = tile * BLOCK_N
+            mask_n = key + tl.arange(0, BLOCK_N) < T
+            k = _load_rows(k_ptr + offsets, mask_n, D, part >= DIAGONAL)
+            v = _load_rows(k_ptr + C + offsets, mask_n, D, part >= DIAGONAL)
+            if part < SECOND_DIAGONAL:
+                state = (m_0, l_0, acc_0)
+                m_0, l_0, acc_0 = _attend(
+                    q_0, offs_0, first_keys, k, v, key, state, scale_log2, dropout, part != INSIDE, PRECISION
+                )
+            if PAIR:
+                state = (m_1, l_1, acc_1)
+                m_1, l_1, acc_1 = _attend(
+                    q_1, offs_1, None, k, v, key, state, scale_log2, dropout, part == SECOND_DIAGONAL, PRECISION
+                )
+            k_ptr += BLOCK_N * stride_qt
 
     factor = tl.full((), dropout_scale, ACC)
-    _finish(out_ptr, lse_ptr, m_0, l_0, acc_0, offs_0, start, sees_0, T, C, factor, D, BLOCK_D, BLOCK_M)
+    _finish(out_ptr, lse_ptr, (m_0, l_0, acc_0), offs_0, start, sees_0, T, C, factor, D)
     if PAIR:
-        sees_1 = offs_1 < T
-        _finish(out_ptr, lse_ptr, m_1, l_1, acc_1, offs_1, start + BLOCK_M, sees_1, T, C, factor, D, BLOCK_D, BLOCK_M)
+        _finish(out_ptr, lse_ptr, (m_1, l_1, acc_1), offs_1, start + BLOCK_M, offs_1 < T, T, C, factor, D)
 
 
 # --------------------------------------------------------------------------------------------- fakes and launchers
@@ -250,10 +225,10 @@ def _fwd_plan(
     strides: tuple[int, int], documents: int, window: int | None, dropout_p: float, scale: float,
 ) -> Launch:  # fmt: skip
     bounded = documents > 0 or window is not None
-    config = _launch.config("attention_fwd", device, variant(dtype, D, bounded, dropout))
+    config = _tuning.config(tuning_key("attention_fwd", dtype, D, bounded, dropout), device)
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
     return Launch(
-        _attention_fwd_kernel, (_launch.cdiv(T, queries) * B, n_head),
+        _attention_fwd_kernel, (_tuning.cdiv(T, queries) * B, n_head),
         *strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
         D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config,
     )  # fmt: skip

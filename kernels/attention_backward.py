@@ -20,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from . import _tuning
 from ._attention_tiles import (
+    DIAGONAL,
+    FAR_END,
+    INSIDE,
     _first_keys,
     _keep,
     _key_tiles,
@@ -29,12 +32,13 @@ from ._attention_tiles import (
     _load_rows,
     _query_tiles,
     _rows,
+    _seen,
     _span,
     _store_rows,
     block_d,
     dropout_scalars,
     rows_contiguous,
-    variant,
+    tuning_key,
 )
 from ._frozen import Launch, planned
 from ._op import empty_like, op
@@ -59,12 +63,11 @@ def _attention_delta_kernel(
     row = (tl.program_id(0) // n_tiles).to(tl.int64)
     head = tl.program_id(1)
     offs_m = start + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < T
-    out_ptrs = _rows(out_ptr + row * T * (H * D) + head * D, start, H * D, BLOCK_M) + offs_d[None, :]
-    dout_ptrs = _rows(dout_ptr + row * stride_ob + head * D, start, stride_ot, BLOCK_M) + offs_d[None, :]
-    out = _load_rows(out_ptrs, mask_m, offs_d, D, BLOCK_D, True).to(ACC)
-    dout = _load_rows(dout_ptrs, mask_m, offs_d, D, BLOCK_D, True).to(ACC)
+    out_ptrs = _rows(out_ptr + row * T * (H * D) + head * D, start, H * D, BLOCK_M, BLOCK_D)
+    dout_ptrs = _rows(dout_ptr + row * stride_ob + head * D, start, stride_ot, BLOCK_M, BLOCK_D)
+    out = _load_rows(out_ptrs, mask_m, D, True).to(ACC)
+    dout = _load_rows(dout_ptrs, mask_m, D, True).to(ACC)
     tl.store(delta_ptr + (row * H + head) * T + offs_m, tl.sum(out * dout, 1), mask=mask_m)
 
 
@@ -86,77 +89,71 @@ def _load_vector(ptrs, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _dkv_tile(
-    qkv_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    cu_ptr,
-    seed_ptr,
-    dqkv_ptr,
-    stride_qt,
-    stride_ot,
+    tensors,
     first_key,
-    row,
-    head,
     T,
     C,
-    n_documents,
-    window,
-    dropout_threshold,
-    dropout_scale,
     scale,
+    documents,
+    window,
+    dropout,
+    dropout_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk, dv of one tile of keys; products are (keys, queries). The pointers point at one head of one row."""
-    BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
+    """dk, dv of one tile of keys; products are (keys, queries). Pointers are to one head of one row of the batch.
+
+    tensors: pointers and strides, as unpacked below. documents: as of `_first_keys`. dropout: as of `_keep`, or None.
+    """
+    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot = tensors
+    BOUNDED: tl.constexpr = documents is not None or window is not None
     ACC: tl.constexpr = scale.dtype
     offs_n = first_key + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_n = offs_n < T
-    k_ptrs = _rows(qkv_ptr + C, first_key, stride_qt, BLOCK_N) + offs_d[None, :]
-    k = _load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, True)
-    v = _load_rows(k_ptrs + C, mask_n, offs_d, D, BLOCK_D, True)
+    k_ptrs = _rows(qkv_ptr + C, first_key, stride_qt, BLOCK_N, BLOCK_D)
+    k = _load_rows(k_ptrs, mask_n, D, True)
+    v = _load_rows(k_ptrs + C, mask_n, D, True)
 
-    last_queries = _last_queries(offs_n, row, T, cu_ptr, n_documents, window)
     start, nearest, farthest = first_key, T - 1, T - 1
     if BOUNDED:
+        last_queries = _last_queries(offs_n, T, documents, window)
         seen_at_all = mask_n & (last_queries >= offs_n)
         nearest = tl.min(tl.where(seen_at_all, last_queries, T - 1), 0)
         farthest = tl.max(tl.where(seen_at_all, last_queries, -1), 0)
         start = tl.min(tl.where(seen_at_all, offs_n, T), 0)
-    a, b, c, d = _query_tiles(start, first_key + BLOCK_N, nearest, farthest, BLOCK_M)
+    cuts = _query_tiles(start, first_key + BLOCK_N, nearest, farthest, BLOCK_M)
 
     scale_log2 = scale * 1.4426950408889634
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    q_ptr = qkv_ptr + (a * BLOCK_M).to(tl.int64) * stride_qt
-    dout_ptr += (a * BLOCK_M).to(tl.int64) * stride_ot
+    first_query = (cuts[DIAGONAL + 1] * BLOCK_M).to(tl.int64)
+    q_ptr = qkv_ptr + first_query * stride_qt
+    dout_ptr += first_query * stride_ot
+    offs_d = tl.arange(0, BLOCK_D)
     q_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_qt + offs_d[None, :]
     dout_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_ot + offs_d[None, :]
-    for part in tl.static_range(3):
-        for tile in range(a if part == 0 else (b if part == 1 else c), b if part == 0 else (c if part == 1 else d)):
+    for part in tl.static_range(DIAGONAL, FAR_END - 1, -1):
+        for tile in range(cuts[part + 1], cuts[part]):
             # Queries past T load as 0 with dout and delta 0: they add 0 to both sums.
             offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            q = _load_rows(q_ptr + q_offsets, offs_m < T, offs_d, D, BLOCK_D, part != 1)
-            lse = _load_vector(lse_ptr + offs_m, offs_m < T, part != 1)
+            q = _load_rows(q_ptr + q_offsets, offs_m < T, D, part != INSIDE)
+            lse = _load_vector(lse_ptr + offs_m, offs_m < T, part != INSIDE)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2 - lse[None, :])
-            if part == 0 or (BOUNDED and part == 2):
+            if part == DIAGONAL or (BOUNDED and part == FAR_END):
                 seen = offs_n[:, None] <= offs_m[None, :]
                 if BOUNDED:
                     seen = seen & (offs_m[None, :] <= last_queries[:, None])
                 p = tl.where(seen, p, 0.0)
-            dout = _load_rows(dout_ptr + dout_offsets, offs_m < T, offs_d, D, BLOCK_D, part != 1)
-            delta = _load_vector(delta_ptr + offs_m, offs_m < T, part != 1)
-            if seed_ptr is None:
+            dout = _load_rows(dout_ptr + dout_offsets, offs_m < T, D, part != INSIDE)
+            delta = _load_vector(delta_ptr + offs_m, offs_m < T, part != INSIDE)
+            if dropout is None:
                 dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
                 ds = p * _dot_minus(v, dout, delta[None, :], PRECISION)
             else:
-                keep = _keep(seed_ptr, row, head, offs_m, first_key, dropout_threshold, BLOCK_M, BLOCK_N, True)
-                kept = tl.where(keep, p * dropout_scale, 0.0)
+                kept = tl.where(_keep(dropout, offs_m, first_key, BLOCK_N, True), p * dropout_scale, 0.0)
                 dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
                 dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
                 ds = kept * dp - p * delta[None, :]
@@ -165,90 +162,77 @@ def _dkv_tile(
             dout_ptr += BLOCK_M * stride_ot
 
     dk *= scale
-    if cu_ptr is not None:
+    if documents is not None:  # a token may be in none
         dk = tl.where(seen_at_all[:, None], dk, 0.0)
         dv = tl.where(seen_at_all[:, None], dv, 0.0)
-    dk_ptrs = _rows(dqkv_ptr + C, first_key, 3 * C, BLOCK_N) + offs_d[None, :]
-    _store_rows(dk_ptrs, dk, mask_n, offs_d, D, BLOCK_D)
-    _store_rows(dk_ptrs + C, dv, mask_n, offs_d, D, BLOCK_D)
+    dk_ptrs = _rows(dqkv_ptr + C, first_key, 3 * C, BLOCK_N, BLOCK_D)
+    _store_rows(dk_ptrs, dk, mask_n, D)
+    _store_rows(dk_ptrs + C, dv, mask_n, D)
 
 
 @triton.jit
 def _dq_tile(
-    qkv_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    cu_ptr,
-    seed_ptr,
-    dqkv_ptr,
-    stride_qt,
-    stride_ot,
+    tensors,
     first_query,
-    row,
-    head,
     T,
     C,
-    n_documents,
-    window,
-    dropout_threshold,
-    dropout_scale,
     scale,
+    documents,
+    window,
+    dropout,
+    dropout_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq of one tile of queries; products are (queries, keys). The pointers point at one head of one row."""
-    BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
+    """dq of one tile of queries; products are (queries, keys). Arguments are those of `_dkv_tile`."""
+    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot = tensors
+    BOUNDED: tl.constexpr = documents is not None or window is not None
     ACC: tl.constexpr = scale.dtype
     offs_m = first_query + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < T
-    q_ptrs = _rows(qkv_ptr, first_query, stride_qt, BLOCK_M) + offs_d[None, :]
-    dout_ptrs = _rows(dout_ptr, first_query, stride_ot, BLOCK_M) + offs_d[None, :]
-    q = _load_rows(q_ptrs, mask_m, offs_d, D, BLOCK_D, True)
-    dout = _load_rows(dout_ptrs, mask_m, offs_d, D, BLOCK_D, True)
+    q_ptrs = _rows(qkv_ptr, first_query, stride_qt, BLOCK_M, BLOCK_D)
+    dout_ptrs = _rows(dout_ptr, first_query, stride_ot, BLOCK_M, BLOCK_D)
+    q = _load_rows(q_ptrs, mask_m, D, True)
+    dout = _load_rows(dout_ptrs, mask_m, D, True)
     lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
     delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
 
-    first_keys = _first_keys(offs_m, row, T, cu_ptr, n_documents, window)
-    sees, nearest, farthest, stop = _span(offs_m, first_keys, first_query + BLOCK_M, T, BOUNDED)
-    a, b, c, _, d = _key_tiles(first_query, first_query + BLOCK_M, stop, nearest, farthest, BLOCK_N)
+    first_keys = None
+    if BOUNDED:
+        first_keys = _first_keys(offs_m, T, documents, window)
+    sees, nearest, farthest, stop = _span(offs_m, first_keys, first_query + BLOCK_M, T)
+    # The one tile of queries is first and second in one: tiles from DIAGONAL to the last are its diagonal.
+    first, inside, diagonal, _, last = _key_tiles(first_query, first_query + BLOCK_M, stop, nearest, farthest, BLOCK_N)
+    cuts = (first, inside, diagonal, last)
 
     scale_log2 = scale * 1.4426950408889634
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    k_ptr = qkv_ptr + C + (a * BLOCK_N).to(tl.int64) * stride_qt
-    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + offs_d[None, :]
-    for part in tl.static_range(3):
-        if BOUNDED or part > 0:
-            for tile in range(a if part == 0 else (b if part == 1 else c), b if part == 0 else (c if part == 1 else d)):
-                offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                k = _load_rows(k_ptr + offsets, offs_n < T, offs_d, D, BLOCK_D, part == 2)
-                p = tl.exp2(
-                    tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2 - lse[:, None]
-                )
-                if part != 1:
-                    seen = offs_n[None, :] <= offs_m[:, None]
-                    if BOUNDED:
-                        seen = seen & (offs_n[None, :] >= first_keys[:, None])
-                    p = tl.where(seen, p, 0.0)
-                v = _load_rows(k_ptr + C + offsets, offs_n < T, offs_d, D, BLOCK_D, part == 2)
-                if seed_ptr is None:
-                    ds = p * _dot_minus(dout, v, delta[:, None], PRECISION)
-                else:
-                    key = tile * BLOCK_N
-                    keep = _keep(seed_ptr, row, head, offs_m, key, dropout_threshold, BLOCK_M, BLOCK_N, False)
-                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
-                    ds = p * (tl.where(keep, dp * dropout_scale, 0.0) - delta[:, None])
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
-                k_ptr += BLOCK_N * stride_qt
+    k_ptr = qkv_ptr + C + (first * BLOCK_N).to(tl.int64) * stride_qt
+    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + tl.arange(0, BLOCK_D)[None, :]
+    for part in tl.static_range(FAR_END if BOUNDED else INSIDE, DIAGONAL + 1):
+        for tile in range(cuts[part], cuts[part + 1]):
+            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = _load_rows(k_ptr + offsets, offs_n < T, D, part == DIAGONAL)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2 - lse[:, None])
+            if part != INSIDE:
+                p = tl.where(_seen(offs_m, offs_n, first_keys), p, 0.0)
+            v = _load_rows(k_ptr + C + offsets, offs_n < T, D, part == DIAGONAL)
+            if dropout is None:
+                ds = p * _dot_minus(dout, v, delta[:, None], PRECISION)
+            else:
+                keep = _keep(dropout, offs_m, tile * BLOCK_N, BLOCK_N, False)
+                dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+                ds = p * (tl.where(keep, dp * dropout_scale, 0.0) - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+            k_ptr += BLOCK_N * stride_qt
 
     dq *= scale
-    if cu_ptr is not None:
+    if documents is not None:
         dq = tl.where(sees[:, None], dq, 0.0)
-    _store_rows(_rows(dqkv_ptr, first_query, 3 * C, BLOCK_M) + offs_d[None, :], dq, mask_m, offs_d, D, BLOCK_D)
+    _store_rows(_rows(dqkv_ptr, first_query, 3 * C, BLOCK_M, BLOCK_D), dq, mask_m, D)
 
 
 @triton.jit(do_not_specialize=["T", "n_documents", "window", "dropout_threshold"])
@@ -293,17 +277,24 @@ def _attention_bwd_kernel(
     delta_ptr += (row * H + head) * T
     scale = tl.full((), scale, ACC)
     dropout_scale = tl.full((), dropout_scale, ACC)
+    tensors = (qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot)
+    documents = None
+    if cu_ptr is not None:
+        documents = (cu_ptr, n_documents, row)
+    dropout = None
+    if seed_ptr is not None:
+        dropout = (seed_ptr, dropout_threshold, row, head)
     if tile < n_dkv:  # the first keys are seen by the most queries
+        first_key = tile * DKV_BLOCK_N
         _dkv_tile(
-            qkv_ptr, dout_ptr, lse_ptr, delta_ptr, cu_ptr, seed_ptr, dqkv_ptr, stride_qt, stride_ot,
-            tile * DKV_BLOCK_N, row, head, T, C, n_documents, window, dropout_threshold, dropout_scale, scale,
+            tensors, first_key, T, C, scale, documents, window, dropout, dropout_scale,
             D, BLOCK_D, PRECISION, DKV_BLOCK_M, DKV_BLOCK_N,
         )  # fmt: skip
     else:  # the last queries see the most keys
+        first_query = (n_dkv + n_dq - 1 - tile) * DQ_BLOCK_M
         _dq_tile(
-            qkv_ptr, dout_ptr, lse_ptr, delta_ptr, cu_ptr, seed_ptr, dqkv_ptr, stride_qt, stride_ot,
-            (n_dkv + n_dq - 1 - tile) * DQ_BLOCK_M, row, head, T, C, n_documents, window, dropout_threshold,
-            dropout_scale, scale, D, BLOCK_D, PRECISION, DQ_BLOCK_M, DQ_BLOCK_N,
+            tensors, first_query, T, C, scale, documents, window, dropout, dropout_scale,
+            D, BLOCK_D, PRECISION, DQ_BLOCK_M, DQ_BLOCK_N,
         )  # fmt: skip
 
 
@@ -318,12 +309,12 @@ def _plans(
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """The two launches."""
     sizes = dict(D=D, BLOCK_D=block_d(D))
-    config = _launch.config("attention_delta", device, variant(dtype, D))
-    grid = (_launch.cdiv(T, config["BLOCK_M"]) * B, n_head)
+    config = _tuning.config(tuning_key("attention_delta", dtype, D), device)
+    grid = (_tuning.cdiv(T, config["BLOCK_M"]) * B, n_head)
     delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
     bounded = documents > 0 or window is not None
-    config = _launch.config("attention_bwd", device, variant(dtype, D, bounded, dropout))
-    tiles = _launch.cdiv(T, config["DKV_BLOCK_N"]) + _launch.cdiv(T, config["DQ_BLOCK_M"])
+    config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
+    tiles = _tuning.cdiv(T, config["DKV_BLOCK_N"]) + _tuning.cdiv(T, config["DQ_BLOCK_M"])
     return delta, Launch(
         _attention_bwd_kernel, (tiles * B, n_head),
         *strides, *dout_strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,

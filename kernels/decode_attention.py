@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
-from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, variant
+from . import _device, _tuning
+from ._attention_tiles import _load_rows, _rows, block_d, check_heads, describe, refuse, tuning_key
 from ._frozen import Launch, planned
 from ._op import check_dtypes, op
 from ._overlap import start_next, wait_for_previous
@@ -134,12 +134,12 @@ def _decode_attention_kernel(
     m_i = tl.full((BLOCK_N,), LOWEST, ACC)
     l_i = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N) + offs_d[None, :]
+    k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N, BLOCK_D)
     # Named at the loop, because Triton lets loads that feed no tl.dot run ahead only where that is asked for.
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         mask_n = start + tl.arange(0, BLOCK_N) < last
-        k = _load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, True)
-        v = _load_rows(k_ptrs + stride_cw, mask_n, offs_d, D, BLOCK_D, True)
+        k = _load_rows(k_ptrs, mask_n, D, True)
+        v = _load_rows(k_ptrs + stride_cw, mask_n, D, True)
         s = tl.where(mask_n, tl.sum(q[None, :] * k.to(ACC), 1), float("-inf"))
         m_i, l_i, acc = _meet(s, v.to(ACC), m_i, l_i, acc)
         k_ptrs += BLOCK_N * stride_cs
@@ -181,7 +181,7 @@ def _decode_merge_kernel(
     take_part = tl.maximum(tl.cdiv(cached, size), 1)
     lse_ptr += place * n_splits
     offs_d = tl.arange(0, BLOCK_D)
-    part_ptrs = _rows(parts_ptr, place * n_splits, D, BLOCK_P) + offs_d[None, :]
+    part_ptrs = _rows(parts_ptr, place * n_splits, D, BLOCK_P, BLOCK_D)
     m_i = tl.full((BLOCK_P,), LOWEST, ACC)
     l_i = tl.zeros((BLOCK_P,), ACC)
     acc = tl.zeros((BLOCK_P, BLOCK_D), ACC)
@@ -189,7 +189,7 @@ def _decode_merge_kernel(
         offs_p = start + tl.arange(0, BLOCK_P)
         mask_p = offs_p < take_part
         lse = tl.load(lse_ptr + offs_p, mask=mask_p, other=float("-inf"))
-        part = _load_rows(part_ptrs, mask_p, offs_d, D, BLOCK_D, True)
+        part = _load_rows(part_ptrs, mask_p, D, True)
         m_i, l_i, acc = _meet(lse, part, m_i, l_i, acc)
         part_ptrs += BLOCK_P * D
     out, _ = _finish(m_i, l_i, acc)
@@ -226,18 +226,18 @@ def _plans(
     device: torch.device,
 ) -> tuple[int, Launch, Launch]:  # fmt: skip
     """Splits of the cache, and the two launches."""
-    config = dict(_launch.config("decode_attention", device, variant(dtype, D)))
-    programs, block_n = config.pop("PROGRAMS_PER_SM") * _launch.sm_count(device), config["BLOCK_N"]
-    splits = 1 if S <= config.pop("ONE_SPLIT") else _launch.cdiv(S, block_n)
+    config = _tuning.config(tuning_key("decode_attention", dtype, D), device)
+    programs, block_n = config.pop("PROGRAMS_PER_SM") * _device.sm_count(device), config["BLOCK_N"]
+    splits = 1 if S <= config.pop("ONE_SPLIT") else _tuning.cdiv(S, block_n)
     n_splits = max(1, min(programs // (B * n_head), splits))
     shared: dict[str, Any] = dict(D=D, BLOCK_D=block_d(D))
-    shared["OVERLAP"] = B == 1 and _launch.can_overlap(device)  # as its neighbours' launches
+    shared["OVERLAP"] = B == 1 and _device.can_overlap(device)  # as its neighbours' launches
     if shared["OVERLAP"]:
         shared["launch_pdl"] = True
     grid = (B * n_head * n_splits,)
     attend = Launch(_decode_attention_kernel, grid, *strides, S, n_head, n_splits, scale, **shared, **config)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    config = _launch.config("decode_merge", device, variant(statistics, D))
+    config = _tuning.config(tuning_key("decode_merge", statistics, D), device)
     sizes = (S, n_head, n_splits)
     merge = Launch(_decode_merge_kernel, (B * n_head,), *sizes, BLOCK_N=block_n, **shared, **config)
     return n_splits, attend, merge

@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, _op
+from . import _device, _op, _tuning
 from ._frozen import Launch, planned
 from ._overlap import start_next, wait_for_previous
 from .gelu import _sigmoid_2u
 
 OP = "decode_linear"
-TOGGLE = "layer_norm"
+TOGGLE = "layer_norm='torch' or mlp"  # either one switches it off: errors go on with ='torch'
 TO_TORCH = f" (toggle: {TOGGLE}='torch')"
 MOST_ROWS = 32  # of a program
 
@@ -216,24 +216,24 @@ def _plan(
     strides: tuple[int, int, int], M: int, N: int, K: int, itemsize: int, eps: float, gelu: bool, overlap: bool,
     device: torch.device,
 ) -> Launch:  # fmt: skip
-    block_m = 1 if M == 1 else min(max(_launch.next_power_of_2(M), 16), MOST_ROWS)
-    config = dict(_launch.config("decode_linear", device, f"{8 * itemsize}x{block_m}"))
-    multiprocessors = _launch.sm_count(device)
+    block_m = 1 if M == 1 else min(max(_tuning.next_power_of_2(M), 16), MOST_ROWS)
+    config = _tuning.config(_tuning.Key("decode_linear", bits=8 * itemsize, rows=block_m), device)
+    multiprocessors = _device.sm_count(device)
     most, least = config["BLOCK_N"], config.pop("MIN_N")
-    wanted = _launch.next_power_of_2(_launch.cdiv(N, config.pop("PER_SM") * multiprocessors))
+    wanted = _tuning.next_power_of_2(_tuning.cdiv(N, config.pop("PER_SM") * multiprocessors))
     config["BLOCK_M"] = block_m
     config["BLOCK_N"] = min(max(wanted, least), most)
-    block_k = min(max(_launch.next_power_of_2(K), 16), config["BLOCK_K"])
+    block_k = min(max(_tuning.next_power_of_2(K), 16), config["BLOCK_K"])
     while M > 1 and block_k > 64 and 0 < K % block_k < block_k // 2:  # the last tile would be half empty and more
         block_k //= 2
     config["BLOCK_K"] = block_k
-    programs = _launch.cdiv(N, config["BLOCK_N"])
+    programs = _tuning.cdiv(N, config["BLOCK_N"])
     # Programs that find no room yet cannot begin early, and with more rows than one a program keeps so much of a
     # multiprocessor while it waits that the kernel before suffers: slower, both (H200).
-    config["OVERLAP"] = overlap and M == 1 and programs <= 8 * multiprocessors and _launch.can_overlap(device)
+    config["OVERLAP"] = overlap and M == 1 and programs <= 8 * multiprocessors and _device.can_overlap(device)
     if config["OVERLAP"]:
         config["launch_pdl"] = True
-    grid = (programs, _launch.cdiv(M, block_m))
+    grid = (programs, _tuning.cdiv(M, block_m))
     return Launch(_decode_linear_kernel, grid, *strides, M, N, K=K, eps=eps, GELU=gelu, **config)
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, _op
+from . import _op, _tuning
 from ._frozen import Launch, planned
 
 NAME = "token_position_embedding"
@@ -181,8 +181,8 @@ def _merge_pieces_kernel(
 @planned
 def _plan(kernel: Any, op: str, rows: int, C: int, device: torch.device, *numbers: Any) -> Launch:
     """Of `kernel`, with the table's numbers for `op`, over blocks of rows and of columns."""
-    options = _launch.config(op, device)
-    grid = (_launch.cdiv(rows, options["ROWS"]), _launch.cdiv(C, options["BLOCK_C"]))
+    options = _tuning.config(_tuning.Key(op), device)
+    grid = (_tuning.cdiv(rows, options["ROWS"]), _tuning.cdiv(C, options["BLOCK_C"]))
     return Launch(kernel, grid, *numbers, **options)
 
 
@@ -191,8 +191,8 @@ def _segment_plans(
     strides: tuple[int, int], B: int, T: int, V: int, C: int, dropout_p: float, device: torch.device
 ) -> tuple[int, Launch, Launch]:
     """Windows, and the two launches."""
-    options = _launch.config("embedding_segment_sum", device)
-    windows, column_blocks = _launch.cdiv(B * T, options["WINDOW"]), _launch.cdiv(C, options["BLOCK_C"])
+    options = _tuning.config(_tuning.Key("embedding_segment_sum"), device)
+    windows, column_blocks = _tuning.cdiv(B * T, options["WINDOW"]), _tuning.cdiv(C, options["BLOCK_C"])
     numbers = (*strides, B * T, T, V, C, dropout_p)
     merge = Launch(_merge_pieces_kernel, (windows - 1, column_blocks), B * T, V, C, **options)
     return windows, Launch(_segment_sum_kernel, (B * T, column_blocks), *numbers, **options), merge

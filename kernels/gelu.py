@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, _op
+from . import _device, _op, _tuning
 from ._column_sum import column_sum
 from ._frozen import Launch, planned
 from ._op import empty_like, rows
@@ -110,8 +110,8 @@ def _gelu_bwd_kernel(
 
 @planned
 def _fwd_plan(N: int, C: int, itemsize: int, stride_xn: int, device: torch.device) -> Launch:
-    options = _launch.config("gelu_fwd", device, str(8 * itemsize))
-    grid = (_launch.cdiv(N, options["ROWS"]) * _launch.cdiv(C, options["BLOCK_C"]),)
+    options = _tuning.config(_tuning.Key("gelu_fwd", bits=8 * itemsize), device)
+    grid = (_tuning.cdiv(N, options["ROWS"]) * _tuning.cdiv(C, options["BLOCK_C"]),)
     return Launch(_gelu_fwd_kernel, grid, stride_xn, N, C, **options)
 
 
@@ -136,13 +136,13 @@ def _bwd_plan(
     N: int, C: int, itemsize: int, strides: tuple[int, int], sums: bool, device: torch.device
 ) -> tuple[int, Launch]:
     """How many programs share the rows, and the launch."""
-    options = dict(_launch.config("gelu_bwd", device, str(8 * itemsize)))
+    options = _tuning.config(_tuning.Key("gelu_bwd", bits=8 * itemsize), device)
     programs_per_sm, min_rows = options.pop("PROGRAMS_PER_SM"), options.pop("MIN_ROWS")
-    blocks_c = _launch.cdiv(C, options["BLOCK_C"])
-    programs = _launch.cdiv(N, options["ROWS"])
+    blocks_c = _tuning.cdiv(C, options["BLOCK_C"])
+    programs = _tuning.cdiv(N, options["ROWS"])
     if sums:
-        programs = _launch.cdiv(_launch.sm_count(device) * programs_per_sm, blocks_c)
-        programs = min(programs, _launch.cdiv(N, min_rows))
+        programs = _tuning.cdiv(_device.sm_count(device) * programs_per_sm, blocks_c)
+        programs = min(programs, _tuning.cdiv(N, min_rows))
     return programs, Launch(_gelu_bwd_kernel, (programs * blocks_c,), *strides, N, C, **options)
 
 
@@ -189,20 +189,20 @@ def _backward(ctx, dy):
     return dx, dbias if need_bias else None
 
 
-_gelu_bwd = _op.op(gelu_bwd, _gelu_bwd_fake, toggle="gelu", strided=("dy", "x"))
+_gelu_bwd = _op.op(gelu_bwd, _gelu_bwd_fake, toggle="mlp", strided=("dy", "x"))
 _gelu_fwd = _op.op(
-    gelu_fwd, _gelu_fwd_fake, toggle="gelu", strided=("x",), setup_context=_setup_context, backward=_backward
+    gelu_fwd, _gelu_fwd_fake, toggle="mlp", strided=("x",), setup_context=_setup_context, backward=_backward
 )
 
 
 def gelu(x: Tensor) -> Tensor:
     """GELU, tanh form: (..., C) -> (..., C) in the dtype of x."""
-    _op.check_dtypes("gelu", "gelu", x=x)
+    _op.check_dtypes("gelu", "mlp", x=x)
     return _gelu_fwd(x, None)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias): (..., C), (C,) -> (..., C) in the dtype of x, whatever that of bias."""
-    _op.check_dtypes("bias_gelu", "gelu", x=x, bias=bias)
-    _op.check_shape("bias_gelu", "gelu", "bias", bias, x.shape[-1:])
+    _op.check_dtypes("bias_gelu", "mlp", x=x, bias=bias)
+    _op.check_shape("bias_gelu", "mlp", "bias", bias, x.shape[-1:])
     return _gelu_fwd(x, bias)

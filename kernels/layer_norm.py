@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, _op
+from . import _device, _op, _tuning
 from ._column_sum import column_sum
 from ._frozen import Launch, planned
 from ._op import empty_like, rows
@@ -213,8 +213,8 @@ def _layer_norm_bwd_kernel(
 
 def _options(op: str, C: int, itemsize: int, dropout: bool, device: torch.device) -> dict[str, int]:
     """What the table has for the narrowest rows that are as wide as these."""
-    variant = ROW_BYTES[bisect.bisect_left(ROW_BYTES, C * itemsize)]
-    return dict(_launch.config(op, device, f"{variant} dropout" if dropout else str(variant)))
+    narrowest = bisect.bisect_left(ROW_BYTES, C * itemsize)
+    return _tuning.config(_tuning.Key(op, row_bytes=ROW_BYTES[narrowest], dropout=dropout), device)
 
 
 @planned
@@ -222,8 +222,8 @@ def _fwd_plan(
     N: int, C: int, itemsize: int, strides: tuple[int, int], eps: float, dropout_p: float, device: torch.device
 ) -> Launch:
     options = _options("layer_norm_fwd", C, itemsize, dropout_p > 0.0, device)
-    programs = min(N, _launch.sm_count(device) * options.pop("PROGRAMS_PER_SM"))
-    block_c = _launch.next_power_of_2(C)
+    programs = min(N, _device.sm_count(device) * options.pop("PROGRAMS_PER_SM"))
+    block_c = _tuning.next_power_of_2(C)
     return Launch(_layer_norm_fwd_kernel, (programs,), *strides, N, C, eps, dropout_p, BLOCK_C=block_c, **options)
 
 
@@ -267,9 +267,9 @@ def _bwd_plan(
     """Programs, and the launch. wanted: whether dweight, dbias, dx_bias are."""
     options = _options("layer_norm_bwd", C, itemsize, dropout_p > 0.0, device)
     span = options.pop("SPAN_BYTES") // itemsize
-    programs = _launch.sm_count(device) * options.pop("PROGRAMS_PER_SM")
-    programs = min(programs, _launch.cdiv(N, options.pop("MIN_ROWS")))
-    options |= dict(CHUNKS=_launch.next_power_of_2(_launch.cdiv(C, span)), SPAN=span)
+    programs = _device.sm_count(device) * options.pop("PROGRAMS_PER_SM")
+    programs = min(programs, _tuning.cdiv(N, options.pop("MIN_ROWS")))
+    options |= dict(CHUNKS=_tuning.next_power_of_2(_tuning.cdiv(C, span)), SPAN=span)
     return programs, Launch(_layer_norm_bwd_kernel, (programs,), *strides, N, C, dropout_p, *wanted, **options)
 
 

@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, _op
+from . import _op, _tuning
 from ._cross_entropy import cross_entropy_, inverse_count, padded_vocab, statistics_dtype, total
 from ._frozen import Launch, planned
 from ._matmul import PIECE, matmul_
@@ -92,8 +92,8 @@ def _scale_gradients_kernel(
 def chunk_rows(N: int, V: int, itemsize: int, chunk_bytes: int) -> int:
     """Rows a chunk: as many as fit into chunk_bytes, then evened out over the chunks in multiples of 128."""
     fit = max(1, min(N, chunk_bytes // (padded_vocab(V) * itemsize)))
-    even = _launch.cdiv(N, max(1, _launch.cdiv(N, fit)))
-    return max(1, min(fit, _launch.cdiv(even, 128) * 128))
+    even = _tuning.cdiv(N, max(1, _tuning.cdiv(N, fit)))
+    return max(1, min(fit, _tuning.cdiv(even, 128) * 128))
 
 
 def _logits_scale(dtype: torch.dtype) -> float:
@@ -212,9 +212,9 @@ def linear_cross_entropy_scale(
 @planned
 def _scale_plan(sizes: tuple[int, int, int], logits_scale: float, device: torch.device) -> Launch:
     """sizes: of dx, dweight and dweight_out."""
-    options = _launch.config("scale_gradients", device)
-    dx_programs = _launch.cdiv(sizes[0], options["BLOCK"])
-    grid = (dx_programs + _launch.cdiv(sizes[2], options["BLOCK"]),)
+    options = _tuning.config(_tuning.Key("scale_gradients"), device)
+    dx_programs = _tuning.cdiv(sizes[0], options["BLOCK"])
+    grid = (dx_programs + _tuning.cdiv(sizes[2], options["BLOCK"]),)
     return Launch(_scale_gradients_kernel, grid, *sizes, dx_programs, logits_scale, **options)
 
 

@@ -98,9 +98,9 @@ def _backward(ctx, dout, *_):
     return tuple([g if need else None for g, need in zip(grads, needs)])  # noqa: B905
 
 
-_mlp_bwd = _op.op(mlp_bwd, _mlp_bwd_fake, toggle="gelu", strided=("dout", "x", "fc_weight", "proj_weight"))
+_mlp_bwd = _op.op(mlp_bwd, _mlp_bwd_fake, toggle="mlp", strided=("dout", "x", "fc_weight", "proj_weight"))
 _mlp_fwd = _op.op(
-    mlp_fwd, _mlp_fwd_fake, toggle="gelu", strided=("x", "fc_weight", "proj_weight"),
+    mlp_fwd, _mlp_fwd_fake, toggle="mlp", strided=("x", "fc_weight", "proj_weight"),
     differentiable=1, setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
 
@@ -122,26 +122,26 @@ def mlp(
         raise ValueError(
             f"mlp: x is {x.dtype}, fc_weight {fc_weight.dtype}, proj_weight {proj_weight.dtype}"
             f"{'' if proj_bias is None else f', proj_bias {proj_bias.dtype}'}: they must be equal outside of autocast "
-            "(toggle: gelu='torch')"
+            "(toggle: mlp='torch')"
         )
     return _mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias)[0]
 
 
 @_op.check_once
 def _check(x, fc_weight, fc_bias, proj_weight, proj_bias):
-    _op.check_dtypes("mlp", "gelu", x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight)
-    _op.check_dtypes("mlp", "gelu", proj_bias=proj_bias)
+    _op.check_dtypes("mlp", "mlp", x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight)
+    _op.check_dtypes("mlp", "mlp", proj_bias=proj_bias)
     if fc_weight.dim() != 2 or proj_weight.dim() != 2:
         raise ValueError(
             f"mlp: fc_weight and proj_weight have shapes {tuple(fc_weight.shape)} and {tuple(proj_weight.shape)}, "
-            "expected two dimensions (toggle: gelu='torch')"
+            "expected two dimensions (toggle: mlp='torch')"
         )
     width = fc_weight.shape[0]
     if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] != fc_weight.shape[1]:
         raise ValueError(
             f"mlp: x has shape {tuple(x.shape)}, its last dimension must be that of fc_weight, {fc_weight.shape[1]} "
-            "(toggle: gelu='torch')"
+            "(toggle: mlp='torch')"
         )
-    _op.check_shape("mlp", "gelu", "fc_bias", fc_bias, (width,))
-    _op.check_shape("mlp", "gelu", "proj_weight", proj_weight, (proj_weight.shape[0], width))
-    _op.check_shape("mlp", "gelu", "proj_bias", proj_bias, (proj_weight.shape[0],))
+    _op.check_shape("mlp", "mlp", "fc_bias", fc_bias, (width,))
+    _op.check_shape("mlp", "mlp", "proj_weight", proj_weight, (proj_weight.shape[0], width))
+    _op.check_shape("mlp", "mlp", "proj_bias", proj_bias, (proj_weight.shape[0],))

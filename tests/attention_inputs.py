@@ -9,7 +9,7 @@ import triton
 from numerics import check
 from torch import Tensor
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device, _tuning
 from fastgpt2.kernels.attention import causal_attention, causal_attention_reference
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts what the interpreter does")
@@ -35,13 +35,13 @@ def token_and_cache(B: int, H: int, S: int, D: int, dtype: torch.dtype, device: 
 
 def tiles(**numbers: int):
     """Every row of the table with these block sizes, so that small inputs cross many tiles."""
-    config = _launch.config
+    config = _tuning.config
 
-    def small(op: str, *args) -> dict[str, int]:
-        row = config(op, *args)
-        return row | {name: n for name, n in numbers.items() if name in row} if op.startswith("attention") else row
+    def small(key, *args) -> dict[str, int]:
+        row = config(key, *args)
+        return row | {name: n for name, n in numbers.items() if name in row} if key.op.startswith("attention") else row
 
-    return mock.patch.object(_launch, "config", small)
+    return mock.patch.object(_tuning, "config", small)
 
 
 def rule(qkv: Tensor, n_head: int, upstream=None, **options):
@@ -58,11 +58,11 @@ def rule(qkv: Tensor, n_head: int, upstream=None, **options):
 @contextlib.contextmanager
 def multiprocessors(n: int):
     """That many, and a short cache is split too."""
-    config = _launch.config
+    config = _tuning.config
 
-    def split(op: str, *args) -> dict[str, int]:
-        row = config(op, *args)
-        return {**row, "ONE_SPLIT": 0} if op == "decode_attention" else row
+    def split(key, *args) -> dict[str, int]:
+        row = config(key, *args)
+        return {**row, "ONE_SPLIT": 0} if key.op == "decode_attention" else row
 
-    with mock.patch.object(_launch, "sm_count", lambda device: n), mock.patch.object(_launch, "config", split):
+    with mock.patch.object(_device, "sm_count", lambda device: n), mock.patch.object(_tuning, "config", split):
         yield

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from fastgpt2.bench.timing.no_device import last_launch, launches, no_device, write_down
-from fastgpt2.kernels import _frozen, _launch
+from fastgpt2.kernels import _device, _frozen
 from fastgpt2.kernels._frozen import Launch, planned
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -134,7 +134,7 @@ def plans_tell_numbers_apart() -> dict:
     for args in ((1,), (True,), (1.0,), (1,), (2,), ((1, 2),), (None,), (1,)):
         plan(*args)
     same_machine = len(made)
-    with mock.patch.object(_launch, "sm_count", lambda device: 7):
+    with mock.patch.object(_device, "sm_count", lambda device: 7):
         plan(1)
     return dict(made=same_machine, made_elsewhere=len(made) - same_machine)
 

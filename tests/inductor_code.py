@@ -2,7 +2,7 @@
 
 python inductor_code.py FILE
 
-The model is on the CPU while PyTorch writes its graphs down, with `_launch` saying that it is an H100; they are moved
+The model is on the CPU while PyTorch writes its graphs down, with `_device` saying that it is an H100; they are moved
 to a pretended CUDA device before Inductor compiles them. Nothing is run: in place of the wrapper that Inductor
 generates stands a function that returns empty tensors of the right shapes.
 """
@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastgpt2 import GPT, GPTConfig
 from fastgpt2.bench.audit.compiled import _Driver
-from fastgpt2.kernels import _launch, _op
+from fastgpt2.kernels import _device, _op
 
 CUDA = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -160,7 +160,7 @@ def pretended_h100():
             mock.patch.object(CudaInterface.Worker, "get_device_properties", properties),
             mock.patch.object(CudaInterface, "get_compute_capability", staticmethod(lambda device=None: 90)),
             mock.patch.object(torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True, create=True),
-            mock.patch.multiple(_launch, **kernels),
+            mock.patch.multiple(_device, **kernels),
         ):
             yield
     finally:

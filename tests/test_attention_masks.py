@@ -9,7 +9,7 @@ from attention_inputs import interpreted, offsets, packed, rule, tiles
 from numerics import check
 from torch import Tensor
 
-from fastgpt2.kernels._attention_tiles import _key_tiles, _query_tiles
+from fastgpt2.kernels._attention_tiles import INSIDE, SECOND_DIAGONAL, _key_tiles, _query_tiles
 from fastgpt2.kernels.attention import causal_attention, causal_attention_reference, visible
 
 # Numpy warns where hardware does not: exp2 of a masked score may overflow before the mask sets it to 0, and some tests
@@ -168,22 +168,24 @@ def test_tiles_are_the_fewest(T, window, BLOCK_M, BLOCK_N):
     for start in range(0, T, BLOCK_M):
         stop = min(start + BLOCK_M, T)
         firsts = [0 if window is None else max(0, t - window + 1) for t in (start, stop - 1)]
-        a, b, c, d, e = _key_tiles.fn(start, start + BLOCK_M, stop, *firsts, BLOCK_N)
+        cuts = _key_tiles.fn(start, start + BLOCK_M, stop, *firsts, BLOCK_N)
+        inside = range(cuts[INSIDE.value], cuts[INSIDE.value + 1])
         split = [seen[start:stop, n : n + BLOCK_N] for n in range(0, T, BLOCK_N)]
-        assert [*range(a, e)] == [i for i, tile in enumerate(split) if tile.any()]
-        assert a <= b <= c <= d <= e and all(split[i].all() for i in range(b, c))
+        assert [*range(cuts[0], cuts[-1])] == [i for i, tile in enumerate(split) if tile.any()]
+        assert [*cuts] == sorted(cuts) and all(split[i].all() for i in inside)
         if BLOCK_M % BLOCK_N == 0:  # what forward asks for: none of these tiles is beyond all of these queries
-            assert d == e
-        assert all(i in range(b, c) for i in range(a, e) if whole(split[i], BLOCK_M, BLOCK_N))
+            assert cuts[SECOND_DIAGONAL.value] == cuts[-1]
+        assert all(i in inside for i in range(cuts[0], cuts[-1]) if whole(split[i], BLOCK_M, BLOCK_N))
 
     for start in range(0, T, BLOCK_N):
         stop = min(start + BLOCK_N, T)
         lasts = [T - 1 if window is None else min(T - 1, j + window - 1) for j in (start, stop - 1)]
-        a, b, c, d = _query_tiles.fn(start, start + BLOCK_N, *lasts, BLOCK_M)
+        cuts = _query_tiles.fn(start, start + BLOCK_N, *lasts, BLOCK_M)
+        inside = range(cuts[INSIDE.value + 1], cuts[INSIDE.value])
         split = [seen[m : m + BLOCK_M, start:stop] for m in range(0, T, BLOCK_M)]
-        assert [*range(a, d)] == [i for i, tile in enumerate(split) if tile.any()]
-        assert a <= b <= c <= d and all(whole(split[i], BLOCK_M, stop - start) for i in range(b, c))
-        assert all(i in range(b, c) for i in range(a, d) if whole(split[i], BLOCK_M, BLOCK_N))
+        assert [*range(cuts[-1], cuts[0])] == [i for i, tile in enumerate(split) if tile.any()]
+        assert [*cuts] == sorted(cuts, reverse=True) and all(whole(split[i], BLOCK_M, stop - start) for i in inside)
+        assert all(i in inside for i in range(cuts[-1], cuts[0]) if whole(split[i], BLOCK_M, BLOCK_N))
 
 
 def fewest_products(seen: Tensor, M: int, N: int, DKV_M: int, DKV_N: int, DQ_M: int, DQ_N: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from fastgpt2.bench.cases import registry as cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import ops, peaks, timing
 from fastgpt2.bench.verify import gate
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CASES = {case.op: case for case in cases.sized_cases(16, 64, torch.float32, 32, V=96)}
@@ -142,12 +142,12 @@ def test_an_older_pytorch_does_not_have_it(monkeypatch):
 
 def test_a_peer_for_other_gpus_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(peers, "installed", lambda module: True)
-    monkeypatch.setattr(_launch, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(_device, "capability", lambda device: (8, 0))
     _, missing = peers.peers("causal_attention", GPU)
     for label in ("flash-attn 3", "flash-attn 4"):
         assert missing[label] == "it needs compute capability 9.0, this GPU has 8.0"
     assert "capability" not in missing.get("flash-attn", "")
-    monkeypatch.setattr(_launch, "capability", lambda device: (10, 0))
+    monkeypatch.setattr(_device, "capability", lambda device: (10, 0))
     _, missing = peers.peers("causal_attention", GPU)
     assert not [why for why in missing.values() if "capability" in why]
     monkeypatch.setattr(torch.version, "hip", "7.0")

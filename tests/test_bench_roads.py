@@ -81,7 +81,7 @@ def on_every_road(monkeypatch):
         happened.append(mode)
         return lambda *args: model(*args)
 
-    some = [Kernels.all("torch"), Kernels.parse("gelu"), Kernels.all("triton")]
+    some = [Kernels.all("torch"), Kernels.parse("mlp"), Kernels.all("triton")]
     listed = [
         v for v in variants.all_variants(False) if v.family == OURS and v.kernels in some and not v.naive_attention
     ]
@@ -99,8 +99,8 @@ def test_every_road_has_its_own_base(tmp_path, on_every_road):
     assert run(tmp_path) == 0
     rows = read(tmp_path).rows
     assert [row["label"] for row in rows] == [
-        "PyTorch, SDPA", "Triton: gelu", "Triton",
-        "PyTorch, SDPA + CUDA graph", "Triton: gelu + CUDA graph", "Triton + CUDA graph",
+        "PyTorch, SDPA", "Triton: mlp", "Triton",
+        "PyTorch, SDPA + CUDA graph", "Triton: mlp + CUDA graph", "Triton + CUDA graph",
         "PyTorch, SDPA + compile", "Triton + compile",
         "PyTorch, SDPA + compile (reduce-overhead)", "Triton + compile (reduce-overhead)",
         "PyTorch, SDPA + compile (max-autotune)", "Triton + compile (max-autotune)",

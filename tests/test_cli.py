@@ -67,11 +67,11 @@ def test_options_reach_the_config(monkeypatch):
     )
     assert cli.main(["train"]) == 0
     assert cli.main("train --preset gpt2 --lr 1e-5 --min-lr 1e-6 --compile --data x --steps 3".split()) == 0
-    assert cli.main("train --device cpu --no-compile --kernels attention,gelu".split()) == 0
+    assert cli.main("train --device cpu --no-compile --kernels attention,mlp".split()) == 0
     default, second, third = seen
     assert default.preset in ("baby", "baby-smoke")
     assert second == TrainConfig.from_preset("gpt2", lr=1e-5, min_lr=1e-6, compile=True, data="x", steps=3)
-    assert third == TrainConfig.from_preset("baby-smoke", device="cpu", compile=False, kernels="attention,gelu")
+    assert third == TrainConfig.from_preset("baby-smoke", device="cpu", compile=False, kernels="attention,mlp")
 
 
 def test_the_choice_of_size_is_explained(monkeypatch, capsys):

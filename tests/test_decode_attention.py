@@ -11,7 +11,7 @@ from interpreter import count_launches, far_apart, grid_order, red_zones
 from numerics import check
 from torch import Tensor
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 from fastgpt2.kernels.attention import causal_attention_reference
 from fastgpt2.kernels.decode_attention import decode_attention, decode_attention_reference
 
@@ -143,7 +143,7 @@ def test_same_bits_every_time_and_for_every_order(device):
     with splits(9):
         first = decode_attention(qkv, cache, lengths, 2)
         assert torch.equal(decode_attention(qkv, cache, lengths, 2), first)
-        if _launch.INTERPRETED:
+        if _device.INTERPRETED:
             with grid_order("reversed"):
                 assert torch.equal(decode_attention(qkv, cache, lengths, 2), first)
 
@@ -234,7 +234,7 @@ def test_a_short_cache_is_not_split(device):
     """Merging would take longer than reading a few tiles one after another."""
     for S, launches in ((256, 1), (257, 2)):
         qkv, cache = token_and_cache(1, 1, S, 16, torch.float16, device)
-        with mock.patch.object(_launch, "sm_count", lambda device: 1000), count_launches() as log:
+        with mock.patch.object(_device, "sm_count", lambda device: 1000), count_launches() as log:
             rule(qkv, cache, lengths_of(S - 1, device=device), 1)
         assert len(log) == launches
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from interpreter import count_launches, far_apart, grid_order, red_zones
 from numerics import check
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 from fastgpt2.kernels.decode_linear import decode_linear, decode_linear_reference
 
 # What GPT-2 asks for: c_attn, the projections, c_fc, the head; then all and nothing of it.
@@ -142,7 +142,7 @@ def test_fuzz(device, data):
     multiprocessors = data.draw(st.integers(1, 10), "multiprocessors")
     torch.manual_seed(data.draw(st.integers(0, 9), "seed"))
     mean = data.draw(st.sampled_from((0.0, 5.0)), "mean")
-    with mock.patch.object(_launch, "sm_count", lambda device: multiprocessors):
+    with mock.patch.object(_device, "sm_count", lambda device: multiprocessors):
         rule(*inputs_of(M, K, N, PARTS[parts], dtype, device, mean), cancelling=1.0)
 
 
@@ -185,7 +185,7 @@ def test_same_bits_every_time_for_every_order_and_inside_its_memory(device, M):
     with red_zones() as zone:
         within = decode_linear(*map(zone, args), gelu=gelu, **{k: zone(t) for k, t in tensors.items()})
     assert torch.equal(within, first)
-    if _launch.INTERPRETED:
+    if _device.INTERPRETED:
         with grid_order("reversed"):
             assert torch.equal(decode_linear(*args, gelu=gelu, **tensors), first)
 
@@ -201,7 +201,7 @@ def test_offsets_have_64_bits(device, what):
 def test_one_launch_for_every_number_of_rows(device):
     for M, N, programs in ((1, 70, (18, 1)), (1, 9, (3, 1)), (16, 70, (3, 1)), (32, 70, (3, 1)), (70, 16, (2, 3))):
         tensors, gelu = inputs_of(M, 24, N, PARTS["all"], torch.float32, device)
-        with mock.patch.object(_launch, "sm_count", lambda device: 2), count_launches() as log:
+        with mock.patch.object(_device, "sm_count", lambda device: 2), count_launches() as log:
             rule(tensors, gelu)
         assert [(launch.name, launch.grid[:2]) for launch in log] == [("_decode_linear_kernel", programs)]
 
@@ -211,7 +211,7 @@ def test_one_launch_for_every_number_of_rows(device):
 def test_weights_are_read_once(device, M):
     K, N = 256, 64
     tensors, _ = inputs_of(M, K, N, PARTS["norm"], torch.bfloat16, device)
-    with mock.patch.object(_launch, "sm_count", lambda device: 4), count_launches() as log:
+    with mock.patch.object(_device, "sm_count", lambda device: 4), count_launches() as log:
         decode_linear(**tensors)
     (launch,) = log
     assert launch.bytes_read == sum(t.nbytes for t in tensors.values())
@@ -277,5 +277,5 @@ def test_bad_input(device, wrong, error, message):
             tensors[name] = tensors[name].to(change)
         else:
             tensors[name] = torch.zeros(change, device=device)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"{message}.*layer_norm='torch' or mlp='torch'"):
         decode_linear(**tensors, gelu=gelu)

@@ -114,7 +114,7 @@ def test_few_rows_are_computed_as_many_are():
         torch.testing.assert_close(*logits, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "layer_norm,attention", "gelu"])
+@pytest.mark.parametrize("kernels", ["torch", "layer_norm,attention", "mlp"])
 @torch.no_grad()
 def test_few_rows_of_other_kernels_are_not_fused(kernels):
     model = tiny(block_size=20, n_embd=32).to(DEVICE).eval()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_inputs import lengths_of, token_and_cache
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 from fastgpt2.kernels.decode_attention import decode_attention, decode_attention_fwd
 
 
@@ -15,7 +15,7 @@ from fastgpt2.kernels.decode_attention import decode_attention, decode_attention
 def test_opcheck(device, multiprocessors):
     qkv, cache = token_and_cache(2, 2, 270, 16, torch.float32, device)
     lengths = lengths_of(3, 69, device=device)
-    with mock.patch.object(_launch, "sm_count", lambda device: multiprocessors):
+    with mock.patch.object(_device, "sm_count", lambda device: multiprocessors):
         torch.library.opcheck(torch.ops.fastgpt2.decode_attention_fwd.default, (qkv, cache, lengths, 2, 0.25))
 
 

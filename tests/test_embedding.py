@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from interpreter import count_launches, grid_order, red_zones
 from numerics import check
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _tuning
+from fastgpt2.kernels._configurations import Key
 from fastgpt2.kernels.embedding import token_position_embedding, token_position_embedding_reference
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-WINDOW = _launch.config("embedding_segment_sum", torch.device("cpu"))["WINDOW"]
+WINDOW = _tuning.config(Key("embedding_segment_sum"), torch.device("cpu"))["WINDOW"]
 NAMES = ("idx", "token_weight", "position_weight")
 
 

@@ -5,7 +5,7 @@ import torch
 from interpreter import count_launches
 from numerics import check
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _tuning
 from fastgpt2.kernels.gelu import bias_gelu, bias_gelu_reference, gelu, gelu_reference
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -193,8 +193,8 @@ def test_rows_are_shared_among_programs(device, monkeypatch):
         return torch.autograd.grad(bias_gelu(x, bias).square().sum(), (x, bias))
 
     many = run()
-    config = _launch.config
-    monkeypatch.setattr(_launch, "config", lambda op, *args: config(op, *args) | FEW[op])
+    config = _tuning.config
+    monkeypatch.setattr(_tuning, "config", lambda key, *args: config(key, *args) | FEW[key.op])
     for a, b in zip(many, run(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -202,9 +202,9 @@ def test_rows_are_shared_among_programs(device, monkeypatch):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda x: gelu(x.long()), TypeError, ("gelu", "x", "int64", "float16", "gelu='torch'")),
+        (lambda x: gelu(x.long()), TypeError, ("gelu", "x", "int64", "float16", "mlp='torch'")),
         (lambda x: bias_gelu(x, x[0].bool()), TypeError, ("bias_gelu", "bias", "bool")),
-        (lambda x: bias_gelu(x, x), ValueError, ("bias", "(3, 8)", "(8,)", "gelu='torch'")),
+        (lambda x: bias_gelu(x, x), ValueError, ("bias", "(3, 8)", "(8,)", "mlp='torch'")),
         (lambda x: bias_gelu(x, x[0, :1]), ValueError, ("bias", "(1,)", "(8,)")),
     ],
 )

@@ -72,7 +72,7 @@ def precision():
 
 
 PASSING = {  # what ends again: then the graphs serve again
-    "kernels": (lambda m: m.use_kernels(gelu="torch", layer_norm="torch"), None),
+    "kernels": (lambda m: m.use_kernels(mlp="torch", layer_norm="torch"), None),
     "kernels of others": (lambda m: m.use_kernels("cross_entropy"), "model.kernels changed after the capture"),
     "autocast": (lambda m: torch.autocast(m.lm_head.weight.device.type, torch.bfloat16), "autocast changed"),
     "a global hook": (lambda m: global_hook(), "a module has a hook"),

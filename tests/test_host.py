@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fastgpt2.bench.audit import audit
 from fastgpt2.bench.__main__ import main as bench
+from fastgpt2.bench.audit import audit
 
 # Own calls, allocations and launches of a forward and a backward. Lower them where they got better.
 MOST = {

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from hf_models import DEVICE, randomise
 from fastgpt2 import GPT, GPTConfig, Kernels
 from fastgpt2.gpt2 import ops
 
-OPS = ("attention", "layer_norm", "gelu", "cross_entropy", "embedding")
+OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "embedding")
 CONFIG = GPTConfig(block_size=8, vocab_size=61, n_layer=2, n_head=2, n_embd=32)
 IDX = torch.arange(16, device=DEVICE).view(2, 8)
 
@@ -41,10 +42,10 @@ def triton_calls(monkeypatch):
     for toggle, name in [
         ("attention", "triton_causal_attention"),
         ("attention", "triton_decode_attention"),
-        ("layer_norm, gelu", "triton_decode_linear"),
+        ("layer_norm, mlp", "triton_decode_linear"),
         ("layer_norm", "triton_layer_norm"),
         ("layer_norm", "triton_add_layer_norm"),
-        ("gelu", "triton_mlp"),
+        ("mlp", "triton_mlp"),
         ("cross_entropy", "triton_linear_cross_entropy"),
         ("embedding", "triton_embedding"),
     ]:
@@ -61,16 +62,16 @@ def test_there_is_a_toggle_for_each_op():
     assert set(dataclasses.astuple(Kernels.parse("triton"))) == {"triton"}
 
 
-@pytest.mark.parametrize("spec", ["attention,gelu", "gelu, attention ", "attention,gelu,attention"])
+@pytest.mark.parametrize("spec", ["attention,mlp", "mlp, attention ", "attention,mlp,attention"])
 def test_a_list_of_ops_is_those_on_triton(spec):
-    assert Kernels.parse(spec) == Kernels(attention="triton", gelu="triton")
+    assert Kernels.parse(spec) == Kernels(attention="triton", mlp="triton")
 
 
 def test_a_kernels_is_a_value():
-    kernels = Kernels(gelu="triton")
-    assert Kernels.parse(kernels) is kernels and hash(kernels) == hash(Kernels(gelu="triton"))
+    kernels = Kernels(mlp="triton")
+    assert Kernels.parse(kernels) is kernels and hash(kernels) == hash(Kernels(mlp="triton"))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        kernels.gelu = "torch"
+        kernels.mlp = "torch"
 
 
 @pytest.mark.parametrize("spec", ["cuda", "", "attention,rope", "attention,", "Triton", "attention=triton"])
@@ -86,10 +87,43 @@ def test_other_types_and_backends_are_refused():
         Kernels.parse(None)
     with pytest.raises(TypeError, match="kernels is True"):
         tiny().kernels = True
-    with pytest.raises(ValueError, match="Kernels.gelu is 'cuda', allowed are 'triton' and 'torch'"):
-        Kernels(gelu="cuda")
+    with pytest.raises(ValueError, match="Kernels.mlp is 'cuda', allowed are 'triton' and 'torch'"):
+        Kernels(mlp="cuda")
     with pytest.raises(TypeError, match="rope"):
         Kernels(rope="triton")
+
+
+def test_the_former_name_of_mlp_is_accepted_and_read(monkeypatch):
+    expected = Kernels(mlp="triton")
+    assert Kernels(gelu="triton") == Kernels("torch", "torch", "triton") == Kernels.parse("gelu") == expected
+    assert Kernels(mlp="triton", gelu="triton") == expected and expected.gelu == "triton" == expected.mlp
+    assert Kernels.parse("attention, gelu,mlp") == Kernels(attention="triton", mlp="triton")
+    assert repr(expected).count("mlp='triton'") == 1 and "gelu" not in repr(expected)
+    assert list(dataclasses.asdict(Kernels(gelu="torch"))) == list(OPS) == list(vars(expected))
+    assert dataclasses.replace(Kernels.all("triton"), mlp="torch").gelu == "torch"
+    model = tiny("triton")
+    with model.use_kernels(gelu="torch"):
+        assert model.kernels == dataclasses.replace(Kernels.all("triton"), mlp="torch")
+    monkeypatch.setenv("FASTGPT2_KERNELS", "gelu")
+    assert tiny("auto", "cpu").kernels == expected
+
+
+def test_two_names_of_one_switch_that_differ_are_refused_by_both():
+    for make in (
+        lambda: Kernels(mlp="torch", gelu="triton"),
+        lambda: Kernels("torch", "torch", "torch", gelu="triton"),
+        lambda: tiny().use_kernels(mlp="torch", gelu="triton").__enter__(),
+    ):
+        with pytest.raises(ValueError, match="mlp='torch' and gelu='triton' are two names of one switch.* give mlp"):
+            make()
+    with pytest.raises(ValueError, match="Kernels.gelu is 'cuda'"):
+        Kernels(gelu="cuda")
+
+
+def test_a_pickle_of_before_the_rename_is_read():
+    before = Kernels.__new__(Kernels)
+    before.__setstate__(dict(attention="torch", layer_norm="torch", gelu="triton", cross_entropy="torch"))
+    assert before == Kernels(mlp="triton") == pickle.loads(pickle.dumps(before))
 
 
 # ------------------------------------------------------------------------------------------------------ the model's
@@ -100,11 +134,11 @@ def test_the_model_s_switch_is_set_and_read():
     assert model.kernels == Kernels(attention="triton")
     model.kernels = "triton"
     assert model.kernels == Kernels.all("triton")
-    model.kernels = dataclasses.replace(model.kernels, gelu="torch")
-    assert model.kernels.gelu == "torch" and model.kernels.attention == "triton"
+    model.kernels = dataclasses.replace(model.kernels, mlp="torch")
+    assert model.kernels.mlp == "torch" and model.kernels.attention == "triton"
     with pytest.raises(ValueError):
         model.kernels = "nonsense"
-    assert model.kernels.gelu == "torch", "a refused value changes nothing"
+    assert model.kernels.mlp == "torch", "a refused value changes nothing"
 
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(monkeypatch):
@@ -116,12 +150,12 @@ def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(monkeypatch):
 
 
 def test_the_environment_sets_what_auto_means(monkeypatch):
-    monkeypatch.setenv("FASTGPT2_KERNELS", "gelu,attention")
-    assert tiny("auto", "cpu").kernels == Kernels(attention="triton", gelu="triton")
+    monkeypatch.setenv("FASTGPT2_KERNELS", "mlp,attention")
+    assert tiny("auto", "cpu").kernels == Kernels(attention="triton", mlp="triton")
     assert tiny("torch").kernels == Kernels.all("torch"), "what is asked for by name is not touched"
     model = tiny("torch", "cpu")
     model.kernels = "auto"
-    assert model.kernels.gelu == "triton"
+    assert model.kernels.mlp == "triton"
     for nothing in ("", "auto"):
         monkeypatch.setenv("FASTGPT2_KERNELS", nothing)
         assert tiny("auto", "cpu").kernels == Kernels.all("torch")
@@ -145,11 +179,11 @@ def test_use_kernels_is_scoped_nested_and_undone_by_an_exception():
     model = tiny("torch")
     with model.use_kernels("triton") as same:
         assert same is model and model.kernels == Kernels.all("triton")
-        with model.use_kernels(gelu="torch", attention="torch"):
-            assert model.kernels == dataclasses.replace(Kernels.all("triton"), gelu="torch", attention="torch")
+        with model.use_kernels(mlp="torch", attention="torch"):
+            assert model.kernels == dataclasses.replace(Kernels.all("triton"), mlp="torch", attention="torch")
             with model.use_kernels("attention", embedding="triton"):
                 assert model.kernels == Kernels(attention="triton", embedding="triton")
-            assert model.kernels.gelu == "torch" and model.kernels.layer_norm == "triton"
+            assert model.kernels.mlp == "torch" and model.kernels.layer_norm == "triton"
         assert model.kernels == Kernels.all("triton")
     assert model.kernels == Kernels.all("torch")
     with contextlib.suppress(KeyError), model.use_kernels("triton"):
@@ -162,7 +196,7 @@ def test_a_refused_use_kernels_changes_nothing():
     for arguments, message in [
         (dict(spec="nonsense"), "nonsense"),
         (dict(rope="triton"), "use_kernels got 'rope', there are attention"),
-        (dict(spec="triton", gelu="cuda"), "Kernels.gelu is 'cuda'"),
+        (dict(spec="triton", mlp="cuda"), "Kernels.mlp is 'cuda'"),
     ]:
         with pytest.raises(ValueError, match=message), model.use_kernels(**arguments):
             pytest.fail("entered")
@@ -171,8 +205,8 @@ def test_a_refused_use_kernels_changes_nothing():
 
 def test_auto_stays_auto_after_use_kernels(monkeypatch):
     model = tiny("auto", "cpu")
-    with model.use_kernels(gelu="triton"):
-        assert model.kernels == Kernels(gelu="triton")
+    with model.use_kernels(mlp="triton"):
+        assert model.kernels == Kernels(mlp="triton")
     assert model._kernels == "auto"
 
 
@@ -190,7 +224,7 @@ def test_each_toggle_moves_its_op_and_no_other(op, triton_calls):
 def test_every_op_of_every_layer_goes_through_its_toggle(triton_calls):
     tiny("triton")(IDX, IDX)
     counted = {op: triton_calls.count(op) for op in OPS}
-    assert counted == dict(attention=2, layer_norm=5, gelu=2, cross_entropy=1, embedding=1)
+    assert counted == dict(attention=2, layer_norm=5, mlp=2, cross_entropy=1, embedding=1)
     triton_calls.clear()
     tiny("torch")(IDX, IDX)
     assert not triton_calls
@@ -217,7 +251,7 @@ def test_two_models_in_one_process_do_not_disturb_each_other(triton_calls):
             with model.use_kernels(spec):
                 seen.append(model.kernels == Kernels.parse(spec))
 
-    threads = [threading.Thread(target=use, args=args) for args in ((a, "attention"), (b, "gelu"))]
+    threads = [threading.Thread(target=use, args=args) for args in ((a, "attention"), (b, "mlp"))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -241,7 +275,7 @@ def test_toggling_inside_training():
             found.append(loss.item())
         return found
 
-    mixed = losses(["torch", "triton", "attention", "layer_norm", "gelu", "cross_entropy,embedding"])
+    mixed = losses(["torch", "triton", "attention", "layer_norm", "mlp", "cross_entropy,embedding"])
     plain = losses(["torch"] * 6)
     assert mixed == pytest.approx(plain, rel=1e-5) and plain[-1] < plain[0]
 
@@ -275,7 +309,7 @@ def test_toggling_under_compile_inside_training():
     torch._dynamo.reset()
     model, eager = tiny("torch"), tiny("torch")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for spec in ("torch", "triton", "torch", "gelu"):
+    for spec in ("torch", "triton", "torch", "mlp"):
         model.kernels = spec
         for m in (compiled, eager):
             m.zero_grad()
@@ -331,7 +365,7 @@ def test_without_triton_torch_works_and_triton_says_what_to_install():
 attempt(lambda: GPT(config)(idx, idx)[1].shape)
 attempt(lambda: GPT(config, kernels="torch").generate(idx, 2).shape)
 attempt(lambda: GPT(config, kernels="triton"))
-attempt(lambda: Kernels(gelu="triton"))
+attempt(lambda: Kernels(mlp="triton"))
 attempt(lambda: GPT(config).use_kernels("attention").__enter__())
 import fastgpt2.gpt2.ops as ops
 attempt(lambda: ops.kernels_for("auto", torch.device("cuda")) == Kernels.all("torch"))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from interpreter import count_launches
 from numerics import check
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 from fastgpt2.kernels.layer_norm import ROW_BYTES, add_layer_norm, add_layer_norm_reference, layer_norm
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -312,7 +312,7 @@ def test_rows_are_shared_among_programs(device, monkeypatch):
         return [total, y, *torch.autograd.grad((y * y).sum() + total.sum(), inputs)]
 
     few = run()
-    monkeypatch.setattr(_launch, "sm_count", lambda device: 13)
+    monkeypatch.setattr(_device, "sm_count", lambda device: 13)
     for a, b in zip(few, run(), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 from fastgpt2.kernels.linear_cross_entropy import (
     extra_bytes,
     linear_cross_entropy,
@@ -348,7 +348,7 @@ def test_peak_memory_follows_the_formula(chunk_bytes, needs, dtype, device, monk
     with Peak() as peak:
         linear_cross_entropy(x, weight, targets, chunk_bytes=chunk_bytes)
     expected = extra_bytes(N, C, V, dtype, chunk_bytes, *needs)
-    adds_to_fp32 = _launch.mixed_matmul(device) == "addmm" and dtype == torch.bfloat16
+    adds_to_fp32 = _device.mixed_matmul(device) == "addmm" and dtype == torch.bfloat16
     assert peak.most == expected or (adds_to_fp32 and peak.most == expected - 4 * V * C)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from numerics import compare
 
-from fastgpt2.kernels import _launch, _matmul
+from fastgpt2.kernels import _device, _matmul
 
 
 @contextlib.contextmanager
@@ -31,9 +31,9 @@ def widening_products_on_the_cpu():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_product_in_fp32(support, dtype, device, monkeypatch):
     on_gpu = device.type == "cuda"
-    if on_gpu and support == "addmm" != _launch.mixed_matmul(device):
+    if on_gpu and support == "addmm" != _device.mixed_matmul(device):
         pytest.skip("this PyTorch does not add products to fp32 matrices")
-    monkeypatch.setattr(_launch, "mixed_matmul", lambda device: support)
+    monkeypatch.setattr(_device, "mixed_matmul", lambda device: support)
     monkeypatch.setattr(_matmul, "PIECE", 5)
     M, K, N = 13, 40, 7
     a = torch.randn(K, M + 3, device=device).to(dtype)[:, :M].t()  # as dlogits are
@@ -52,7 +52,7 @@ def test_product_in_fp32(support, dtype, device, monkeypatch):
 
 
 def test_what_stands_in_is_one_operator(device):
-    if _launch.mixed_matmul(device):
+    if _device.mixed_matmul(device):
         pytest.skip("PyTorch has the product")
     a, b, out = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.empty(3, 5)
     with torch.profiler.profile() as profile:

@@ -173,12 +173,12 @@ def test_launches_and_kept_tensors(device):
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        (dict(x=torch.ones(3, 8).long()), TypeError, ("mlp", "x", "int64", "gelu='torch'")),
-        (dict(x=torch.ones(3, 9)), ValueError, ("mlp", "x", "(3, 9)", "fc_weight, 8", "gelu='torch'")),
+        (dict(x=torch.ones(3, 8).long()), TypeError, ("mlp", "x", "int64", "mlp='torch'")),
+        (dict(x=torch.ones(3, 9)), ValueError, ("mlp", "x", "(3, 9)", "fc_weight, 8", "mlp='torch'")),
         (dict(fc_bias=torch.ones(8)), ValueError, ("fc_bias", "(8,)", "(16,)")),
         (dict(proj_weight=torch.ones(8, 17)), ValueError, ("proj_weight", "(8, 17)", "(8, 16)")),
         (dict(proj_bias=torch.ones(16)), ValueError, ("proj_bias", "(16,)", "(8,)")),
-        (dict(fc_weight=torch.ones(16, 8).half()), ValueError, ("fc_weight", "float16", "float32", "gelu='torch'")),
+        (dict(fc_weight=torch.ones(16, 8).half()), ValueError, ("fc_weight", "float16", "float32", "mlp='torch'")),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, dict) else None,
 )

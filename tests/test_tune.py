@@ -1,6 +1,9 @@
 """The tuner without a GPU: its search by made-up times, and the table that it writes."""
 
-import ast
+import copy
+import shutil
+import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ from fastgpt2.bench.__main__ import main
 from fastgpt2.bench.cases import registry as cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import tune
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _tuning
+from fastgpt2.kernels._configurations import AttentionBwd, AttentionFwd, Elementwise, Key, LayerNormBwd
 
-SOURCE = Path(_launch.__file__).read_text("utf-8")
+SOURCE = Path(_tuning.__file__).read_text("utf-8")
 
 
 def test_descent_finds_the_minimum_and_survives_configurations_that_fail():
@@ -32,33 +36,53 @@ def test_descent_keeps_what_noise_alone_beats():
     assert tune.descend(start, lambda c: 1.0 if c == start else 0.99) == (start, 1.0, 1.0)
 
 
-def namespace(source):
-    """The table and the notes that a source defines."""
-    tree = ast.parse(source)
-    return tune._literal(tune._assigned(tree, "TABLE")), tune._literal(tune._assigned(tree, "TUNED"))
+def reloaded(source):
+    """The module that a source is."""
+    module = types.ModuleType(_tuning.__name__)
+    module.__package__ = _tuning.__package__
+    exec(compile(source, "rewritten", "exec"), vars(module))
+    return module
 
 
 def test_rewriting_changes_the_rows_asked_for_and_nothing_else():
+    gelu = Key("gelu_fwd", bits=16)
     best = {
-        ("gelu_fwd", "16"): {"ROWS": 2, "BLOCK_C": 128, "num_warps": 2},
-        ("attention_bwd", "16x64"): {"num_warps": 8},
+        gelu: dict(ROWS=2, BLOCK_C=128, num_warps=2),
+        Key("attention_bwd", bits=16, head_size=64): AttentionBwd(16, 32, 32, 16, 8, 1)._asdict(),  # has a comment
+        Key("layer_norm_bwd", row_bytes=4096): LayerNormBwd(8, 2048, 8, 1, 64)._asdict(),  # has a row of 90
+        Key("attention_fwd", bits=16, head_size=64, bounded=True): AttentionFwd(32, 32, 2, 2)._asdict(),
     }
     once = tune.rewrite(SOURCE, best, 90, "Some GPU, 2026-01-01")
-    table, tuned = namespace(once)
-    expected, _ = namespace(SOURCE)
-    for (op, variant), config in best.items():
-        expected[op][variant][90] = config
-    assert table == expected and tuned == {90: "Some GPU, 2026-01-01"}
+    expected = copy.deepcopy(_tuning.TABLE)
+    for key, config in best.items():
+        expected[key][90] = type(expected[key]["any"])(**config)
+    found = reloaded(once)
+    assert found.TABLE == expected and found.TUNED == {90: "Some GPU, 2026-01-01"}
+    assert found.BEFORE_TRITON == _tuning.BEFORE_TRITON
+    types_of = lambda table: {key: [*map(type, rows.values())] for key, rows in table.items()}  # noqa: E731
+    assert types_of(found.TABLE) == types_of(expected), "rows of other types with the same numbers would be equal"
     comments = [line for line in SOURCE.splitlines() if line.lstrip().startswith("#")]
     assert [line for line in once.splitlines() if line.lstrip().startswith("#")] == comments
-    again = tune.rewrite(once, {("gelu_fwd", "16"): {"ROWS": 4}}, 90, "Another GPU, 2026-02-02")
-    table, tuned = namespace(again)
-    assert table["gelu_fwd"]["16"][90] == {"ROWS": 4} and tuned == {90: "Another GPU, 2026-02-02"}
+    again = tune.rewrite(once, {gelu: dict(ROWS=4, BLOCK_C=64, num_warps=2)}, "hip", 'A "GPU", 2026-02-02')
+    found, expected[gelu]["hip"] = reloaded(again), Elementwise(ROWS=4, BLOCK_C=64, num_warps=2)
+    assert found.TABLE == expected
+    assert found.TUNED == {90: "Some GPU, 2026-01-01", "hip": 'A "GPU", 2026-02-02'}
+
+
+def test_what_is_rewritten_is_formatted(tmp_path):
+    ruff = shutil.which("ruff")
+    if ruff is None:
+        pytest.skip("needs ruff")
+    best = {key: next(iter(rows.values()))._asdict() for key, rows in _tuning.TABLE.items()}
+    file = tmp_path / "_tuning.py"
+    file.write_text(tune.rewrite(SOURCE, best, 90, "Some GPU, 2026-01-01"), encoding="utf-8")
+    config = Path(__file__).parents[1] / "pyproject.toml"
+    subprocess.run([ruff, "format", "--check", "--config", config, file], check=True)
 
 
 def test_unknown_rows_are_refused():
-    with pytest.raises(ValueError, match="no_such_op"):
-        tune.rewrite(SOURCE, {("no_such_op", ""): {}}, 90, "Some GPU")
+    with pytest.raises(ValueError, match="no rows for no_such_op bits=16"):
+        tune.rewrite(SOURCE, {Key("no_such_op", bits=16): {}}, 90, "Some GPU")
 
 
 def test_a_case_is_tuned_by_its_own_rows_and_wrong_results_are_passed_over():
@@ -73,7 +97,7 @@ def test_a_case_is_tuned_by_its_own_rows_and_wrong_results_are_passed_over():
         return 1.0
 
     found = list(tune.tune_case(case, done, time_ms, torch.device("cpu")))
-    assert {row for row, *_ in found} == done == {("gelu_fwd", "32"), ("gelu_bwd", "32")}
+    assert {row for row, *_ in found} == done == {Key("gelu_fwd", bits=32), Key("gelu_bwd", bits=32)}
     assert all(ms == before == 1.0 for _, _, ms, before in found) and launched
     assert not list(tune.tune_case(case, done, time_ms, torch.device("cpu"))), "each row once"
     a = torch.randn(8)
@@ -81,7 +105,7 @@ def test_a_case_is_tuned_by_its_own_rows_and_wrong_results_are_passed_over():
 
 
 def test_what_is_not_a_speed_knob_stays():
-    config = _launch.config("gelu_bwd", torch.device("cpu"), "16")
+    config = _tuning.config(Key("gelu_bwd", bits=16), torch.device("cpu"))
     assert config["enable_fp_fusion"] is True
     assert all(c["enable_fp_fusion"] is True and c["MIN_ROWS"] == config["MIN_ROWS"] for c in tune.neighbours(config))
 
@@ -101,11 +125,11 @@ def test_the_command_saves_its_figures_and_leaves_the_table_in_a_dry_run(tmp_pat
     assert main(["tune", "--op", "gelu", "--dry-run", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("tune-*.json")
     rows = Results.load(file).rows
-    assert [row["name"].split(" ")[1] for row in rows] == ["gelu_fwd/32", "gelu_bwd/32"]
+    assert [row["name"].split(" ", 1)[1] for row in rows] == ["gelu_fwd bits=32", "gelu_bwd bits=32"]
     assert all((row["before_ms"], row["best_ms"]) == (2.0, 1.0) for row in rows)
     assert all("enable_fp_fusion" not in row["config"] for row in rows)
     assert "2 rows improved, nothing written" in capsys.readouterr().out
-    assert Path(_launch.__file__).read_text("utf-8") == SOURCE
+    assert Path(_tuning.__file__).read_text("utf-8") == SOURCE
     assert main(["tune", "--op", "gelu", "--dry-run", "--out", str(tmp_path), "--seconds", "-1"]) == 0
     assert not Results.load(file).rows and "were over" in Results.load(file).left_out[0]["why"]
     monkeypatch.setattr(tune.gate, "verified", lambda device: False)

@@ -5,7 +5,7 @@
     launches[0].figures()                     # registers, shared memory, spills, widths, ...
 
 A launch goes the way that it goes on a GPU, through Triton's own specialisation (divisibility by 16, arguments equal to
-1, the config that `_launch` picks for the architecture), up to the point where the kernel would be started. Needs a
+1, the numbers that `_tuning` picks for the architecture), up to the point where the kernel would be started. Needs a
 process without TRITON_INTERPRET. From outside, in a process of its own because a compiler pass can abort it:
 
     python -m fastgpt2.bench.audit.compiled --json FILE [--arch 80,90] [--op layer_norm,gelu]
@@ -38,7 +38,7 @@ from fastgpt2.bench.audit.cases_to_compile import audited_cases
 from fastgpt2.bench.cases import peers
 from fastgpt2.bench.cases import registry as cases
 from fastgpt2.gpt2.ops import kernels_digest
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 
 TARGETS = {name: GPUTarget("cuda", int(name), 32) for name in asm.LIMITS} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SM_COUNT = {"80": 108, "86": 84, "89": 128, "90": 132, "100": 148, "120": 170, "gfx942": 304}
@@ -153,7 +153,7 @@ def pretended(architecture: str) -> Iterator[None]:
         sm_count=lambda device: SM_COUNT[architecture],
         mixed_matmul=lambda device: mixed,
     )
-    with mock.patch.multiple(_launch, **answers), WithoutProducts():
+    with mock.patch.multiple(_device, **answers), WithoutProducts():
         yield
 
 

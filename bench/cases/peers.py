@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt2.bench.cases.registry import HEAD_SIZE
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device
 
 LAYER_NORM_EPS = 1e-5
 
@@ -93,7 +93,7 @@ def _not_for(device: torch.device, capability: tuple[int, int]) -> str | None:
         return "it needs a GPU"
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU" if capability > (8, 0) else None
-    has = _launch.capability(device)
+    has = _device.capability(device)
     if has < capability:
         return f"it needs compute capability {capability[0]}.{capability[1]}, this GPU has {has[0]}.{has[1]}"
     return None

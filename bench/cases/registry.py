@@ -132,7 +132,7 @@ def elementwise_cases(N: int, C: int, dtype: torch.dtype, autocast: bool = False
         return
     yield case(
         op="gelu",
-        toggle="gelu",
+        toggle="mlp",
         shape=f"{N}x{4 * C}",
         make_inputs=lambda new: (new(N, 4 * C),),
         ours=gelu.gelu,
@@ -143,7 +143,7 @@ def elementwise_cases(N: int, C: int, dtype: torch.dtype, autocast: bool = False
     )
     yield case(
         op="bias_gelu",
-        toggle="gelu",
+        toggle="mlp",
         shape=f"{N}x{4 * C}",
         make_inputs=lambda new: (new(N, 4 * C), columns(new, 4 * C)),
         ours=gelu.bias_gelu,
@@ -296,7 +296,7 @@ def _mlp(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
 
     return Case(
         op="mlp",
-        toggle="gelu",
+        toggle="mlp",
         shape=f"{N}x{C}",
         dtype=dtype,
         make_inputs=make_inputs,

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastgpt2.kernels import _launch, _matmul
+from fastgpt2.kernels import _device, _matmul
 
 ARCHITECTURE = 90
 MULTIPROCESSORS = 132
@@ -142,7 +142,7 @@ def _driver():
 
 
 def _check_device(*tensors: Tensor) -> None:
-    """As much as `_launch.check_device` does for tensors on a GPU."""
+    """As much as `_device.check_device` does for tensors on a GPU."""
     index = tensors[0].get_device()
     any([t.get_device() != index for t in tensors])
 
@@ -163,7 +163,7 @@ def no_device() -> Iterator[None]:
     # A CPU has no product of 16-bit matrices into fp32; one of PyTorch's takes its place.
     product = mock.patch.object(_matmul, "_widening_matmul", lambda a, b, out: torch.mm(a, b))
     try:
-        with mock.patch.multiple(_launch, **answers), product:
+        with mock.patch.multiple(_device, **answers), product:
             yield
     finally:
         vars(driver).update(before)

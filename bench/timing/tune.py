@@ -1,4 +1,4 @@
-"""`fastgpt2 bench tune`: searches block sizes, warps and stages on this GPU, rewrites the table of kernels/_launch.py.
+"""`fastgpt2 bench tune`: searches block sizes, warps and stages on this GPU, rewrites the table of kernels/_tuning.py.
 
 Kernels never tune themselves: that would repeat for every shape and process, and fail where there is no GPU. Here each
 row of the table that a registered case uses is improved by coordinate descent from what stands: one number at a time
@@ -14,10 +14,12 @@ import ast
 import contextlib
 import datetime
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,30 +30,27 @@ from fastgpt2.bench.report.record import FOLDER, Results
 from fastgpt2.bench.timing import timing
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2.files import write_atomically
-from fastgpt2.kernels import _launch
+from fastgpt2.kernels import _device, _tuning
+from fastgpt2.kernels._configurations import Key
 
 Config = dict[str, int]
-Row = tuple[str, str]  # op and variant, as in the table
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration must take at most this part of the time to replace another
 FIXED = ("MIN_ROWS", "enable_fp_fusion")  # set by a budget of bytes, and for all alike: not by speed
 
 
 @contextlib.contextmanager
-def overridden(configs: dict[Row, Config]) -> Iterator[list[Row]]:
+def overridden(configs: dict[Key, Config]) -> Iterator[list[Key]]:
     """Inside, launches take these configurations where given; the list holds the rows that were asked for."""
-    asked: list[Row] = []
-    original = _launch.config
+    asked: list[Key] = []
+    original = _tuning.config
 
-    def config(op: str, device: torch.device, variant: str = "") -> Config:
-        asked.append((op, variant))
-        return configs.get((op, variant)) or original(op, device, variant)
+    def config(key: Key, device: torch.device) -> Config:
+        asked.append(key)
+        return dict(configs[key]) if key in configs else original(key, device)
 
-    _launch.config = config
-    try:
+    with mock.patch.object(_tuning, "config", config):
         yield asked
-    finally:
-        _launch.config = original
 
 
 @contextlib.contextmanager
@@ -104,7 +103,7 @@ def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config,
         best = better
 
 
-def tune_case(case: cases.Case, done: set[Row], time_ms: Callable[[Callable], float], device: torch.device):
+def tune_case(case: cases.Case, done: set[Key], time_ms: Callable[[Callable], float], device: torch.device):
     """Yields (row, best configuration, its ms, ms before) for each row of the table that this case uses, once a row."""
     inputs = case.inputs(device)
 
@@ -122,7 +121,7 @@ def tune_case(case: cases.Case, done: set[Row], time_ms: Callable[[Callable], fl
                 continue
             done.add(row)
 
-            def timed(config: Config, row: Row = row, run: Callable = run, expected: tuple = expected) -> float:
+            def timed(config: Config, row: Key = row, run: Callable = run, expected: tuple = expected) -> float:
                 with overridden({row: config}):
                     try:
                         with launched() as kernels:
@@ -135,7 +134,7 @@ def tune_case(case: cases.Case, done: set[Row], time_ms: Callable[[Callable], fl
                             raise
                         return float("inf")
 
-            yield row, *descend(dict(_launch.config(row[0], device, row[1])), timed)
+            yield row, *descend(_tuning.config(row, device), timed)
 
 
 def median_ms(run: Callable, device: torch.device) -> float:
@@ -153,56 +152,48 @@ def same(results: tuple, expected: tuple) -> bool:
 # ----------------------------------------------------------------------------------------------- the table's source
 
 
-def rewrite(source: str, best: dict[Row, Config], architecture: int | str, tuned_on: str) -> str:
-    """The source of _launch.py with these rows for one architecture and a note of their origin; the rest stays."""
+def rewrite(source: str, best: dict[Key, Config], architecture: int | str, tuned_on: str) -> str:
+    """The source of _tuning.py with these rows for one architecture and a note of their origin; the rest stays.
+
+    Raises ValueError for a row that the table does not have.
+    """
     tree = ast.parse(source)
-    tuned = _assigned(tree, "TUNED")
-    changes: list[tuple[ast.expr, dict]] = [(tuned, _literal(tuned) | {architecture: tuned_on})]
-    missing = set(best)
-    for op, variants in _entries(_assigned(tree, "TABLE")):
-        for variant, node in _entries(variants):
-            if (op, variant) in best:
-                missing.remove((op, variant))
-                changes.append((node, _literal(node) | {architecture: best[op, variant]}))
-    if missing:
-        raise ValueError(f"the table has no rows {sorted(missing)}")
+    tuned, table = _assigned(tree, "TUNED"), _assigned(tree, "TABLE")
+    rows = {_value(key): node for key, node in zip(table.keys, table.values, strict=True)}
+    if missing := best.keys() - rows.keys():
+        raise ValueError(f"the table has no rows for {', '.join(map(str, sorted(missing)))}")
+    changes = [(tuned, _value(tuned) | {architecture: tuned_on})]
+    for key, config in best.items():
+        known = _value(rows[key])
+        kind = type(next(iter(known.values())))
+        changes.append((rows[key], known | {architecture: kind(**config)}))
     lines = source.splitlines(keepends=True)
     for node, value in sorted(changes, key=lambda change: change[0].lineno, reverse=True):
-        assert node.end_lineno is not None and node.end_col_offset is not None
         first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
         indent = first[: len(first) - len(first.lstrip())]
         comments = "".join(c for c in lines[node.lineno : node.end_lineno - 1] if c.lstrip().startswith("#"))
-        rows = "".join(f"{indent}    {_text(key)}: {_text(config)},\n" for key, config in value.items())
-        text = first[: node.col_offset] + "{\n" + comments + rows + indent + "}" + last[node.end_col_offset :]
+        written = "".join(f"{indent}    {_source(key)}: {_source(row)},\n" for key, row in value.items())
+        text = first[: node.col_offset] + "{\n" + comments + written + indent + "}" + last[node.end_col_offset :]
         lines[node.lineno - 1 : node.end_lineno] = [text]
     return "".join(lines)
 
 
-def _assigned(tree: ast.Module, name: str) -> ast.Dict:
-    """The dict literal assigned to a variable of the module."""
+def _assigned(tree: ast.Module, name: str) -> Any:
+    """The dict display assigned to a variable of the module."""
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
-            assert isinstance(node.value, ast.Dict)
             return node.value
-    raise ValueError(f"kernels/_launch.py assigns no {name}")
+    raise ValueError(f"kernels/_tuning.py assigns no {name}")
 
 
-def _entries(node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-    assert isinstance(node, ast.Dict)
-    for key, value in zip(node.keys, node.values, strict=True):
-        assert isinstance(key, ast.Constant) and isinstance(key.value, str)
-        yield key.value, value
+def _value(node: ast.expr) -> Any:
+    """What an expression of _tuning.py evaluates to there."""
+    return eval(compile(ast.Expression(node), _tuning.__file__, "eval"), vars(_tuning))
 
 
-def _literal(node: ast.expr) -> dict:
-    """A dict display's value; unlike `ast.literal_eval` it takes `**{...}` too."""
-    return eval(compile(ast.Expression(node), "kernels/_launch.py", "eval"), {"__builtins__": {}})
-
-
-def _text(value: object) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+def _source(value: object) -> str:
+    """What evaluates to a key or value of the table: a configuration's repr does."""
+    return "ANY" if value == _tuning.ANY else json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 # ------------------------------------------------------------------------------------------------------- command
@@ -211,7 +202,7 @@ def _text(value: object) -> str:
 def add_command(commands) -> None:
     command = commands.add_parser(
         "tune",
-        help="search block sizes, warps and stages on this GPU and rewrite the table of kernels/_launch.py",
+        help="search block sizes, warps and stages on this GPU and rewrite the table of kernels/_tuning.py",
         description="Improves every row of the table that GPT-2 uses, by measurements on this GPU, and writes it back.",
     )
     command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
@@ -229,9 +220,9 @@ def main(options: argparse.Namespace) -> int:
     ops = cases.chosen(options.op)
     if not gate.verified(device):
         return 1
-    results = Results.begin("tune", device, {"a row": "one row of kernels/_launch.py, timed as a part of its case"})
-    best: dict[Row, Config] = {}
-    done: set[Row] = set()
+    results = Results.begin("tune", device, {"a row": "one row of kernels/_tuning.py, timed as a part of its case"})
+    best: dict[Key, Config] = {}
+    done: set[Key] = set()
     end = time.monotonic() + options.seconds
     with results.kept_if_cut_short(options.out):
         for case in cases.cases():
@@ -242,15 +233,15 @@ def main(options: argparse.Namespace) -> int:
                 continue
             for row, config, ms, before in tune_case(case, done, functools.partial(median_ms, device=device), device):
                 config = {key: value for key, value in config.items() if key != "enable_fp_fusion"}
-                print(f"{case.name:<44} {'/'.join(row):<28} {before:9.4f} -> {ms:9.4f} ms  {config}", flush=True)
+                print(f"{case.name:<44} {row!s:<50} {before:9.4f} -> {ms:9.4f} ms  {config}", flush=True)
                 figures = dict(before_ms=before, best_ms=ms, config=config)
-                results.add(f"{case.name} {'/'.join(row)}", what="best configuration found", time_ms=None, **figures)
+                results.add(f"{case.name} {row}", what="best configuration found", time_ms=None, **figures)
                 if ms < before:
                     best[row] = config
     print(f"figures are in {results.save(options.out)}")
-    path = Path(_launch.__file__)
+    path = Path(_tuning.__file__)
     tuned_on = f"{torch.cuda.get_device_name(device)}, {datetime.date.today()}"
-    source = rewrite(path.read_text("utf-8"), best, _launch.architecture(device), tuned_on)
+    source = rewrite(path.read_text("utf-8"), best, _device.architecture(device), tuned_on)
     if options.dry_run or not best:
         print(f"{len(best)} rows improved, nothing written")
         return 0

@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=8, metavar="N", help="windows, or HellaSwag's examples, at once (%(default)s)"
     )
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="of matrix products; auto: bfloat16 on CUDA")
-    add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,gelu")
+    add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,mlp")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: CUDA or ROCm where there is one")
     return parser
 

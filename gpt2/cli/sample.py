@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1337, metavar="N", help="of the draws (%(default)s)")
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--refuse-long", action="store_true", help="an error for a prompt beyond block_size, whose end is used else")
-    add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,gelu")
+    add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,mlp")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: CUDA or ROCm where there is one")
     add("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights (%(default)s)")
     add("--compile", action="store_true", help="the work of a token through torch.compile")

@@ -68,7 +68,7 @@ class Decoder:
     def logits(self, end: int) -> Tensor:
         """(B, V), valid until the next call."""
         many = self.tokens.size(1) - end >= WORTH_PREPARING
-        if not self.end and many and not self.compile and self.model.kernels.gelu == "torch" and can_pack(self.model):
+        if not self.end and many and not self.compile and self.model.kernels.mlp == "torch" and can_pack(self.model):
             self._read = self._in_eval_mode(packed(self.model))
         grown = self.end and end == self.end + 1 and end - self.least_pad <= self.model.config.block_size
         logits = self._one_token(end, many) if grown else self._window(end)
