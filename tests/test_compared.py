@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastgpt2.bench.audit import audit
-from fastgpt2.bench.audit import peer_traffic as compared
+from fastgpt2.bench.audit import audit, peer_traffic
 from fastgpt2.bench.cases.registry import sized_cases
 
 CASES = {case.op: case for case in sized_cases(16, 64, torch.float16)}
@@ -18,25 +17,25 @@ CASES = {case.op: case for case in sized_cases(16, 64, torch.float16)}
 def test_eager_pytorch_is_counted_operator_by_operator():
     """bias + GELU: the sum is written and read once more than it must be."""
     case = CASES["bias_gelu"]
-    found = compared.count(case, case.eager)
+    found = peer_traffic.count(case, case.eager)
     parameters = 1 / (2 * 16 + 1)
     assert found["forward"] == dict(launches=2, bytes_over_minimum=pytest.approx(2 - parameters, abs=1e-3))
-    assert compared.count(case, case.ours)["forward"] == dict(launches=1, bytes_over_minimum=1.0)
+    assert peer_traffic.count(case, case.ours)["forward"] == dict(launches=1, bytes_over_minimum=1.0)
 
 
 def test_what_a_case_calls_eager_adds_once():
     case = CASES["add_layer_norm"]
-    assert compared.count(case, case.eager)["forward"]["launches"] == 2
+    assert peer_traffic.count(case, case.eager)["forward"]["launches"] == 2
 
 
 def test_a_lookup_reads_its_rows_not_its_table():
     case = CASES["token_position_embedding"]
-    assert compared.count(case, case.eager)["forward"]["bytes_over_minimum"] < 2.5
+    assert peer_traffic.count(case, case.eager)["forward"]["bytes_over_minimum"] < 2.5
 
 
 def test_an_op_without_gradients_has_no_backward():
     case = CASES["decode_attention"]
-    assert list(compared.count(case, case.eager)) == ["forward"]
+    assert list(peer_traffic.count(case, case.eager)) == ["forward"]
 
 
 @pytest.mark.slow

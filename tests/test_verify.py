@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.bench.cases.registry import operations, sized_cases
-from fastgpt2.bench.verify import error_rule as comparison
-from fastgpt2.bench.verify import verify
+from fastgpt2.bench.verify import error_rule, verify
 from fastgpt2.bench.verify.kernel_errors import verify_case
 from fastgpt2.gpt2 import ops
 
@@ -28,9 +27,9 @@ def off_by_one_percent(function):
 
 
 @pytest.fixture
-def shown(monkeypatch) -> list[comparison.Row]:
+def shown(monkeypatch) -> list[error_rule.Row]:
     """The rows that `main` shows."""
-    rows: list[comparison.Row] = []
+    rows: list[error_rule.Row] = []
     show = verify.show
     monkeypatch.setattr(verify, "show", lambda found: (rows.extend(found), show(found)))
     return rows
@@ -90,9 +89,9 @@ def test_a_wrong_kernel_shows_in_the_model(monkeypatch, device):
 
 
 def test_not_a_number_is_no_agreement():
-    def row(value: float) -> comparison.Row:
+    def row(value: float) -> error_rule.Row:
         ours: Tensor = torch.tensor([1.0, value])
-        return comparison.compare("op", "toggle", "output", ours, torch.ones(2), None, torch.ones(2).double())
+        return error_rule.compare("op", "toggle", "output", ours, torch.ones(2), None, torch.ones(2).double())
 
     assert row(1.0).ok
     assert not row(float("nan")).ok

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgpt2.bench.report import differences as compare
-from fastgpt2.bench.report import plots, tables
+from fastgpt2.bench.report import differences, plots, tables
 from fastgpt2.bench.report.record import FOLDER, Results, slug
 from fastgpt2.gpt2.files import write_atomically
 
@@ -80,7 +79,7 @@ def add_command(commands) -> None:
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="list what changed from A to B; 1 where B is slower"
     )
     command.add_argument(
-        "--threshold", type=float, default=compare.THRESHOLD,
+        "--threshold", type=float, default=differences.THRESHOLD,
         help="with --compare: how much slower a median may be, as a fraction; default: %(default)s",
     )  # fmt: skip
     command.set_defaults(run=main)
@@ -106,9 +105,9 @@ def show_changes(a: Results, b: Results, threshold: float) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    changes, lost, missing = compare.compare(a, b, threshold)
+    changes, lost, missing = differences.compare(a, b, threshold)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for line in compare.differences(a, b):
+    for line in differences.differences(a, b):
         console.print(f"the runs differ: {line}", highlight=False)
     table = Table("row", "A, ms", "B, ms", "B / A", "by the noise", "", box=None)
     styles = {"slower": "bold red", "faster": "green", "same": ""}
