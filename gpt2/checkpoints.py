@@ -49,10 +49,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, stat
     folder.mkdir(parents=True)
     tokenizer.save(folder)
     model.save_pretrained(folder)
-    with open(folder / STATE, "wb") as file:
-        torch.save({"step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _save_state(folder / STATE, {"step": step, **state})
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     write_atomically(folder / FILES, json.dumps(files, indent=1) + "\n")
     _flush(folder)
@@ -63,6 +60,17 @@ def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, stat
     link_newest(run, final)
     _remove_old(run, final, keep)
     return final
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a disk that is full, which PyTorch says in words of its own
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from None
 
 
 def saved_checkpoints(run: Path) -> list[Path]:

@@ -31,6 +31,7 @@ import torch
 from fastgpt2.gpt2.evaluate import Watch, continuation_loss
 from fastgpt2.gpt2.files import write_atomically
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.sources import SURROGATE
 from fastgpt2.gpt2.tokenizer import Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -153,6 +154,9 @@ def _example(row: dict[str, Any]) -> Example:
         raise ValueError(f"endings is {row['endings']!r}, expected {ENDINGS} texts")
     if not 0 <= example.label < ENDINGS:
         raise ValueError(f"label is {example.label}, allowed are 0..{ENDINGS - 1}")
+    for text in (example.activity, example.context, example.context_a, example.context_b, *example.endings):
+        if not isinstance(text, str) or SURROGATE.search(text):
+            raise ValueError(f"it holds {text!r}, expected text")
     if not example.context.strip():
         raise ValueError("ctx is empty")
     return example

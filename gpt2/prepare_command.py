@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastgpt2.gpt2 import sources
+from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.prepare import SHARD_TOKENS, prepare
 from fastgpt2.gpt2.progress import line, shell_word
 from fastgpt2.gpt2.shards import Manifest
@@ -18,7 +19,7 @@ from fastgpt2.gpt2.shards import Manifest
 def main(argv: Sequence[str]) -> int:
     """Writes the shards, or goes on with them; returns 0."""
     args = parser().parse_args(argv)
-    console = Console()
+    console = run_console()
     source = sources.find_source(*args.source)
     line(console, f"from    {source.name}, {args.tokenizer} tokens")
     with _Bar(console, source) as bar:

@@ -17,6 +17,7 @@ from rich.progress import Progress as RichProgress
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.corpus import Corpus
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.output import visible
 from fastgpt2.gpt2.recipe import TrainConfig
 from fastgpt2.gpt2.run_folder import Record
 
@@ -107,11 +108,17 @@ def announce(
         f"kernels {same.pop() if len(same) == 1 else kernels}{', compiled' if config.compile else ''}"
         f"{', as CUDA graphs' if config.as_cuda_graph(processes) else ''}",
         "MFU": _mfu_in_words(model),
+        **({"warmup": _warmup_in_words(config)} if config.warmup >= config.steps else {}),
         "folder": str(folder),
         "start": f"val loss {val_loss:.4f} {f'after step {done}' if done else 'before training'}",
     }
     for name, value in rows.items():
         line(console, f"{name:<7} {value}")
+
+
+def _warmup_in_words(config: TrainConfig) -> str:
+    highest = config.lr * config.steps / config.warmup
+    return f"{config.warmup} steps, which the run's {config.steps} end within: its highest rate is {highest:.2e}"
 
 
 def _mfu_in_words(model: GPT) -> str:
@@ -126,7 +133,7 @@ def _mfu_in_words(model: GPT) -> str:
 
 def show_sample(console: Console, prompt: str, sample: str) -> None:
     """What the trained model writes."""
-    line(console, f"\n--- a sample, from {prompt!r} ---\n{sample}\n---\n")
+    line(console, f"\n--- a sample, from {prompt!r} ---\n{visible(sample, console.file)}\n---\n")
 
 
 def show_end(console: Console, folder: Path, prompt: str, record: Record, stopped_by: signal.Signals | None) -> None:
