@@ -23,7 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; m
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; } h3 { margin-top: 1.5rem; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 .wide { overflow-x: auto; }
-th, td { text-align: left; padding: 2px 8px; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
+th, td { text-align: left; padding: 2px 6px; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
 .wide td:nth-child(n+3), .wide th:nth-child(n+3) { text-align: right; }
 img { max-width: 100%; } li { font-size: 13px; }
 """

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastgpt2.bench.cases import sized_cases
 from fastgpt2.bench.comparison import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
+from fastgpt2.bench.tables import print_whole
 from fastgpt2.bench.verify_case import verify_case
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
@@ -148,8 +149,8 @@ def show(rows: Sequence[Row]) -> None:
         ratio = f"{row.ratio:.2f}" if row.ok else f"[bold red]{row.ratio:.2f}[/]"
         figures = (f"{row.error:.1e}", f"{row.eager_error:.1e}", to_hf, ratio)
         table.add_row(row.subject, row.toggle, row.result, row.dtype, *figures)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+    console = Console()
+    print_whole(console, table)
     bad = [row for row in rows if not row.ok]
     verdict = f"[bold red]{len(bad)} of {len(rows)} above {LIMIT:g}[/]" if bad else f"all {len(rows)} within {LIMIT:g}"
     console.print(

@@ -113,10 +113,16 @@ class RunFolder:
         with open(self.path / LOG, "a", encoding="utf-8") as file:
             file.write(record.line())
 
-    def rewind_log(self, step: int) -> None:
-        """Leaves the lines up to that of `step`."""
+    def rewind_log(self, step: int) -> dict[str, Any] | None:
+        """Leaves the lines up to that of `step`, which it returns, None where there is no such line."""
         kept = [record for record in read_log(self.path / LOG) if record["step"] <= step]
         write_atomically(self.path / LOG, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept[-1] if kept and kept[-1]["step"] == step else None
+
+    def sweep(self) -> None:
+        """Removes what a process left that was killed while it wrote: files of temporary names."""
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
 
     def plot(self) -> None:
         from fastgpt2.gpt2.plot import plot_losses
@@ -152,7 +158,7 @@ def versions() -> dict[str, str]:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, none where there is none; a last line that was cut off in writing is left out.
 
-    Raises ValueError naming a line that is no JSON.
+    Raises ValueError naming a line that is no JSON or no record of a step.
     """
     if not path.exists():
         return []
@@ -162,4 +168,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step"), int):
+            raise ValueError(f"{path}, line {number} is no record of a step: {line[:60]}")
     return records

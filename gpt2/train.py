@@ -122,8 +122,7 @@ def _train(
         folder = ranks.from_first(lambda: _new_folder(config, trainer.model, corpus, held))
     else:
         folder = RunFolder(resumed)
-        if ranks.first:
-            folder.rewind_log(done)
+        ranks.from_first(lambda: _rewind(folder, done, config.steps, console))
     trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
     announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
 
@@ -164,6 +163,17 @@ def _new_folder(config: TrainConfig, model: GPT, corpus: Corpus, held: contextli
     folder = RunFolder.create(config.out, config.preset, held)
     folder.write_config(config, model, corpus)
     return folder
+
+
+def _rewind(folder: RunFolder, done: int, steps: int, console: Console) -> None:
+    """The folder as it was after step `done`. Raises ValueError where that was the last one and the log lacks it."""
+    folder.sweep()
+    if folder.rewind_log(done) is None and done:
+        if done == steps:
+            raise ValueError(
+                f"{folder.path / LOG} has no line of step {done}, and the run is at its end: nothing to do"
+            )
+        line(console, f"note    {folder.path / LOG} has no line of step {done}: its curves have a gap")
 
 
 def _begin_tracking(config: TrainConfig, folder: Path, done: int, new: bool) -> list[Tracker]:
