@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import signal
+import sys
+import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from rich.progress import Progress as RichProgress
 
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.corpus import Corpus
+from fastgpt2.gpt2.evaluate import Watch
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import visible
 from fastgpt2.gpt2.recipe import TrainConfig
 from fastgpt2.gpt2.run_folder import Record
 
 RECENT_STEPS = 20
+QUIET_S, LINE_EVERY_S = 2.0, 10.0  # before the first line about a long computation, and between two
 
 
 class Progress:
@@ -69,6 +76,24 @@ class Progress:
                 f"val loss {record.val_loss:.4f}  {hellaswag}lr {record.lr:.2e}  {step_ms:.1f} ms/step  "
                 f"{rate:,.0f} tokens/s{cost(record)}",
             )
+
+
+def watched(console: Console, what: str, unit: str = "batches") -> Watch:
+    """Passes items on and shows how far it is: a bar on a terminal, elsewhere a line on standard error now and then."""
+    if console.is_terminal:
+        return functools.partial(track, description=what, console=console, transient=True)
+    return functools.partial(_said_now_and_then, what=what, unit=unit)
+
+
+def _said_now_and_then(items: Sequence[Any], what: str, unit: str) -> Iterator[Any]:
+    begin = time.monotonic()
+    due = begin + QUIET_S
+    for done, item in enumerate(items, start=1):
+        yield item
+        if (now := time.monotonic()) >= due:
+            left = (now - begin) / done * (len(items) - done)
+            print(f"{what}: {done:,} of {len(items):,} {unit}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            due = now + LINE_EVERY_S
 
 
 def cost(record: Record) -> str:

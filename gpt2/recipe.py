@@ -228,5 +228,5 @@ def choose_preset(name: str | None, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         return name or "baby", f"on {torch.cuda.get_device_name(device)}"
     if name is None:
-        return "baby-smoke", "no GPU here: baby at a size that 2 CPU cores train in about two minutes"
+        return "baby-smoke", "no GPU here: baby at a size for a CPU"
     return name, "made for a CPU" if name.endswith("-smoke") else f"made for a GPU; {name}-smoke is made for a CPU"

@@ -14,6 +14,7 @@ import tyro
 
 from fastgpt2.gpt2 import train
 from fastgpt2.gpt2.output import run_console
+from fastgpt2.gpt2.pace import fitted
 from fastgpt2.gpt2.progress import line
 from fastgpt2.gpt2.recipe import TrainConfig, choose_preset, find_device, read_settings
 from fastgpt2.gpt2.run_folder import CONFIG, check_run
@@ -21,7 +22,7 @@ from fastgpt2.gpt2.settings import Settings
 
 DESCRIPTION = (
     "Trains a model from scratch and writes a run folder with config.yaml, log.jsonl, checkpoint/ and loss.png. "
-    "Without options: a small model on the sources of Python's library, in about two minutes on 2 CPU cores; on a GPU "
+    "Without options: a small model on the sources of Python's library, in about two minutes on a CPU; on a GPU "
     "the whole preset baby. Defaults below are those of the preset and the file that were given."
 )
 
@@ -39,8 +40,19 @@ def main(argv: Sequence[str]) -> int:
     config, remark, resume = parse(argv)
     console = run_console(quiet=os.environ.get("RANK", "0") != "0")
     line(console, f"preset  {config.preset} ({remark})")
+    if _is_ours_to_size(argv):
+        config, step_ms = fitted(config)
+        line(console, f"pace    a step takes about {step_ms:.0f} ms here: {config.steps} steps in about two minutes")
     result = train.train(config, resume=resume, console=console)
     return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _is_ours_to_size(argv: Sequence[str]) -> bool:
+    """Whether nobody said how long to train, on what is no GPU. Ranks would measure different lengths."""
+    asked = _looked_for(argv, ("preset", "config", "resume", "steps", "device"))
+    said = any(asked[name] is not None for name in ("preset", "config", "resume", "steps"))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone and not said and find_device(asked["device"] or "auto").type == "cpu"
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, str, str | None]:
