@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
     add("--hellaswag", nargs="?", const=DOWNLOAD, metavar="FILE", help="both scorings; without a FILE (official "
         "JSONL) from the network")  # fmt: skip
     add("--limit", type=int, metavar="N", help="only the first N examples of HellaSwag (all)")
-    add("--batch-size", type=int, metavar="N", help="windows, or HellaSwag's examples, at once (8; on a GPU up to 64, as "
-        "memory allows)")  # fmt: skip
+    add("--batch-size", type=int, metavar="N", help="windows, or HellaSwag's examples, at once (8; on a GPU up to 64, "
+        "as memory allows)")  # fmt: skip
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="of matrix products; auto: bfloat16 on CUDA")
     add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,gelu")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: CUDA or ROCm where there is one")

@@ -32,17 +32,17 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, float]:
 
 
 def step_seconds(config: TrainConfig) -> float:
-    """Median time of one process's step on random tokens, after a first one; measured for MEASURE_S or little more."""
+    """Median time of one process's step on random tokens, after a first one where it is short; measured for MEASURE_S or little more."""
     model = GPT(config.model_config(VOCABULARY), kernels=config.kernels)
     optimizer = model.configure_optimizers(config.weight_decay, config.lr, (0.9, config.beta2), "cpu")
     idx = torch.randint(VOCABULARY, (config.batch_size, config.block_size))
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begin < MEASURE_S:
+    while not times or time.perf_counter() - begin < MEASURE_S:
         start = time.perf_counter()
         for _ in range(config.passes(1)):
             model(idx, idx)[1].backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)

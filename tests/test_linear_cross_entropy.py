@@ -136,21 +136,6 @@ def test_ignored_row_with_infinite_logits_has_gradient_zero(device):
     assert not x.grad[1].any() and weight.grad.isfinite().all() and weight.grad.any()
 
 
-@pytest.mark.parametrize("z_loss", [1e-4, 2e-3, 1e-2])
-def test_z_loss_of_large_logits_is_finite_in_float16(z_loss, device):
-    """At an lse of 4336 dlogits are 1 + 2 z lse: times 4096 that would be beyond fp16."""
-    x, weight, targets = make(4, 16, 67, torch.float16, device, scale=0.02)
-    with torch.no_grad():
-        x[:, 0], weight[:, 0] = 8.0, 2.0**-10
-        weight[5, 0] = 542.0
-    targets.fill_(5)
-    linear_cross_entropy(x, weight, targets, z_loss=z_loss).backward()
-    truth = [t.detach().double().requires_grad_() for t in (x, weight)]
-    linear_cross_entropy_reference(*truth, targets, z_loss=z_loss).backward()
-    for t, exact in zip((x, weight), truth, strict=True):
-        torch.testing.assert_close(t.grad.double(), exact.grad, rtol=2e-3, atol=1e-3)
-
-
 @every_reduction
 @pytest.mark.parametrize("bad", [67, 80, 2**40], ids=["padding", "beyond", "far"])
 def test_target_beyond_the_vocabulary_is_nan_and_not_read(bad, reduction, device):

@@ -38,6 +38,9 @@ def test_a_step_is_measured_as_training_takes_it(monkeypatch):
     monkeypatch.setattr(pace, "MEASURE_S", 0.0)
     monkeypatch.setattr(pace, "time", Clock())
     config = dataclasses.replace(SMOKE, n_layer=1, n_embd=8, n_head=1, block_size=8, batch_size=2)
+    assert pace.step_seconds(config) == 1.0  # one step of a machine that is slow
+    monkeypatch.setattr(pace, "MEASURE_S", 30.0)
+    monkeypatch.setattr(pace, "time", Clock())
     assert pace.step_seconds(config) == 1.0
 
 
