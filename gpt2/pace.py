@@ -32,7 +32,10 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, float]:
 
 
 def step_seconds(config: TrainConfig) -> float:
-    """Median time of one process's step on random tokens, after a first one where it is short; measured for MEASURE_S or little more."""
+    """Median time of one process's step on random tokens, measured for MEASURE_S or, where that is longer, one step.
+
+    The first of several, which allocates, does not count.
+    """
     model = GPT(config.model_config(VOCABULARY), kernels=config.kernels)
     optimizer = model.configure_optimizers(config.weight_decay, config.lr, (0.9, config.beta2), "cpu")
     idx = torch.randint(VOCABULARY, (config.batch_size, config.block_size))
