@@ -32,6 +32,7 @@ from fastgpt2.gpt2.tokenizer import Tokenizer
 FOLDER, NEWEST, STATE, FILES = "checkpoints", "checkpoint", "training.pt", "files.json"
 WEIGHTS = "model.safetensors"
 UNFINISHED = ".unfinished"
+PARTS = {"step", "config", "versions", "optimizer", "scaler", "watch", "windows", "random", "padding"}
 
 
 def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, state: dict[str, Any], keep: int) -> Path:
@@ -145,8 +146,12 @@ def folder_to_read(folder: Path, check: bool = True) -> Path:
 
 
 def load_checkpoint_state(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` got as state, and "step"; tensors on the CPU."""
-    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    """What `save_checkpoint` got as state, and "step"; tensors on the CPU. Raises ValueError where parts are missing."""
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    lacking = sorted(PARTS - (state.keys() if isinstance(state, dict) else set()))
+    if lacking:
+        raise ValueError(f"{folder / STATE} is no state of a run: it has no {', '.join(lacking)}")
+    return state
 
 
 def _remove_old(run: Path, new: Path, keep: int) -> None:
