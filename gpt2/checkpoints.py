@@ -146,7 +146,7 @@ def folder_to_read(folder: Path, check: bool = True) -> Path:
 
 
 def load_checkpoint_state(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` got as state, and "step"; tensors on the CPU. Raises ValueError where parts are missing."""
+    """What `save_checkpoint` got as state, and "step"; tensors on the CPU. ValueError where a part is missing."""
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     lacking = sorted(PARTS - (state.keys() if isinstance(state, dict) else set()))
     if lacking:
