@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.bench.cases.registry import sized_cases
+from fastgpt2.bench.report.tables import print_whole
 from fastgpt2.bench.verify.error_rule import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
 from fastgpt2.bench.verify.kernel_errors import verify_case
 from fastgpt2.gpt2.config import GPTConfig
@@ -149,8 +150,8 @@ def show(rows: Sequence[Row]) -> None:
         ratio = f"at rounding, {ratio}" if row.at_rounding else ratio
         figures = (f"{row.error:.1e}", f"{row.eager_error:.1e}", f"{row.allowed:.1e}", to_hf, ratio)
         table.add_row(row.subject, row.toggle, row.result, row.dtype, *figures)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    console = Console()
+    print_whole(console, table)
     bad = [row for row in rows if not row.ok]
     verdict = f"[bold red]{len(bad)} of {len(rows)} above it[/]" if bad else f"all {len(rows)} within"
     ratios = [row.ratio for row in rows if not row.at_rounding]
