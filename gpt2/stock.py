@@ -10,7 +10,7 @@ A region that reads `weight` and `bias` would pass all of that over in silence. 
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,14 @@ def stock(kind: type[Kind]) -> type[Kind]:
     return kind
 
 
+class LinearWeights(NamedTuple):
+    """weight (out, in) and bias (out,) of a stock layer that keeps them in another layout, as transformers' Conv1D
+    does: stands for an `nn.Linear` with these, and counts as a stock one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling `module` computes what class `kind` does with the module's weight and bias, and nothing else.
 
@@ -42,7 +50,9 @@ def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     class or the module got another `forward`, for a module that `is_watched`, or with parameters of another class than
     torch's own. kind: Linear, LayerNorm or Embedding, or a class decorated with `stock`.
     """
-    if type(module) is not kind or is_watched(module):
+    if type(module) is not kind:
+        return kind is nn.Linear and type(module) is LinearWeights
+    if is_watched(module):
         return False
     if getattr(module.forward, "__func__", None) is not FORWARDS[kind]:
         return False

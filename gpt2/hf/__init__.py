@@ -1,0 +1,1 @@
+from fastgpt2.gpt2.hf.attention import register, unregister
