@@ -1,0 +1,79 @@
+"""A class that takes the place of one of transformers' in a live module, and can be taken away again.
+
+The module stays the object it is: parameters, buffers, hooks, names. Its class becomes a subclass of its own one, which
+computes by `compute` and carries transformers' name, because Trainer, `save_pretrained` and others go by that.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from fastgpt2.gpt2.ops import Kernels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `hf.accelerate` was given."""
+
+    kernels: str | Kernels
+    training_logits: bool
+
+
+class Theirs(NamedTuple):
+    """The classes of transformers whose arithmetic we know."""
+
+    Attention: type
+    MLP: type
+    Conv1D: type
+    Gelu: type
+
+
+class StandIn(nn.Module):
+    """What the classes made by `stand_in` have in common. `compute` is called with forward's own arguments."""
+
+    _fastgpt2: Settings
+    theirs: ClassVar[Theirs]
+    names: ClassVar[tuple[str, ...]]  # of forward's arguments, in order
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol):
+        """Copies and pickles are accelerated too; what is pickled names transformers' class and ours."""
+        ours, base = type(self).__bases__
+        return _empty, (base, ours), self.__dict__
+
+
+def _empty(base: type, ours: type[StandIn]) -> nn.Module:
+    kind = stand_in(base, ours)
+    return kind.__new__(kind)
+
+
+@functools.cache
+def stand_in(base: type, ours: type[StandIn]) -> type[StandIn]:
+    """The subclass of both, with the name, the signature and the documentation of `base`."""
+    from transformers.activations import NewGELUActivation
+    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+    from transformers.pytorch_utils import Conv1D
+
+    theirs: Any = base
+
+    @functools.wraps(theirs.forward)
+    def forward(self, *args, **kwargs):
+        return self.compute(*args, **kwargs)
+
+    parameters = list(inspect.signature(theirs.forward).parameters.values())[1:]
+    attributes = dict(
+        forward=forward,
+        names=tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD),
+        theirs=Theirs(GPT2Attention, GPT2MLP, Conv1D, NewGELUActivation),
+        __module__=base.__module__,
+        __qualname__=base.__qualname__,
+        __doc__=base.__doc__,
+    )
+    return type(base.__name__, (ours, base), attributes)
