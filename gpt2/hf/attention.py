@@ -74,7 +74,7 @@ def _interfaces() -> tuple[Any, Any]:
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
-            "hf.register needs transformers.AttentionInterface and AttentionMaskInterface: pip install 'transformers>=5'"
+            "hf.register needs transformers with AttentionInterface and AttentionMaskInterface, 5.0 or newer"
         ) from error
     return AttentionInterface, AttentionMaskInterface
 
@@ -113,7 +113,7 @@ def mask(
             return visible.encode(batch_size, q_length, kv_length, q_offset, real, device=device)
         seen = theirs(allow_is_causal_skip=False)
         assert seen is not None
-        return visible.from_booleans(seen, int(q_offset))
+        return visible.from_booleans(seen, q_offset)
     except ValueError as error:
         if _registration.fallback is None:
             raise ValueError(_instead(str(error))) from None

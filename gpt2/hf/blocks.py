@@ -1,8 +1,8 @@
 """transformers' GPT2Block in terms of `ops`: LayerNorm with the residual sum before it, attention, MLP.
 
-Modules stay modules, as everywhere in this package: what is not exactly transformers' or PyTorch's class, or has hooks,
-is called in its place, and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and PyTorch
-read it transposed, by strides.
+Modules stay modules, as everywhere in this package: what is not exactly transformers' or PyTorch's class, or has
+hooks, is called in its place, and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and
+PyTorch read it transposed, by strides.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def weights(layer: Any, theirs: Theirs) -> Any:
 
 
 class Block(StandIn):
+    ln_1: Any
+    ln_2: Any
+    attn: Any
+    mlp: Any
+    _gradient_checkpointing_func: Any
+
     def compute(self, *args: Any, **kwargs: Any) -> Tensor:
         """GPT2Block's contract, with attention as its own module computes it."""
         call = dict(zip(self.names, args, strict=False)) | kwargs

@@ -29,7 +29,10 @@ def accelerate(model: nn.Module, kernels: str | Kernels = "auto", training_logit
     kinds = _kinds()
     modules = [m for m in model.modules() if type(m) in kinds or isinstance(m, StandIn)]
     if not any(isinstance(m, Model) or kinds.get(type(m)) is Model for m in modules):
-        raise TypeError(f"model is {type(model).__name__}, expected transformers' GPT2LMHeadModel or one with a GPT2Model")
+        raise TypeError(
+            f"model is {type(model).__name__}, expected transformers' GPT2LMHeadModel or one with a GPT2Model"
+        )
+    module: Any
     for module in modules:
         if type(module) in kinds:
             module.__class__ = stand_in(type(module), kinds[type(module)])
@@ -44,6 +47,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     modules = [m for m in model.modules() if isinstance(m, StandIn)]
     bases = [_base(m) for m in modules]
+    module: Any
     for module, base in zip(modules, bases, strict=True):
         del module._fastgpt2
         module.__class__ = base
@@ -58,7 +62,7 @@ def _base(module: StandIn) -> Any:
     return base
 
 
-def _kinds() -> dict[type, type[StandIn]]:
+def _kinds() -> dict[Any, Any]:
     """transformers' classes, and what computes in their place."""
     from transformers.models.gpt2 import modeling_gpt2 as theirs
 

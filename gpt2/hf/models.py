@@ -45,6 +45,14 @@ def why_not(model: Any) -> str | None:
 
 
 class Model(StandIn):
+    config: Any
+    h: Any
+    ln_f: Any
+    wte: Any
+    wpe: Any
+    drop: Any
+    gradient_checkpointing: bool
+
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
         if not self.serves(call) or why_not(self) is not None:
@@ -87,29 +95,39 @@ class Model(StandIn):
         cache = call.get(self.cache_name)
         if mask is None:
             return True
+        if mask.dim() == 4:
+            return mask.dtype == torch.bool and (cache is not None or mask.size(3) == idx.size(1))
         return mask.dim() == 2 and (cache is not None or mask.shape == idx.shape)
 
     def context(self, idx: Tensor, call: dict[str, Any], cache: Any, past: int | Tensor, kernels: Kernels) -> Context:
         """Who sees whom. Raises ValueError for padding between real tokens of a row where Triton attends."""
-        (B, T), positions, real = idx.shape, call.get("position_ids"), call.get("attention_mask")
+        (B, T), positions, mask = idx.shape, call.get("position_ids"), call.get("attention_mask")
         S = T if cache is None else cache.get_mask_sizes(T, 0)[0]
-        starts = None
-        if cache is None and real is None:
+        by_torch = kernels.attention == "torch"
+        if cache is None and mask is None:
             cu_seqlens = call.get("cu_seq_lens_q")
             if cu_seqlens is not None:
                 return Context(kernels, documents=ops.document_mask(cu_seqlens.to(torch.int32), B, T, kernels))
-            if positions is not None:
-                restarts = positions.diff(dim=1) != 1
-                if torch.compiler.is_compiling() or bool(restarts.any()):
-                    starts = visible.starts_of_documents(restarts.expand(B, -1))
-        if real is not None:
-            real = F.pad(real.bool(), (0, max(0, S - real.size(1))))
-        seen = visible.encode(B, T, S, past, real, starts, idx.device)
-        if seen is None or seen.dtype == torch.int32:
-            alone = cache is None or (isinstance(past, int) and past == 0) or T > 1
-            documents = None if seen is None else ops.document_mask(seen.flatten(), B, T, kernels)
-            return Context(kernels, cache, alone, documents, seen)
-        return Context(kernels, cache, False, None, seen)
+            restarts = None if positions is None else positions.diff(dim=1) != 1
+            if restarts is not None and (torch.compiler.is_compiling() or bool(restarts.any())):
+                documents = visible.documents(visible.starts_of_documents(restarts.expand(B, -1))).flatten()
+                return Context(kernels, documents=ops.document_mask(documents, B, T, kernels))
+        try:
+            if mask is not None and mask.dim() == 4:
+                seen = mask if by_torch else visible.from_booleans(mask, past)
+            else:
+                real = None if mask is None else F.pad(mask.bool(), (0, max(0, S - mask.size(1))))
+                seen = visible.encode(B, T, S, past, real, idx.device, by_torch)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. hf.accelerate(model, Kernels(attention='torch', ...)) computes such calls by PyTorch"
+            ) from None
+        alone = cache is None or (isinstance(past, int) and past == 0)
+        if seen is None or not alone:
+            return Context(kernels, cache, alone, None, seen)
+        if seen.dtype == torch.int32:
+            return Context(kernels, cache, alone, ops.document_mask(seen.flatten(), B, T, kernels))
+        return Context(kernels, cache, alone, seen[..., :T])
 
     def embed(self, idx: Tensor, positions: Tensor | None, kernels: Kernels) -> Tensor:
         """idx (B, T) -> (B, T, C), with dropout."""
@@ -120,8 +138,12 @@ class Model(StandIn):
 
 
 class LMHeadModel(StandIn):
+    config: Any
+    transformer: Any
+    lm_head: Any
+
     def compute(self, *args: Any, **kwargs: Any) -> Any:
-        """Their contract. With `training_logits=False` a training step with labels makes no logits: `without_logits`."""
+        """Their contract, but that a training step may go `without_logits`."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
         if call.get("labels") is None or not self.without_logits(call):
             return super().forward(*args, **kwargs)

@@ -49,25 +49,31 @@ class StandIn(nn.Module):
         return _empty, (base, ours), self.__dict__
 
 
-def _empty(base: type, ours: type[StandIn]) -> nn.Module:
+def _empty(base: Any, ours: Any) -> nn.Module:
     kind = stand_in(base, ours)
     return kind.__new__(kind)
 
 
-@functools.cache
-def stand_in(base: type, ours: type[StandIn]) -> type[StandIn]:
-    """The subclass of both, with the name, the signature and the documentation of `base`."""
+_made: dict[Any, Any] = {}
+
+
+def stand_in(base: Any, ours: Any) -> Any:
+    """The subclass of both, made once, with the name, the signature and the documentation of `base`."""
+    if (base, ours) not in _made:
+        _made[base, ours] = _make(base, ours)
+    return _made[base, ours]
+
+
+def _make(base: Any, ours: Any) -> Any:
     from transformers.activations import NewGELUActivation
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
     from transformers.pytorch_utils import Conv1D
 
-    theirs: Any = base
-
-    @functools.wraps(theirs.forward)
+    @functools.wraps(base.forward)
     def forward(self, *args, **kwargs):
         return self.compute(*args, **kwargs)
 
-    parameters = list(inspect.signature(theirs.forward).parameters.values())[1:]
+    parameters = list(inspect.signature(base.forward).parameters.values())[1:]
     attributes = dict(
         forward=forward,
         names=tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD),

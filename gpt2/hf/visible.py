@@ -94,16 +94,14 @@ def encode(
     S: int,
     past: int | Tensor,
     real: Tensor | None = None,
-    starts: Tensor | None = None,
     device: torch.device | str = "cpu",
+    booleans: bool = False,
 ) -> Tensor | None:
     """T queries a row behind `past` tokens, over S keys, of which a static cache has more than there are tokens.
 
-    real (B, >= past + T) bool: tokens that are no padding; None for all. starts (B, T): where each token's document
-    begins, without padding and without a past. Raises ValueError for padding between real tokens.
+    real (B, S) bool: tokens that are no padding; None for all. booleans: where there is padding, a mask (B, 1, T, S)
+    for PyTorch's attention, as transformers' own. Raises ValueError for padding between real tokens without.
     """
-    if starts is not None:
-        return documents(starts)
     compiling = torch.compiler.is_compiling()
     if isinstance(past, Tensor) and (T > 1 or real is not None) and not compiling:
         past = int(past)
@@ -114,6 +112,9 @@ def encode(
         if known and (past == 0 or (T == 1 and past + T == S)):
             return None
         return ranges(torch.arange(1, T + 1, device=device) + past, None)
+    if booleans:
+        last = torch.arange(T, device=device)[:, None] + past
+        return (torch.arange(S, device=device) <= last) & real[:, None, None]
     one_run = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] <= 1
     if not holds(one_run, HOLES):
         raise ValueError(HOLES)
@@ -122,21 +123,29 @@ def encode(
     return ranges(torch.arange(1, T + 1, device=device) + past, real.int().argmax(1))
 
 
-def from_booleans(seen: Tensor, past: int) -> Tensor | None:
+def from_booleans(seen: Tensor, past: int | Tensor) -> Tensor | None:
     """The form above of who sees whom, (B, 1, T, S) bool, T queries behind `past` tokens.
 
-    Raises ValueError unless every query sees a run of keys that ends with itself, and each run is a document's.
+    A token that neither sees itself nor is seen is padding. Raises ValueError unless every other query sees a run of
+    keys that ends with itself, and each run is a document's.
     """
     wrong = "the mask lets tokens see something else than the tokens before them in their document"
-    B, _, T, S = seen.shape
+    T, S = seen.shape[2:]
+    if isinstance(past, Tensor) and not torch.compiler.is_compiling():
+        past = int(past)
+    at_start = isinstance(past, int) and past == 0
     seen = seen[:, 0]
     place = torch.arange(S, device=seen.device)
-    stop = torch.arange(past + 1, past + T + 1, device=seen.device)
-    starts = seen.int().argmax(2)  # (B, T), the first that is seen
+    stop = torch.arange(1, T + 1, device=seen.device) + past
+    own = (stop - 1).expand(seen.shape[:2])  # (B, T)
+    padding = ~seen.gather(2, own[:, :, None]).squeeze(2)
+    starts = torch.where(padding, own, seen.int().argmax(2))  # (B, T)
     run = (place >= starts[:, :, None]) & (place < stop[:, None])
+    unseen = ~seen.any(1).gather(1, own)
     same = starts[:, 1:] == starts[:, :-1]
-    if past == 0:
+    if at_start:
         same = same | (starts[:, 1:] == place[1:T])
-    if not holds((run == seen).all() & same.all(), wrong):
+    right = torch.where(padding, unseen, (run == seen).all(2))
+    if not holds(right.all() & same.all(), wrong):
         raise ValueError(wrong)
-    return documents(starts) if past == 0 else ranges(stop, starts[:, 0])
+    return documents(starts) if at_start else ranges(stop, starts[:, 0])
