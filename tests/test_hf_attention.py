@@ -86,18 +86,19 @@ def test_cu_seq_lens_are_documents(kernels):
 
 
 class Copies(TorchDispatchMode):
-    """Names of operators that write their input somewhere else."""
+    """Names of operators that write floating-point inputs somewhere else. (`copy_` is how Triton's interpreter works.)"""
 
-    NAMES = ("clone", "cat", "stack", "copy_", "_to_copy", "contiguous", "constant_pad_nd", "repeat", "index")
+    NAMES = ("clone", "cat", "stack", "_to_copy", "constant_pad_nd", "repeat", "index", "gather")
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in self.NAMES:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.NAMES and result.is_floating_point():
             self.found.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -158,21 +159,27 @@ def test_dropout_drops_what_the_op_drops_and_as_much_as_asked(kernels):
     expected = ops.causal_attention(packed, 2, 0.25, 0.4, ops.Kernels.all(kernels))
     assert torch.equal(y.flatten(2), expected)
     # With values of one, a row gives the sum of its kept weights / 0.6: one in the mean; the first row is 0 or 1 / 0.6.
-    assert abs(y[..., 0].mean() - 1) < 0.1 and set(y[:, 0, :, 0].flatten().tolist()) <= {
-        0.0,
-        1 / torch.tensor(0.6).item(),
-    }
-    assert torch.equal(attention.attention_forward(module, q, k, v, None)[0], torch.ones_like(y)) or kernels == "torch"
+    assert abs(y[..., 0].mean() - 1) < 0.1
+    first = y[:, 0, :, 0]
+    torch.testing.assert_close(first, (first > 0) / 0.6)
+    torch.testing.assert_close(attention.attention_forward(module, q, k, v, None)[0], torch.ones_like(y))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_compiled_is_the_same(kernels):
     _, ours = pair(kernels)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+
+    def run(model, batch):
+        ours.zero_grad()
+        logits = model(IDS, use_cache=False, **batch).logits
+        logits.square().mean().backward()
+        return logits.detach(), [p.grad.clone() for p in ours.parameters()]
+
     for name, batch in BATCHES.items():
-        expected, found = results(ours, batch), results(compiled, batch)
-        found = {key.removeprefix("_orig_mod."): value for key, value in found.items()}
-        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            run(compiled, batch), run(ours, batch), msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- writing
