@@ -22,39 +22,42 @@ BATCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def labels_of(batch: dict[str, Any]) -> Tensor:
-    """IDS without padding, and without each row's first real token, which padding would have to predict."""
-    real = batch.get("attention_mask", torch.ones_like(IDS)).bool()
+def labels_of(batch: dict[str, Any], ids: Tensor = IDS) -> Tensor:
+    """ids without padding, and without each row's first real token, which padding would have to predict."""
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
     before = torch.nn.functional.pad(real, (1, 0))[:, :-1]
-    return IDS.masked_fill(~(real & before), -100)
+    return ids.masked_fill(~(real & before), -100)
 
 
-def results(model: nn.Module, batch: dict[str, Any], **more: Any) -> dict[str, Tensor | None]:
+def results(model: nn.Module, batch: dict[str, Any], ids: Tensor = IDS) -> dict[str, Tensor | None]:
     """logits of real tokens (where there are any), loss, and the gradient of every parameter."""
     model.zero_grad()
-    out = model(IDS, labels=labels_of(batch), use_cache=False, **batch, **more)
+    out = model(ids, labels=labels_of(batch, ids), use_cache=False, **batch)
     out.loss.backward()
     found = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     if out.logits is not None:
-        found["logits"] = out.logits.detach()[batch.get("attention_mask", torch.ones_like(IDS)).bool()]
+        found["logits"] = out.logits.detach()[batch.get("attention_mask", torch.ones_like(ids)).bool()]
     return found | {"loss": out.loss.detach()}
 
 
-def same_as(model: nn.Module, eager: nn.Module, name: str = "plain", roundings: int = 4, **more: Any) -> None:
-    """The 2x rule for all of `results`: `model` and transformers' eager one, against the latter in float64."""
+def same_as(
+    ours: list[nn.Module], eager: nn.Module, name: str = "plain", ids: Tensor = IDS, roundings: int = 4
+) -> None:
+    """The 2x rule for all of `results`: every model of `ours` and transformers' eager one, against this in float64."""
     batch = BATCHES[name]
     exact = copy.deepcopy(eager).double()
     for block in exact.transformer.h:
         block.attn.reorder_and_upcast_attn = False  # knows float32 only
-    truth = results(exact, batch, **more)
-    theirs, ours = results(eager, batch, **more), results(model, batch, **more)
-    assert ours.keys() <= truth.keys() and len(ours) >= len(truth) - 1
+    truth, theirs = results(exact, batch, ids), results(eager, batch, ids)
     failures = []
-    for what, found in ours.items():
-        try:
-            compare(found, theirs[what], truth[what], roundings=roundings)
-        except AssertionError as failure:
-            failures.append(f"{what}: {failure}")
+    for model in ours:
+        found = results(model, batch, ids)
+        assert found.keys() <= truth.keys() and len(found) >= len(truth) - 1
+        for what, value in found.items():
+            try:
+                compare(value, theirs[what], truth[what], roundings=4)  # several ops in a row
+            except AssertionError as failure:
+                failures.append(f"{what}: {failure}")
     assert not failures, "\n".join(failures)
 
 
