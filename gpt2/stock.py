@@ -26,7 +26,9 @@ PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 # What is computed in place of calling a module: the `forward` of these classes as it was when they were defined.
-FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding)}
+FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout)
+}
 
 
 def stock(kind: type[Kind]) -> type[Kind]:
@@ -48,7 +50,7 @@ def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
 
     False for a subclass (which LoRA's and quantised layers are, and what parametrisations make of a module), where the
     class or the module got another `forward`, for a module that `is_watched`, or with parameters of another class than
-    torch's own. kind: Linear, LayerNorm or Embedding, or a class decorated with `stock`.
+    torch's own. kind: Linear, LayerNorm, Embedding or Dropout, or a class decorated with `stock`.
     """
     if type(module) is not kind:
         return kind is nn.Linear and type(module) is LinearWeights
