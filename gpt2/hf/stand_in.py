@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import nn
 
 from fastgpt2.gpt2.ops import Kernels
+from fastgpt2.gpt2.stock import FORWARDS, stock
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _make(base: Any, ours: Any) -> Any:
         return self.compute(*args, **kwargs)
 
     parameters = list(inspect.signature(base.forward).parameters.values())[1:]
-    attributes = dict(
+    attributes: dict[str, Any] = dict(
         forward=forward,
         names=tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD),
         theirs=Theirs(GPT2Attention, GPT2MLP, Conv1D, NewGELUActivation),
@@ -82,4 +83,10 @@ def _make(base: Any, ours: Any) -> Any:
         __qualname__=base.__qualname__,
         __doc__=base.__doc__,
     )
-    return type(base.__name__, (ours, base), attributes)
+    made = stock(type(base.__name__, (ours, base), attributes))
+    for kind in attributes["theirs"]:
+        if kind.forward.__module__ == kind.__module__:
+            stock(kind)
+        else:
+            FORWARDS[kind] = None  # patched before we came: called, and never computed in its place
+    return made

@@ -75,23 +75,23 @@ def _body(body: Any, kernels: Kernels) -> Iterator[Row]:
         tables = [name for name in ("wte", "wpe") if not is_stock(getattr(body, name), nn.Embedding)]
         yield _row("embedding", kernels.embedding, "embedding", tables)
         yield Row("attention", kernels.attention, _switch("attention", kernels.attention))
-    norms, gelus, layers = [], [], []
+    norms, mlps, layers = [], [], []
     for i, block in enumerate(body.h):
         if not isinstance(block, Block):
             layers.append(f"h.{i}")
             continue
         norms += [f"h.{i}.{name}" for name in ("ln_1", "ln_2") if not is_stock(getattr(block, name), nn.LayerNorm)]
         if not is_stock(block.mlp, block.theirs.MLP):
-            gelus.append(f"h.{i}.mlp")
+            mlps.append(f"h.{i}.mlp")
         elif not is_stock(block.mlp.act, block.theirs.Gelu):
-            gelus.append(f"h.{i}.mlp.act")
+            mlps.append(f"h.{i}.mlp.act")
         for part, name in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
             layer = getattr(getattr(block, part), name, None)
             if not isinstance(weights(layer, block.theirs), LinearWeights):
                 layers.append(f"h.{i}.{part}.{name}")
     norms += [] if why is not None or is_stock(body.ln_f, nn.LayerNorm) else ["ln_f"]
     yield _row("add + layer norm", kernels.layer_norm, "layer_norm", norms)
-    yield _row("gelu", kernels.gelu, "gelu", gelus)
+    yield _row("mlp", kernels.mlp, "mlp", mlps)
     yield _row("linear layers", "torch", "", layers)
 
 
