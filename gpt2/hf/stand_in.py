@@ -83,7 +83,7 @@ def _make(base: Any, ours: Any) -> Any:
         __qualname__=base.__qualname__,
         __doc__=base.__doc__,
     )
-    made = stock(type(base.__name__, (ours, base), attributes))
+    made: Any = stock(type(base.__name__, (ours, base), attributes))
     for kind in attributes["theirs"]:
         if kind.forward.__module__ == kind.__module__:
             stock(kind)
