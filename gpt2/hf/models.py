@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.hf import visible
 from fastgpt2.gpt2.hf.blocks import Block, Context
-from fastgpt2.gpt2.hf.stand_in import StandIn
+from fastgpt2.gpt2.hf.stand_in import StandIn, is_untouched
 from fastgpt2.gpt2.ops import IGNORED_TARGET, Kernels, Stream
 from fastgpt2.gpt2.stock import is_stock
 
@@ -37,9 +37,9 @@ def why_not(model: Any) -> str | None:
     if config.add_cross_attention or not getattr(config, "is_causal", True):
         return "the config asks for cross-attention, or for attention that is not causal"
     for i, block in enumerate(model.h):
-        if not (isinstance(block, Block) and is_stock(block, type(block))):
+        if not isinstance(block, Block) or not is_untouched(block, type(block)):
             return f"h.{i} is replaced or has hooks"
-        if not is_stock(block.attn, model.theirs.Attention):
+        if not is_untouched(block.attn, model.theirs.Attention):
             return f"h.{i}.attn is replaced or has hooks"
     return None
 

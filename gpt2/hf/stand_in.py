@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import nn
 
 from fastgpt2.gpt2.ops import Kernels
-from fastgpt2.gpt2.stock import FORWARDS, stock
+from fastgpt2.gpt2.stock import is_watched, stock
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,26 @@ def _make(base: Any, ours: Any) -> Any:
         return self.compute(*args, **kwargs)
 
     parameters = list(inspect.signature(base.forward).parameters.values())[1:]
+    # A class that was patched before we came is called, and never computed in its place.
+    known = [
+        kind if kind.forward.__module__ == kind.__module__ else object
+        for kind in (GPT2Attention, GPT2MLP, Conv1D, NewGELUActivation)
+    ]
+    for kind in known:
+        if kind is not object:
+            stock(kind)
     attributes: dict[str, Any] = dict(
         forward=forward,
         names=tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD),
-        theirs=Theirs(GPT2Attention, GPT2MLP, Conv1D, NewGELUActivation),
+        theirs=Theirs(*known),
         __module__=base.__module__,
         __qualname__=base.__qualname__,
         __doc__=base.__doc__,
     )
-    made: Any = stock(type(base.__name__, (ours, base), attributes))
-    for kind in attributes["theirs"]:
-        if kind.forward.__module__ == kind.__module__:
-            stock(kind)
-        else:
-            FORWARDS[kind] = None  # patched before we came: called, and never computed in its place
+    made: Any = type(base.__name__, (ours, base), attributes)
     return made
+
+
+def is_untouched(module: Any, kind: Any) -> bool:
+    """`is_stock` for classes whose `forward` transformers wraps, which torch.compile cannot tell from another one."""
+    return type(module) is kind and not is_watched(module)
