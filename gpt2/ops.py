@@ -411,6 +411,14 @@ def head_loss(
     return logits, total / (kept >= 0).sum().clamp(min=1)
 
 
+def loss_without_logits(x: Tensor, lm_head: nn.Linear, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
+    """Cross-entropy of a stock head without bias by Triton: x (B, T, C), targets (B, T) -> float32 scalar.
+
+    reduction: "mean" or "sum". Ignored are targets of ignore_index and negative ones.
+    """
+    return triton_linear_cross_entropy(x, lm_head.weight, targets, reduction=reduction, ignore_index=ignore_index)
+
+
 def without_padding(logits: Tensor, vocab_size: int, padded_vocab_size: int) -> Tensor:
     """(..., padded_vocab_size) -> (..., vocab_size); what a head of another width gives is left whole."""
     return logits[..., :vocab_size] if logits.size(-1) == padded_vocab_size else logits

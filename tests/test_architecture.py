@@ -22,6 +22,7 @@ GPT2_FOLDERS = {
     "evaluation": {"data"},
     "weights": {"data"},
     "data": set(),
+    "hf": set(),
 }
 BENCH_FOLDERS = {
     "timing": {"audit", "report", "verify", "cases"},
