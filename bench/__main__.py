@@ -14,7 +14,7 @@ if not TRITON_INSTALLED:
 from fastgpt2.bench.audit import audit  # noqa: E402
 from fastgpt2.bench.report import measured, report, roofline  # noqa: E402
 from fastgpt2.bench.timing import generate, host, ops, train, tune  # noqa: E402
-from fastgpt2.gpt2.training.recipe import find_device  # noqa: E402
+from fastgpt2.gpt2.training.train_config import find_device  # noqa: E402
 
 COMMANDS = (train, generate, ops, host, audit, tune, roofline, report)
 # What runs when no command is named: quick, adapted to the machine by each command, and a page of it all.

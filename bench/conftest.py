@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastgpt2.bench.verify import gate
-from fastgpt2.gpt2.training.recipe import find_device
+from fastgpt2.gpt2.training.train_config import find_device
 
 
 @pytest.fixture(scope="session", autouse=True)

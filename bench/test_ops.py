@@ -10,7 +10,7 @@ import torch
 
 from fastgpt2.bench.cases.peers import PEERS, first_line
 from fastgpt2.bench.timing import ops
-from fastgpt2.gpt2.training.recipe import find_device
+from fastgpt2.gpt2.training.train_config import find_device
 
 DEVICE = find_device("auto")
 SCOPE = ops.Scope.of(DEVICE, quick=True)

@@ -25,7 +25,7 @@ MODULES = {
     "optim": "training.optim",
     "prepare": "data.prepare",
     "pretrained": "weights.pretrained",
-    "recipe": "training.recipe",
+    "recipe": "training.train_config",
     "sample": "generation.sample",
     "sampling": "generation.sampling",
     "shards": "data.shards",

@@ -93,7 +93,7 @@ def train(folder: Path, captures: bool) -> list[float]:
     )
     trainer.captures = captures
     losses = [trainer.step(i).loss for i in (1, 2, 3)]
-    assert (graphs_of(trainer.spread) is not None) is captures
+    assert (graphs_of(trainer.parallel_model) is not None) is captures
     return losses
 
 

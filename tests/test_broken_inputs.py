@@ -19,7 +19,7 @@ from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data.shards import open_tokens
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer
-from fastgpt2.gpt2.training.recipe import read_settings
+from fastgpt2.gpt2.training.train_config import read_settings
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 ONE_LINE = re.compile(r"fastgpt2: error: [^\n]+\n")

@@ -20,7 +20,7 @@ from fastgpt2.gpt2.training.log import read_log
 from fastgpt2.gpt2.training.run_folder import RunFolder
 from fastgpt2.gpt2.training.train import TrainConfig, Trainer
 from fastgpt2.gpt2.weights import checkpoints
-from fastgpt2.gpt2.weights.checkpoints import damage, save_checkpoint, saved_checkpoints
+from fastgpt2.gpt2.weights.checkpoints import find_corruption, save_checkpoint, saved_checkpoints
 
 # Dropout and padded rows: what only the random numbers and the training state can bring back.
 MORE = dict(dropout=0.1, vocab_multiple=100, eval_interval=4, steps=10, batch_size=2, total_batch_tokens=64)
@@ -78,7 +78,7 @@ def killed(tmp_path_factory, whole):
 def test_a_killed_run_goes_on_bit_for_bit(whole, killed, kill):
     result, log, _ = finish(None, resume=killed[kill])
     assert_same(whole, result, log)
-    assert all(damage(folder) is None for folder in saved_checkpoints(result.folder))
+    assert all(find_corruption(folder) is None for folder in saved_checkpoints(result.folder))
     assert (result.folder / "checkpoint").resolve() == saved_checkpoints(result.folder)[0].resolve()
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(whole, tmp_pat
     assert re.search(rf"damaged {newest}: {said}", console), console
     assert f"resumes {before}" in console
     assert_same(whole, result, log)
-    assert damage(newest) is None
+    assert find_corruption(newest) is None
 
 
 def test_a_run_with_no_whole_checkpoint_is_refused(whole, tmp_path):
@@ -176,7 +176,7 @@ def test_a_write_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
         patch.setattr(checkpoints.torch, "save", full)
         save_checkpoint(tmp_path, 2, model, tokenizer, {}, keep=1)
     (only,) = saved_checkpoints(tmp_path)
-    assert only.name == "step-00000001" and damage(only) is None
+    assert only.name == "step-00000001" and find_corruption(only) is None
     save_checkpoint(tmp_path, 3, model, tokenizer, {}, keep=1)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 

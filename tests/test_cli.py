@@ -14,7 +14,7 @@ import pytest
 from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.cli import sample as sample_command
 from fastgpt2.gpt2.training.progress import shell_word
-from fastgpt2.gpt2.training.recipe import TrainConfig
+from fastgpt2.gpt2.training.train_config import TrainConfig
 
 SMALL = (
     "--steps 4 --batch-size 2 --block-size 16 --n-layer 1 --n-head 1 --n-embd 16 --eval-interval 2 --eval-tokens 32 "

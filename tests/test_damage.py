@@ -13,7 +13,13 @@ from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
 from fastgpt2.gpt2.generation.sample import load_checkpoint
-from fastgpt2.gpt2.weights.checkpoints import WEIGHTS, damage, folder_to_read, save_checkpoint, saved_checkpoints
+from fastgpt2.gpt2.weights.checkpoints import (
+    WEIGHTS,
+    find_corruption,
+    folder_to_read,
+    save_checkpoint,
+    saved_checkpoints,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -151,7 +157,7 @@ def test_what_was_just_written_stays_beside_a_damaged_newer_one(tmp_path, keep):
     for step in (20, 30):
         flip(tmp_path / "checkpoints" / f"step-{step:08}" / WEIGHTS)
     assert small(tmp_path, 15, keep=keep) == ([15, 20, 30] if keep == 1 else [10, 15, 20, 30])
-    assert damage(tmp_path / "checkpoint") is None
+    assert find_corruption(tmp_path / "checkpoint") is None
     assert small(tmp_path, 20, 25, 30, keep=keep) == ([30] if keep == 1 else [25, 30])
 
 
@@ -166,7 +172,9 @@ def test_a_whole_one_is_read_once(tmp_path, monkeypatch):
     from fastgpt2.gpt2.weights import checkpoints
 
     seen = []
-    monkeypatch.setattr(checkpoints, "damage", lambda folder: seen.append(folder.name) or damage(folder))
+    monkeypatch.setattr(
+        checkpoints, "find_corruption", lambda folder: seen.append(folder.name) or find_corruption(folder)
+    )
     small(tmp_path, 10, 20, 30, 40, keep=3)
     assert sorted(seen) == ["step-00000010", "step-00000020", "step-00000030"]
 

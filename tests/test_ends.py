@@ -25,7 +25,7 @@ from fastgpt2.gpt2.training.run_folder import read_log
 from fastgpt2.gpt2.training.stop_signals import StopSignals
 from fastgpt2.gpt2.training.train import TrainConfig, Trainer
 from fastgpt2.gpt2.weights import checkpoints
-from fastgpt2.gpt2.weights.checkpoints import damage, saved_checkpoints
+from fastgpt2.gpt2.weights.checkpoints import find_corruption, saved_checkpoints
 
 pytestmark = [
     pytest.mark.usefixtures("quick_runs"),
@@ -63,7 +63,7 @@ def test_a_run_goes_on_where_nobody_reads_its_output_any_more(tmp_path):
     said = process.communicate()[1].decode()
     assert said == "fastgpt2: standard output is gone (Broken pipe): this goes on without it\n"
     assert process.returncode == 0 and len(read_log(tmp_path / "run" / "log.jsonl")) == 100
-    assert damage(saved_checkpoints(tmp_path / "run")[0]) is None
+    assert find_corruption(saved_checkpoints(tmp_path / "run")[0]) is None
 
 
 class Gone(io.StringIO):
@@ -212,7 +212,7 @@ def test_ranks_of_a_killed_torchrun_save_and_end(tmp_path):
             launcher.wait()
     wait_for(lambda: saved_checkpoints(tmp_path / "run"), (tmp_path / "said").read_text)
     wait_for(lambda: "stopped by SIGTERM" in (tmp_path / "said").read_text(), (tmp_path / "said").read_text)
-    assert damage(saved_checkpoints(tmp_path / "run")[0]) is None
+    assert find_corruption(saved_checkpoints(tmp_path / "run")[0]) is None
 
 
 def wait_for(there, said):

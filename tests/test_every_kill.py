@@ -11,7 +11,7 @@ import torch
 from tiny_run import finish, run, settings_in
 
 from fastgpt2.gpt2.training.run_folder import CONFIG
-from fastgpt2.gpt2.weights.checkpoints import damage, saved_checkpoints
+from fastgpt2.gpt2.weights.checkpoints import find_corruption, saved_checkpoints
 
 pytestmark = [
     pytest.mark.usefixtures("quick_runs"),
@@ -48,7 +48,7 @@ def test_all_go_on(deaths, tmp_path):
         assert [record["loss"] for record in log] == losses, folder
         assert all(torch.equal(value, expected[name]) for name, value in result.model.state_dict().items()), folder
         assert saved_checkpoints(folder)[0].name == "step-00000004", folder
-        assert damage(folder / "checkpoint") is None, folder
+        assert find_corruption(folder / "checkpoint") is None, folder
         left = [f.name for f in folder.rglob("*") if f.name.endswith((".tmp", ".unfinished"))]
         assert not left, (folder, left)
     assert 5 < again < len(folders) // 2

@@ -49,7 +49,7 @@ def losses(folder, device, captures: bool, **more) -> list[float]:
     run = trainer(folder, device, cuda_graph="auto" if captures else "off", **more)
     run.captures = captures  # a CPU has none
     found = [run.step(1).loss, run.step(2).loss, run.validation_loss(), run.step(3).loss, run.step(4).loss]
-    assert (graphs_of(run.spread) is not None) is captures
+    assert (graphs_of(run.parallel_model) is not None) is captures
     return found
 
 
@@ -75,7 +75,7 @@ def test_a_run_trains_alike(tmp_path, device, replays, name, monkeypatch):
     expected = losses(tmp_path, device, False, **more)
     assert not replays
     assert losses(tmp_path, device, True, **more) == pytest.approx(expected, rel=1e-2 if "dtype" in more else 1e-4)
-    assert len(replays) == 4 * TrainConfig(**{**settings_in(tmp_path), **more}).passes(1)
+    assert len(replays) == 4 * TrainConfig(**{**settings_in(tmp_path), **more}).grad_accum_steps(1)
 
 
 @pytest.mark.parametrize("cuda_graph", ["auto", "on"])

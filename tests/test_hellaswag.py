@@ -13,7 +13,7 @@ from tiny_run import TINY, run, settings_in
 
 from fastgpt2.gpt2.evaluation import hellaswag as module
 from fastgpt2.gpt2.evaluation.hellaswag import hellaswag, read_examples
-from fastgpt2.gpt2.training.recipe import TrainConfig
+from fastgpt2.gpt2.training.train_config import TrainConfig
 from fastgpt2.gpt2.training.trainer import Trainer
 
 ROWS = [

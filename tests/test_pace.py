@@ -16,7 +16,7 @@ from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
 from fastgpt2.gpt2.evaluation import evaluate
 from fastgpt2.gpt2.evaluation.evaluate import windows_at_once
 from fastgpt2.gpt2.training import pace, progress
-from fastgpt2.gpt2.training.recipe import TrainConfig
+from fastgpt2.gpt2.training.train_config import TrainConfig
 
 SMOKE = TrainConfig.from_preset("baby-smoke")
 

@@ -13,7 +13,7 @@ from tiny_run import finish, run, settings_in
 from fastgpt2 import GPT, GPTConfig
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.training.log import read_log
-from fastgpt2.gpt2.training.ranks import Ranks, set_gradient_sync, spread
+from fastgpt2.gpt2.training.ranks import Ranks, parallelize, set_gradient_sync
 from fastgpt2.gpt2.training.run_folder import RunFolder
 from fastgpt2.gpt2.training.train import Trainer
 
@@ -162,7 +162,7 @@ def test_ddp_is_told_before_the_forward():
 
 def test_alone_nothing_is_spread():
     model = GPT(GPTConfig(8, 11, 1, 1, 8), "torch")
-    assert spread(model, Ranks(torch.device("cpu")), "fsdp", compile=False) is model
+    assert parallelize(model, Ranks(torch.device("cpu")), "fsdp", compile=False) is model
 
 
 def test_a_gpu_of_its_own_for_each_process(monkeypatch):

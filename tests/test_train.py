@@ -24,10 +24,10 @@ from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.log import read_log
 from fastgpt2.gpt2.training.optim import cosine_schedule
 from fastgpt2.gpt2.training.progress import line
-from fastgpt2.gpt2.training.recipe import PRESETS, find_device, read_settings
 from fastgpt2.gpt2.training.run_folder import RunFolder
 from fastgpt2.gpt2.training.stop_signals import StopSignals
 from fastgpt2.gpt2.training.train import TrainConfig, Trainer, train
+from fastgpt2.gpt2.training.train_config import PRESETS, find_device, read_settings
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.generation.generate import generate
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.training.recipe import find_device
+from fastgpt2.gpt2.training.train_config import find_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINE = "HuggingFace, cache"

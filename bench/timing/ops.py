@@ -31,7 +31,7 @@ from fastgpt2.bench.report.record import FOLDER, Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import hardware, ops
-from fastgpt2.gpt2.training.recipe import find_device
+from fastgpt2.gpt2.training.train_config import find_device
 
 PYTORCH, COMPILED, OURS = "PyTorch", "torch.compile", "Triton"
 DIRECTIONS = ("forward", "backward", "both")

@@ -39,7 +39,7 @@ from fastgpt2.bench.timing.steps import DTYPES, Disagreement, Setting, TrainBenc
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import PRESETS
-from fastgpt2.gpt2.training.recipe import find_device
+from fastgpt2.gpt2.training.train_config import find_device
 
 MFU_FORMULA = "(6 N + 12 L H D T) * tokens/s / peak dense bf16 FLOP/s of the data sheet; N without positions"
 GPT2_SIZES = tuple(name for name in PRESETS if name.startswith("gpt2"))

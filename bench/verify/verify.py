@@ -23,7 +23,7 @@ from fastgpt2.bench.verify.kernel_errors import verify_case
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
-from fastgpt2.gpt2.training.recipe import find_device
+from fastgpt2.gpt2.training.train_config import find_device
 
 RULE = f"at most {LIMIT:g} times eager PyTorch's (or half a unit in the last place) and 1e-5"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -22,7 +22,7 @@ from fastgpt2.gpt2.evaluation.hellaswag import DOWNLOAD, hellaswag, read_example
 from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.progress import line, watched
-from fastgpt2.gpt2.training.recipe import DTYPES, find_device
+from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from fastgpt2.gpt2.generation.sample import load_checkpoint, stream_text, write_
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import visible
-from fastgpt2.gpt2.training.recipe import DTYPES, find_device
+from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 
 RULE = "-" * 80
 

@@ -16,9 +16,9 @@ from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training import train
 from fastgpt2.gpt2.training.pace import fitted
 from fastgpt2.gpt2.training.progress import line
-from fastgpt2.gpt2.training.recipe import TrainConfig, choose_preset, find_device, read_settings
 from fastgpt2.gpt2.training.run_folder import CONFIG, check_run
 from fastgpt2.gpt2.training.settings import Settings
+from fastgpt2.gpt2.training.train_config import TrainConfig, choose_preset, find_device, read_settings
 
 DESCRIPTION = (
     "Trains a model from scratch and writes a run folder with config.yaml, log.jsonl, checkpoint/ and loss.png. "

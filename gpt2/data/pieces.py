@@ -19,7 +19,7 @@ class Pieces:
         self.tokens = 0
         self.ended: str | None = None
         self._end_of_text = tokenizer.end_of_text
-        self._decode = tokenizer.decoder()
+        self._decode = tokenizer.detokenizer()
         self._stop = stop
         self._held = ""  # may be the beginning of `stop`
 

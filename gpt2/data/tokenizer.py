@@ -57,8 +57,8 @@ class Tokenizer(ABC):
         """Text of `ids`. Raises ValueError for an id outside the vocabulary."""
 
     @abstractmethod
-    def decoder(self) -> Callable[[Iterable[int], bool], str]:
-        """`decode` for tokens that come one after another: decoder(ids, final) is the text that is certain by now.
+    def detokenizer(self) -> Callable[[Iterable[int], bool], str]:
+        """`decode` for tokens that come one after another: detokenizer(ids, final) is the text that is certain by now.
 
         A character is held back until it is whole or, with final, nothing follows; what is given in all is `decode`'s.
         """
@@ -130,7 +130,7 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return _text(self._codes[self._checked(ids)])
 
-    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+    def detokenizer(self) -> Callable[[Iterable[int], bool], str]:
         return lambda ids, final: self.decode(ids)
 
     def _model(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class ByteTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._checked(ids).astype(np.uint8).tobytes()
 
-    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+    def detokenizer(self) -> Callable[[Iterable[int], bool], str]:
         return _utf8_decoder(self.decode_bytes)
 
     def _model(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class BPETokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(self._checked(ids).tolist())
 
-    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+    def detokenizer(self) -> Callable[[Iterable[int], bool], str]:
         return _utf8_decoder(self.decode_bytes)
 
     def _model(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.training.recipe import TrainConfig
+from fastgpt2.gpt2.training.train_config import TrainConfig
 
 RUN_S = 100.0  # of steps; the rest of two minutes is for start, validations, sample and picture
 MEASURE_S = 2.0
@@ -43,7 +43,7 @@ def step_seconds(config: TrainConfig) -> float:
     begin = time.perf_counter()
     while not times or time.perf_counter() - begin < MEASURE_S:
         start = time.perf_counter()
-        for _ in range(config.passes(1)):
+        for _ in range(config.grad_accum_steps(1)):
             model(idx, idx)[1].backward()
         optimizer.step()
         optimizer.zero_grad()

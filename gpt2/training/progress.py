@@ -24,8 +24,8 @@ from fastgpt2.gpt2.data.corpus import Corpus
 from fastgpt2.gpt2.evaluation.evaluate import Watch
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import visible
-from fastgpt2.gpt2.training.recipe import TrainConfig
 from fastgpt2.gpt2.training.run_folder import Record
+from fastgpt2.gpt2.training.train_config import TrainConfig
 
 RECENT_STEPS = 20
 QUIET_S, LINE_EVERY_S = 2.0, 10.0  # before the first line about a long computation, and between two

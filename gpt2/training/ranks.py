@@ -61,18 +61,18 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def mean(self, values: Tensor) -> list[float]:
+    def all_reduce_mean(self, values: Tensor) -> list[float]:
         """Of every element over the ranks, on each of them. Waits for the device."""
-        return [value / self.size for value in self.sum(values)]
+        return [value / self.size for value in self.all_reduce(values)]
 
-    def sum(self, values: Tensor) -> list[float]:
+    def all_reduce(self, values: Tensor) -> list[float]:
         """Of every element over the ranks, on each of them. Waits for the device."""
         values = values.detach().to(self.device)
         if self.size > 1:
             dist.all_reduce(values)
         return values.tolist()
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """On any rank."""
         if self.size == 1:
             return value
@@ -80,7 +80,7 @@ class Ranks:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
-    def from_first(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every rank; only rank 0 calls it. Waits for rank 0.
 
         Raises on every rank where it raises.
@@ -121,7 +121,7 @@ class Ranks:
         return values
 
 
-def spread(model: GPT, ranks: Ranks, parallel: str, compile: bool) -> nn.Module:
+def parallelize(model: GPT, ranks: Ranks, parallel: str, compile: bool) -> nn.Module:
     """What a step calls instead of `model`, whose parameters it shares: averages gradients over the ranks.
 
     parallel: "ddp": every rank holds the model. "fsdp": every rank holds a part of each parameter, of its gradient and
@@ -150,7 +150,7 @@ def _shard(model: GPT, ranks: Ranks) -> None:
 
 
 def set_gradient_sync(module: Any, wanted: bool) -> None:
-    """Whether the next forward and backward of what `spread` gave average gradients: only a step's last pass does.
+    """Whether the next forward and backward of what `parallelize` gave average gradients: only a step's last pass does.
 
     To be set before the forward: DDP decides there.
     """

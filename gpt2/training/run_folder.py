@@ -19,7 +19,7 @@ from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import kernels_digest
 from fastgpt2.gpt2.training.log import LOG, read_log
-from fastgpt2.gpt2.training.recipe import TrainConfig, settings_text
+from fastgpt2.gpt2.training.train_config import TrainConfig, settings_text
 
 CONFIG, ABOUT, PLOT = "config.yaml", "about.json", "loss.png"
 

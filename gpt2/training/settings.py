@@ -10,7 +10,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Nothing is checked here: that is `training.recipe.TrainConfig`. Defaults are those of the preset baby."""
+    """Nothing is checked here: that is `training.train_config.TrainConfig`. Defaults are those of the preset baby."""
 
     preset: str = "baby"  # where settings not given come from: baby, gpt2, -medium, -large, -xl; each also -smoke
     data: str | None = None  # text (file or folder), or token shards of `prepare`; None: Python library's sources

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastgpt2.gpt2.files import write_atomically
-from fastgpt2.gpt2.training.recipe import TrainConfig
 from fastgpt2.gpt2.training.run_folder import Record
+from fastgpt2.gpt2.training.train_config import TrainConfig
 
 PROJECT = "fastgpt2"
 

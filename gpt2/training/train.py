@@ -35,10 +35,10 @@ from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training.log import LOG, read_log
 from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample
 from fastgpt2.gpt2.training.ranks import Ranks
-from fastgpt2.gpt2.training.recipe import TrainConfig, choose_preset, find_device, read_settings
 from fastgpt2.gpt2.training.run_folder import CONFIG, Record, RunFolder, check_run, versions
 from fastgpt2.gpt2.training.stop_signals import StopSignals
 from fastgpt2.gpt2.training.trackers import Tracker, check_trackers, open_trackers
+from fastgpt2.gpt2.training.train_config import TrainConfig, choose_preset, find_device, read_settings
 from fastgpt2.gpt2.training.trainer import Trainer
 from fastgpt2.gpt2.weights.checkpoints import link_newest, load_checkpoint_state, newest_whole, save_checkpoint
 from fastgpt2.gpt2.weights.pretrained import from_pretrained
@@ -106,12 +106,12 @@ def _train(
     if not ranks.first:
         console = Console(quiet=True)
     if resumed is not None:
-        ranks.from_first(lambda: held.enter_context(exclusive(resumed)))
+        ranks.broadcast(lambda: held.enter_context(exclusive(resumed)))
     check_trackers(config)
     text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
     place: dict[str, Any] = dict(rank=ranks.rank, world_size=ranks.size)
     corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=config.text_tokenizer(), **place))
-    examples = ranks.from_first(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
+    examples = ranks.broadcast(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
     torch.manual_seed(config.seed)
     trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks)
     held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
@@ -120,10 +120,10 @@ def _train(
 
     new = resumed is None
     if resumed is None:
-        folder = ranks.from_first(lambda: _new_folder(config, trainer.model, corpus, held))
+        folder = ranks.broadcast(lambda: _new_folder(config, trainer.model, corpus, held))
     else:
         folder = RunFolder(resumed)
-        ranks.from_first(lambda: _rewind(folder, done, config.steps, console))
+        ranks.broadcast(lambda: _rewind(folder, done, config.steps, console))
     trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
     announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
 
@@ -131,7 +131,7 @@ def _train(
     with stop, Progress(console, config.steps, done) as progress:
         for step in range(done + 1, config.steps + 1):
             record = trainer.step(step)
-            number = ranks.largest(stop.received or 0)  # may come at any moment: looked at once a step
+            number = ranks.all_reduce_max(stop.received or 0)  # may come at any moment: looked at once a step
             stopped_by = signal.Signals(number) if number else None
             due = step % config.eval_interval == 0 or step == config.steps
             if due and stopped_by is None:
@@ -248,7 +248,7 @@ def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Con
     for name, value in state.get("val", {}).items():
         if held_out[name] != value:
             raise ValueError(f"{name} of the held-out data is {held_out[name]}, the run was validated with {value}")
-    trainer.ranks.from_first(lambda: link_newest(run, folder))  # a kill may have come before it
+    trainer.ranks.broadcast(lambda: link_newest(run, folder))  # a kill may have come before it
     line(console, f"resumes {folder}")
     if trainer.config.parallel == "fsdp" and trainer.ranks.size == 1:
         line(console, "note    parallel is fsdp, and this one process has all of the model")

@@ -23,9 +23,9 @@ from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.graphed import graphed
 from fastgpt2.gpt2.training.loss_watch import LossWatch
 from fastgpt2.gpt2.training.optim import cosine_schedule, wsd_schedule
-from fastgpt2.gpt2.training.ranks import Ranks, set_gradient_sync, spread
-from fastgpt2.gpt2.training.recipe import DTYPES, TrainConfig
+from fastgpt2.gpt2.training.ranks import Ranks, parallelize, set_gradient_sync
 from fastgpt2.gpt2.training.run_folder import Record
+from fastgpt2.gpt2.training.train_config import DTYPES, TrainConfig
 
 SAMPLE_TOKENS = 300
 
@@ -48,12 +48,12 @@ class Trainer:
         self.ranks = ranks or Ranks(torch.device(config.device))
         self.device = self.ranks.device
         self.peak_flops = hardware.peak_flops(self.device)
-        self.passes = config.passes(self.ranks.size)
+        self.grad_accum_steps = config.grad_accum_steps(self.ranks.size)
         self.captures = config.as_cuda_graph(self.ranks.size)
         self.model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels).to(self.device)
         self.model.transformer.recompute = config.recompute
         # Validation and sampling use the module itself, which shares its weights with the compiled one.
-        self.spread = spread(self.model, self.ranks, config.parallel, config.compile)
+        self.parallel_model = parallelize(self.model, self.ranks, config.parallel, config.compile)
         self.optimizer = self.model.configure_optimizers(
             config.weight_decay, config.lr, (0.9, config.beta2), self.device.type
         )
@@ -77,12 +77,12 @@ class Trainer:
         lr = self.learning_rate(step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses = [self._accumulate_gradient(i) for i in range(self.passes)]
+        losses = [self._accumulate_gradient(i) for i in range(self.grad_accum_steps)]
         self.scaler.unscale_(self.optimizer)
         grad_norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         if config.parallel == "fsdp" and self.ranks.size > 1:
             grad_norm = grad_norm.full_tensor()
-        loss, norm = self.ranks.mean(torch.stack([torch.stack(losses).mean(), grad_norm]))
+        loss, norm = self.ranks.all_reduce_mean(torch.stack([torch.stack(losses).mean(), grad_norm]))
         left_out = self._update(step, loss, norm)
         seconds = time.perf_counter() - start
         tokens = config.tokens_per_step(self.ranks.size)
@@ -132,13 +132,13 @@ class Trainer:
         idx, targets = self.windows.next_batch(self.config.batch_size)
         more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
         idx, targets = idx.to(self.device), targets.to(self.device)
-        set_gradient_sync(self.spread, i == self.passes - 1)
+        set_gradient_sync(self.parallel_model, i == self.grad_accum_steps - 1)
         if self.captures:
-            graphed(self.spread, idx, targets, more.get("documents"), required=self.config.cuda_graph == "on")
+            graphed(self.parallel_model, idx, targets, more.get("documents"), required=self.config.cuda_graph == "on")
             self.captures = False
         with self.autocast():
-            _, loss = self.spread(idx, targets, **more)
-        self.scaler.scale(loss / self.passes).backward()
+            _, loss = self.parallel_model(idx, targets, **more)
+        self.scaler.scale(loss / self.grad_accum_steps).backward()
         return loss.detach()
 
     def _documents(self, idx: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Trainer:
         documents = self._documents if config.document_mask else None
         with self.autocast():
             found = total_loss(self.model, batches, self.device, documents)
-        total, tokens = ranks.sum(torch.tensor(found, dtype=torch.float64))
+        total, tokens = ranks.all_reduce(torch.tensor(found, dtype=torch.float64))
         return total / tokens
 
     def hellaswag(self, examples: Sequence[Example]) -> float:
@@ -178,7 +178,7 @@ class Trainer:
             with self.autocast():
                 _, acc_norm = plain_scores(model.to(self.device), self.tokenizer, mine, device=self.device)
             right = acc_norm * len(mine)
-        (total,) = ranks.sum(torch.tensor([right], dtype=torch.float64))
+        (total,) = ranks.all_reduce(torch.tensor([right], dtype=torch.float64))
         return total / len(examples)
 
     def sample(self, model: GPT, prompt: str) -> str:

@@ -80,7 +80,7 @@ def saved_checkpoints(run: Path) -> list[Path]:
     return sorted((f for f in folders if f.is_dir() and not f.name.endswith(UNFINISHED)), reverse=True)
 
 
-def damage(folder: Path, *, only_weights: bool = False) -> str | None:
+def find_corruption(folder: Path, *, only_weights: bool = False) -> str | None:
     """What is wrong with a checkpoint, None if nothing is.
 
     only_weights: leave out training.pt, the largest of its files, which only a run that goes on reads.
@@ -108,11 +108,11 @@ def damage(folder: Path, *, only_weights: bool = False) -> str | None:
 def newest_whole(run: Path, report: Callable[[str], None], *, only_weights: bool = False) -> Path | None:
     """The newest checkpoint of a run that is whole, None where there is none at all; `report` hears of damaged ones.
 
-    only_weights: see `damage`. Raises ValueError where there are checkpoints and none is whole.
+    only_weights: see `find_corruption`. Raises ValueError where there are checkpoints and none is whole.
     """
     found = []
     for folder in saved_checkpoints(run):
-        wrong = damage(folder, only_weights=only_weights)
+        wrong = find_corruption(folder, only_weights=only_weights)
         if wrong is None:
             return folder
         report(f"damaged {folder}: {wrong}")
@@ -139,7 +139,7 @@ def folder_to_read(folder: Path, check: bool = True) -> Path:
             warnings.warn(f"{text}; {found.name} is taken instead", stacklevel=2)
         return found
     if (folder / FILES).exists() or (folder / STATE).exists():
-        wrong = damage(folder, only_weights=True)
+        wrong = find_corruption(folder, only_weights=True)
         if wrong is not None:
             raise ValueError(f"{folder} is damaged: {wrong}; give the run's folder for its newest whole checkpoint")
     return folder
@@ -166,14 +166,14 @@ def _remove_old(run: Path, new: Path, keep: int) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether `damage` finds nothing; read once as long as no file's size and time of change are others."""
+    """Whether `find_corruption` finds nothing; read once as long as no file's size and time of change are others."""
     stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
     return _damage_of(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)) is None
 
 
 @functools.lru_cache(maxsize=64)
 def _damage_of(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str | None:
-    return damage(folder)
+    return find_corruption(folder)
 
 
 def _not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from fastgpt2 import GPTConfig
 from fastgpt2.gpt2.cli.train import parse
 from fastgpt2.gpt2.training.optim import wsd_schedule
-from fastgpt2.gpt2.training.recipe import PRESETS, TrainConfig, choose_preset, read_settings, settings_text
+from fastgpt2.gpt2.training.train_config import PRESETS, TrainConfig, choose_preset, read_settings, settings_text
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_gpt2_is_the_reproduction_of_124m():
 
 def test_passes_follow_from_the_tokens_of_a_step():
     config = TrainConfig.from_preset("gpt2", batch_size=16)
-    assert [config.passes(ranks) for ranks in (1, 2, 8)] == [32, 16, 4]
+    assert [config.grad_accum_steps(ranks) for ranks in (1, 2, 8)] == [32, 16, 4]
     assert {config.tokens_per_step(ranks) for ranks in (1, 2, 8)} == {2**19}
     with pytest.raises(ValueError, match="total_batch_tokens is 524288.*16 x block_size 1024 x 3 ranks = 49152"):
-        config.passes(3)
+        config.grad_accum_steps(3)
     with pytest.raises(ValueError, match="total_batch_tokens is 100, allowed are multiples of"):
         TrainConfig(total_batch_tokens=100)
     alone = TrainConfig(batch_size=2, block_size=8)
-    assert alone.passes(4) == 1 and alone.tokens_per_step(4) == 64
+    assert alone.grad_accum_steps(4) == 1 and alone.tokens_per_step(4) == 64
 
 
 def test_every_preset_of_gpt2_runs_on_eight_processes():

@@ -54,7 +54,7 @@ class TrainConfig(Settings):
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}, allowed are 0..{MAX_SEED}")
         self.model_config(vocab_size=1)
-        self.passes(1)
+        self.grad_accum_steps(1)
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model that is trained."""
@@ -66,7 +66,7 @@ class TrainConfig(Settings):
         small = self.preset.endswith("-smoke")
         return "char" if not self.preset.startswith("gpt2") else "byte" if small else "gpt2"
 
-    def passes(self, world_size: int) -> int:
+    def grad_accum_steps(self, world_size: int) -> int:
         """Forward and backward passes of each rank whose mean gradient makes one step.
 
         Raises ValueError where the tokens of a step are not a whole number of passes of all ranks.
@@ -92,7 +92,7 @@ class TrainConfig(Settings):
 
     def tokens_per_step(self, world_size: int = 1) -> int:
         """Tokens that one optimizer step is trained on, over all ranks."""
-        return self.passes(world_size) * self.batch_size * self.block_size * world_size
+        return self.grad_accum_steps(world_size) * self.batch_size * self.block_size * world_size
 
     def on_this_machine(self) -> TrainConfig:
         """device and dtype settled: "auto" replaced by what it means here."""
