@@ -12,12 +12,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from calls import CALLS, Call
+from calls import CALLS
 from interpreter import BackwardToo, far_apart, grid_order, red_zones
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.call import Call
 from fastgpt2.kernels._cross_entropy import cross_entropy_
 from fastgpt2.kernels.attention import causal_attention
 from fastgpt2.kernels.embedding import token_position_embedding
