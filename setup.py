@@ -60,6 +60,7 @@ setup(
         "transformers>=4.45",
         "tiktoken>=0.7",
         "safetensors>=0.4.3",
+        "huggingface_hub>=0.24",
         "rich>=13",
         "tyro>=0.9",
         "pyyaml>=6",

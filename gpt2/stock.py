@@ -10,7 +10,7 @@ A region that reads `weight` and `bias` would pass all of that over in silence. 
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 # What is computed in place of calling a module: the `forward` of these classes as it was when they were defined.
-FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding)}
+FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout)
+}
 
 
 def stock(kind: type[Kind]) -> type[Kind]:
@@ -35,14 +37,24 @@ def stock(kind: type[Kind]) -> type[Kind]:
     return kind
 
 
+class LinearWeights(NamedTuple):
+    """weight (out, in) and bias (out,) of a stock layer that keeps them in another layout, as transformers' Conv1D
+    does: stands for an `nn.Linear` with these, and counts as a stock one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling `module` computes what class `kind` does with the module's weight and bias, and nothing else.
 
     False for a subclass (which LoRA's and quantised layers are, and what parametrisations make of a module), where the
     class or the module got another `forward`, for a module that `is_watched`, or with parameters of another class than
-    torch's own. kind: Linear, LayerNorm or Embedding, or a class decorated with `stock`.
+    torch's own. kind: Linear, LayerNorm, Embedding or Dropout, or a class decorated with `stock`.
     """
-    if type(module) is not kind or is_watched(module):
+    if type(module) is not kind:
+        return kind is nn.Linear and type(module) is LinearWeights
+    if is_watched(module):
         return False
     if getattr(module.forward, "__func__", None) is not FORWARDS[kind]:
         return False

@@ -22,15 +22,18 @@ the backward reads V C s and writes V C e. Peak extra memory, V' = V rounded up 
 and, for the second and later chunks in 16 bits, min(V, 4096) C s where PyTorch cannot add a product to an fp32 matrix
 (`_matmul`); under autocast the casts of x and weight. The backward's gradients come when the buffer is free again.
 
-Numerics: dlogits stay at the scale of probabilities (times 4096 in fp16, whose range is small), and both gradients in
-fp32 (fp64), until the backward knows the upstream gradient: nothing underflows before a loss scaler's factor has come,
-and each gradient is rounded once. For "none" dlogits carry the upstream gradient. No atomics, sums in a fixed order.
+Numerics: dlogits stay at the scale of probabilities (times 4096 in fp16, whose range is small, and less beside a large
+z), and both gradients in fp32 (fp64), until the backward knows the upstream gradient: nothing underflows before a loss
+scaler's factor has come, and each gradient is rounded once. For "none" dlogits carry the upstream gradient. No atomics,
+sums in a fixed order.
 
 Sources: gradients in the forward, Liger Kernel (Hsu et al. 2024, arXiv 2410.10989); chunks without whole logits, Cut
 Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009); z-loss, PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +99,16 @@ def chunk_rows(N: int, V: int, itemsize: int, chunk_bytes: int) -> int:
     return max(1, min(fit, _tuning.cdiv(even, 128) * 128))
 
 
-def _logits_scale(dtype: torch.dtype) -> float:
-    """What dlogits, 1 at most without it, are multiplied by from the forward's kernel to the backward."""
-    return 4096.0 if dtype == torch.float16 else 1.0
+def _logits_scale(dtype: torch.dtype, z_loss: float) -> float:
+    """What dlogits, 1 + 2 z lse at most without it, are multiplied by from the forward's kernel to the backward.
+
+    A power of two with which the largest lse that fp16 logits have does not reach infinity: 4096 up to a z of 1e-4.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    largest = torch.finfo(dtype).max
+    room = largest / (1.0 + 2.0 * abs(z_loss) * (largest + 32.0))  # 32 nats for more columns than there will be
+    return min(4096.0, 2.0 ** math.floor(math.log2(room)))
 
 
 def extra_bytes(N: int, C: int, V: int, dtype: torch.dtype, chunk_bytes: int, need_dx: bool, need_dweight: bool) -> int:
@@ -168,7 +178,7 @@ def linear_cross_entropy_fwd(
     None for a gradient that is not needed, and for both with "none".
     """
     in_forward = reduction != "none"
-    scale = torch.full((1,), _logits_scale(dtype), dtype=statistics_dtype(dtype), device=x.device)
+    scale = torch.full((1,), _logits_scale(dtype, z_loss), dtype=statistics_dtype(dtype), device=x.device)
     losses, dx, dweight = _losses_and_gradients(
         x, weight[:vocab_size], targets, scale, ignore_index, label_smoothing, z_loss, chunk_bytes, dtype,
         need_dx and in_forward, need_dweight and in_forward,
@@ -262,7 +272,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else (factor, dx, dweight)))
     ctx.arguments = (ignore_index, *numbers, need_dx, need_dweight)
     ctx.reduction = reduction
-    ctx.scale_arguments = weight.shape[0], _logits_scale(numbers[-1]), x.dtype, weight.dtype
+    ctx.scale_arguments = weight.shape[0], _logits_scale(numbers[-1], numbers[1]), x.dtype, weight.dtype
 
 
 def _backward(ctx, dloss, *_):

@@ -16,13 +16,11 @@
 What is checked, for every floating output and for the gradient of every floating input:
 
 - shape and dtype are eager's, and it is finite wherever the truth is (in its dtype) and eager is;
-- max and root-mean-square error, e:   e(ours) <= max(2 * e(eager), roundings * eps / 2 * scale) + 84 * eps_sum * scale
+- max and root-mean-square error, by the rule of bench/verify/error_rule.py
 
-where scale is the truth's largest magnitude (or its root mean square), eps belongs to the output's dtype and eps_sum to
-float32 (float64 for float64 outputs). The first term is the rule; eps / 2 allows the one rounding of a store where
-eager was exact by luck (`roundings=` of them, where several ops in a row give results of few elements); the last is
-1e-5 for float32: sums in another order. The truth is computed from the inputs as rounded to their dtypes. Inputs keep
-their strides on the way to ours (pass a slice, an expanded or transposed tensor).
+(`roundings=` of a store, where several ops in a row give results of few elements). The truth is computed from the
+inputs as rounded to their dtypes. Inputs keep their strides on the way to ours (pass a slice, an expanded or transposed
+tensor).
 
 Options: `rows=True` holds each row (last dimension) to the rule by itself, so that one huge row does not excuse the
 others; `grads=False` leaves gradients out, `grads=("x", ...)` takes those alone; `upstream(output) -> gradient`
@@ -38,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SUM_EPS = 84  # times eps: 1e-5 in float32
+from fastgpt2.bench.verify.error_rule import allowed_error
 
 
 @dataclass(frozen=True)
@@ -156,13 +154,11 @@ def compare(
         return x.reshape(-1, x.shape[-1]) if rows and x.dim() else x.reshape(1, -1)
 
     t, a, b = zeroed(truth), zeroed(ours.double()), zeroed(theirs)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
     measures = {"max": lambda x: x.abs().amax(-1), "rms": lambda x: x.square().mean(-1).sqrt()}
     worst = []
     for measure, size in measures.items():
         error, base, scale = size(a - t), size(b - t), size(t)
-        floor = roundings * torch.finfo(dtype).eps / 2 * scale
-        bound = torch.maximum(factor * base, floor) + SUM_EPS * torch.finfo(sums).eps * scale.clamp(min=cancelling)
+        bound = allowed_error(base, scale, dtype, factor=factor, roundings=roundings, cancelling=cancelling)
         row = int((error / bound).argmax())
         worst.append(Error(measure, *(float(x[row]) for x in (error, base, bound, scale))))
     for error in worst:

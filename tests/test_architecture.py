@@ -22,12 +22,13 @@ GPT2_FOLDERS = {
     "evaluation": {"data"},
     "weights": {"data"},
     "data": set(),
+    "hf": set(),
 }
 BENCH_FOLDERS = {
     "timing": {"audit", "report", "verify", "cases"},
     "audit": {"report", "cases"},
     "report": {"cases"},
-    "verify": {"cases"},
+    "verify": {"report", "cases"},
     "cases": set(),
 }
 # nanoGPT's and HuggingFace's interfaces are methods of the model, which import what they call when they are called.

@@ -10,7 +10,7 @@ from fastgpt2.bench import __main__ as bench
 from fastgpt2.bench.cases import variants
 from fastgpt2.bench.report import measured
 from fastgpt2.bench.report.record import Results
-from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2 import ops, switches
 
 GPU = torch.device("cuda")
 NAME = bench_results.MACHINE["name"]
@@ -134,9 +134,9 @@ def test_the_overview_says_it(monkeypatch, capsys):
 
 
 def test_auto_follows_the_committed_results(monkeypatch):
-    """Who commits figures in which these kernels are slower writes it into `ops.SLOWER`, and takes out what is old."""
+    """Who commits figures in which these kernels are slower writes it into `SLOWER`, and takes out what is old."""
     monkeypatch.undo()
-    assert ops.SLOWER == measured.slower(measured.COMMITTED)
+    assert switches.SLOWER == measured.slower(measured.COMMITTED)
 
 
 def test_what_was_slower_is_known_by_road(tmp_path):
@@ -163,7 +163,7 @@ def test_auto_is_pytorch_where_triton_was_slower(monkeypatch, road):
         return found
 
     assert set(kernels().values()) == {ops.ALL_TRITON}
-    monkeypatch.setattr(ops, "SLOWER", {(8, 0): ("launched", "graph", "compile"), (9, 0): (road,)})
+    monkeypatch.setattr(switches, "SLOWER", {(8, 0): ("launched", "graph", "compile"), (9, 0): (road,)})
     assert [way for way, found in kernels().items() if found == ops.ALL_TORCH] == [road]
     assert ops.kernels_for(ops.ALL_TRITON, GPU) == ops.ALL_TRITON, "what a user asks for by name stays"
     assert "but PyTorch where a step is" in measured.lines(GPU)[0]

@@ -245,3 +245,75 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         differences.compare(ops, ops, -1)
     with pytest.raises(ValueError, match="leave the others out"):
         bench.main(["report", "x.json", "--compare", "a.json", "b.json"])
+
+
+# --------------------------------------------------------------------------------------------------- what is readable
+
+
+def test_small_numbers_keep_their_digits():
+    shown = [tables.quantity(value) for value in (1.1, 0.6, 0.0123, 99.4, 250.4, 1234567.0)]
+    assert shown == ["1.1", "0.6", "0.0123", "99.4", "250", "1,234,567"]
+    results = bench_results.train_results()
+    timed = [row for row in results.rows if row["time_ms"] and not row["alone"]]
+    for row, value in zip(timed, (1.1, 0.6), strict=False):
+        row["tokens_per_s"] = dict(p20=value, median=value, p80=value)
+    written = [text.get_text() for axes in plots.throughput(results).axes for text in axes.texts]
+    assert "1.1" in written and "0.6" in written
+    results = bench_results.ops_results()
+    results.rows[0] |= dict(time_ms=dict(p20=1e-4, median=2e-4, p80=3e-4), gb_per_s=0.004)
+    headers, (first, *_) = tables.table(results)
+    cells = dict(zip(headers, first, strict=True))
+    assert (cells["ms"], cells["20..80%"], cells["GB/s"]) == ("0.0002", "0.0001..0.0003", "0.004")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_no_name_is_cut_on_a_narrow_terminal(kind, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    results = EVERY[kind]()
+    tables.show(results)
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+    for row in tables.table(results)[1]:
+        assert any(all(cell in line for cell in row) for line in lines), row
+
+
+def test_no_row_of_a_comparison_is_cut(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    file = bench_results.ops_results().save(tmp_path)
+    assert bench.main(["report", "--compare", str(file), str(file)]) == 0
+    out = capsys.readouterr().out
+    assert all(row["name"] in out for row in bench_results.ops_results().rows if row["time_ms"])
+
+
+def test_what_is_faster_than_the_measured_memory_is_explained():
+    results = bench_results.ops_results()
+    for row in results.rows:
+        if row["time_ms"] and row["fraction"] is not None:
+            row["fraction"], row["time_ms"] = 0.5, dict(p20=1e3, median=1e3, p80=1e3)
+    assert (
+        not any("cache" in line for line in tables.notes(results)) and not plots.roofline(results).axes[0].get_title()
+    )
+    row = next(row for row in results.rows if row["time_ms"] and row["fraction"] is not None)
+    row |= dict(fraction=1.7, time_ms=dict(p20=1e-9, median=1e-9, p80=1e-9))
+    assert any("a cache, which is faster than the measured copy" in line for line in tables.notes(results))
+    assert "a cache, which is faster" in plots.roofline(results).axes[0].get_title()
+
+
+def test_every_column_of_the_page_is_seen_at_1200_pixels():
+    """A column is at least as wide as its longest word, which the page's style lets stand alone in a line."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    from fastgpt2.bench.report.report import STYLE
+
+    assert "nowrap" not in STYLE
+    font = FontProperties(family="DejaVu Sans")  # wider than the fonts of common systems
+
+    def width(word):
+        return TextPath((0, 0), word, size=13, prop=font).get_extents().width if word else 0
+
+    for name in ("train-nvidia-h200.json", "ops-amd-epyc.json", "generate-nvidia-h200.json"):
+        headers, rows = tables.table(Results.load(COMMITTED / name))
+        columns = [{word for cell in column for word in cell.split()} for column in zip(headers, *rows, strict=True)]
+        words = [max(column, key=len, default="") for column in columns]
+        assert sum(width(word) + 2 * 6 for word in words) < 1200 - 48, words

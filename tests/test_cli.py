@@ -59,7 +59,12 @@ def test_every_setting_is_an_option(capsys):
         assert re.search(rf" {option}(, --no\S+| \S+) [^(-][^()]+.*?\(default: ", said), option
 
 
-def test_options_reach_the_config(monkeypatch):
+@pytest.fixture
+def no_measurement(monkeypatch):
+    monkeypatch.setattr("fastgpt2.gpt2.cli.train.fitted", lambda config: (config, 1.0))
+
+
+def test_options_reach_the_config(monkeypatch, no_measurement):
     seen = []
     result = types.SimpleNamespace(stopped_by=None)
     monkeypatch.setattr(
@@ -74,14 +79,14 @@ def test_options_reach_the_config(monkeypatch):
     assert third == TrainConfig.from_preset("baby-smoke", device="cpu", compile=False, kernels="attention,mlp")
 
 
-def test_the_choice_of_size_is_explained(monkeypatch, capsys):
+def test_the_choice_of_size_is_explained(monkeypatch, capsys, no_measurement):
     result = types.SimpleNamespace(stopped_by=None)
     monkeypatch.setattr("fastgpt2.gpt2.training.train.train", lambda config, resume, console: result)
     cli.main(["train", "--device", "cpu"])
     assert "baby-smoke (no GPU" in capsys.readouterr().out
 
 
-def test_a_stopped_run_has_the_signals_status(monkeypatch):
+def test_a_stopped_run_has_the_signals_status(monkeypatch, no_measurement):
     result = types.SimpleNamespace(stopped_by=signal.SIGTERM)
     monkeypatch.setattr("fastgpt2.gpt2.training.train.train", lambda config, resume, console: result)
     assert cli.main(["train"]) == 128 + 15

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -118,7 +119,11 @@ def test_settings_survive_their_file(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("stesp: 3", "setting 'stesp' is unknown, there are preset,"), ("- 3", "holds a list"), ("a: [", "is not YAML")],
+    [
+        ("stesp: 3", "setting 'stesp' is unknown, there are preset,"),
+        ("- 3", "holds no settings"),
+        ("a: [", "is not YAML"),
+    ],
 )
 def test_files_that_do_not_work_are_named(content, message, tmp_path):
     (tmp_path / "run.yaml").write_text(content)
@@ -132,7 +137,43 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_value_of_the_wrong_type_is_refused(tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("steps: many")
+    for content, message in (
+        ("lr: 0.1\nsteps: many", "run.yaml, line 2: steps is 'many', expected a whole number"),
+        ("lr: true", "lr is 'true', expected a number"),
+        ("steps: 1.5", "steps is '1.5', expected a whole number"),
+        ("steps: null", "steps is 'null', which is nothing"),
+        ("compile: 1", "compile is '1', allowed are true and false"),
+        ("bad_steps: no", "bad_steps is 'no', allowed are stop, skip"),
+        ("data: [a, b]", "data holds more than one value"),
+        ("lr: 0.1\nsteps: 3\nlr: 0.2", "line 3: setting 'lr' is there twice"),
+    ):
+        (tmp_path / "run.yaml").write_text(content)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            parse(["--config", str(tmp_path / "run.yaml")])
     with pytest.raises(SystemExit) as end:
-        parse(["--config", str(tmp_path / "run.yaml")])
+        parse(["--steps", "many"])
     assert end.value.code == 2 and "--steps" in capsys.readouterr().err
+
+
+def test_a_value_out_of_range_names_the_file_it_stands_in(tmp_path):
+    (tmp_path / "run.yaml").write_text("lr: -1\npreset: gpt3\n")
+    with pytest.raises(ValueError, match="run.yaml: lr is -1.0, allowed are"):
+        parse(["--config", str(tmp_path / "run.yaml"), "--preset", "baby"])
+    with pytest.raises(ValueError, match="^lr is -2.0, allowed are"):
+        parse(["--config", str(tmp_path / "run.yaml"), "--preset", "baby", "--lr", "-2"])
+    with pytest.raises(ValueError, match="^preset 'gpt3' is unknown"):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_words_that_yaml_takes_for_something_else_are_what_the_setting_is(tmp_path):
+    (tmp_path / "run.yaml").write_text("cuda_graph: off\nlr: 1e-3\ndata: 1984\nout: no\ncompile: yes\nkernels: --x\n")
+    config, *_ = parse(["--config", str(tmp_path / "run.yaml"), "--preset", "baby", "--device", "cpu"])
+    assert (config.cuda_graph, config.lr, config.data, config.out) == ("off", 1e-3, "1984", "no")
+    assert config.compile is True and config.kernels == "--x"
+
+
+def test_a_run_that_goes_on_has_no_other_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text("lr: 0.1")
+    assert parse(["--resume", str(tmp_path), "--out", f"{tmp_path}/."])[2] == str(tmp_path)
+    with pytest.raises(ValueError, match="out is 'elsewhere', and .* goes on where it is: leave --out out"):
+        parse(["--resume", str(tmp_path), "--out", "elsewhere"])

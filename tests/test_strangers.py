@@ -12,6 +12,7 @@ from tiny_models import tiny
 from fastgpt2 import GPT
 from fastgpt2.gpt2.data import shards
 from fastgpt2.gpt2.weights import huggingface
+from fastgpt2.gpt2.weights.checkpoints import load_checkpoint_state
 from fastgpt2.gpt2.weights.huggingface import huggingface_state
 
 
@@ -77,3 +78,18 @@ def test_a_manifest_names_files_beside_it_only(tmp_path, name):
     dataclasses.replace(manifest, train=(dataclasses.replace(outside, file=name),)).save(folder)
     with pytest.raises(ValueError, match="manifest.json lists .*, expected names of files beside it"):
         shards.open_tokens(folder, "train")
+
+
+def test_several_arrays_are_no_tokens(tmp_path):
+    for split in shards.SPLITS:
+        with open(tmp_path / f"{split}.npy", "wb") as file:
+            np.savez(file, a=TOKENS)
+    with pytest.raises(ValueError, match="train.npy holds several arrays, as .npz files do"):
+        shards.open_tokens(tmp_path, "train")
+
+
+@pytest.mark.parametrize("state", [{"step": 4}, [1]], ids=str)
+def test_a_state_without_its_parts_is_named(tmp_path, state):
+    torch.save(state, tmp_path / "training.pt")
+    with pytest.raises(ValueError, match="training.pt is no state of a run: it has no config, optimizer, padding"):
+        load_checkpoint_state(tmp_path)

@@ -1,6 +1,6 @@
 """What was measured of `kernels="auto"` on this machine's architecture: said road by road, or said that nothing was.
 
-"auto" means Triton's kernels on a GPU, but for what `ops.SLOWER` lists: the ways to launch them in which they were
+"auto" means Triton's kernels on a GPU, but for what `switches.SLOWER` lists: the ways to launch them in which they were
 measured slower than PyTorch's. Whether they are depends on that way, on the architecture and on the kernels themselves,
 so only result files of `fastgpt2 bench train` from such a GPU with these very kernels count; older ones are shown as
 what they are.
@@ -17,7 +17,7 @@ import torch
 
 from fastgpt2.bench.cases.variants import COMPILE, GRAPH, LAUNCHED, ROADS, label
 from fastgpt2.bench.report.record import FOLDER, HERE, Results, short
-from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2 import ops, switches
 
 DIGEST = "kernels"  # the key in a result file's settings: SHA-256 of the kernels' sources
 COMMITTED = HERE / "results"
@@ -95,7 +95,7 @@ def of_architecture(device: torch.device, folders: Iterable[Path]) -> list[Measu
 
 
 def slower(*folders: Path) -> dict[tuple[int, int], tuple[str, ...]]:
-    """What `ops.SLOWER` has to be by the result files in `folders`: of the slowest setting and compile mode."""
+    """What `switches.SLOWER` has to be by the result files in `folders`: of the slowest setting and compile mode."""
     digest = ops.kernels_digest()
     found: dict[tuple[int, int], tuple[str, ...]] = {}
     for file in sorted(file for folder in folders for file in folder.glob("train-*.json")):
@@ -117,7 +117,7 @@ def lines(device: torch.device, *folders: Path) -> list[str]:
         return ['kernels="auto" is PyTorch here: Triton\'s kernels need a GPU']
     gpu, digest = torch.cuda.get_device_name(device), ops.kernels_digest()
     found = of_architecture(device, {*folders, FOLDER, COMMITTED})
-    less = ops.SLOWER.get(torch.cuda.get_device_capability(device), ())
+    less = switches.SLOWER.get(torch.cuda.get_device_capability(device), ())
     but = f", but PyTorch where a step is {' or '.join(map(_said, less))}" if less else ""
     said = [f'kernels="auto" is Triton on {gpu}{but}; measured on its architecture with these kernels ({digest[:10]}):']
     for road in ROADS:

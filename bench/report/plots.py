@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastgpt2.bench.cases import variants
 from fastgpt2.bench.cases.variants import GRAPH, LAUNCHED, MODES, SUFFIXES
+from fastgpt2.bench.report import tables
 from fastgpt2.bench.report.record import Results, describe
 from fastgpt2.gpt2.ops import ALL_TORCH
 
@@ -89,7 +90,7 @@ def throughput(results: Results) -> Figure | None:
         errors = [[v["median"] - v["p20"] for v in values], [v["p80"] - v["median"] for v in values]]
         labels = [row["label"] for row in rows]
         axes.barh(labels, medians, xerr=errors, color=[colour(label) for label in labels], capsize=3, height=0.7)
-        _write_values(axes, [v["p80"] for v in values], [f"{m:,.0f}" for m in medians])
+        _write_values(axes, [v["p80"] for v in values], [tables.quantity(m) for m in medians])
         axes.invert_yaxis()
         axes.set(title=setting, xlabel="tokens/s (median, 20th to 80th percentile)")
     return figure
@@ -178,6 +179,8 @@ def roofline(results: Results) -> Figure | None:
     axes.set(
         xscale="log", yscale="log", xlabel="least time at this machine's measured peaks, ms", ylabel="measured, ms"
     )
+    if any(measured < least for pairs in points.values() for least, measured in pairs):
+        axes.set_title(f"Below the roof: {tables.CACHED.partition(': ')[2]}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

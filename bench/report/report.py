@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +23,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; m
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; } h3 { margin-top: 1.5rem; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 .wide { overflow-x: auto; }
-th, td { text-align: left; padding: 2px 10px; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th, td { text-align: left; padding: 2px 6px; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
 .wide td:nth-child(n+3), .wide th:nth-child(n+3) { text-align: right; }
-.where td:last-child { white-space: normal; }
 img { max-width: 100%; } li { font-size: 13px; }
 """
 
@@ -106,7 +104,7 @@ def show_changes(a: Results, b: Results, threshold: float) -> int:
     from rich.table import Table
 
     changes, lost, missing = differences.compare(a, b, threshold)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console()
     for line in differences.differences(a, b):
         console.print(f"the runs differ: {line}", highlight=False)
     table = Table("row", "A, ms", "B, ms", "B / A", "by the noise", "", box=None)
@@ -116,7 +114,7 @@ def show_changes(a: Results, b: Results, threshold: float) -> int:
         table.add_row(
             c.name, f"{c.a_ms:.3f}", f"{c.b_ms:.3f}", f"{c.ratio:.3f}", noise, c.verdict, style=styles[c.verdict]
         )
-    console.print(table)
+    tables.print_whole(console, table)
     for line in lost:
         console.print(f"lost: {line}", highlight=False, style=styles["slower"])
     for line in missing:

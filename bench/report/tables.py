@@ -7,15 +7,19 @@ show(results)                              # the card of a command
 from __future__ import annotations
 
 import html
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgpt2.bench.report.record import Results, describe, short
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 UNKNOWN = "unknown"
+CACHED = "more than the peak, less than the least time: data stayed in a cache, which is faster than the measured copy"
 BUSY = 0.5  # load a core from which timings suffer
 
 
@@ -23,12 +27,25 @@ def _optional(value: Any, text: Callable[[Any], str], missing: str = "-") -> str
     return missing if value is None else text(value)
 
 
+def quantity(value: float) -> str:
+    """Three digits at least: 1.1 and 0.6 are not both 1."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _quantities(spread: dict[str, float]) -> str:
+    return f"{quantity(spread['p20'])}..{quantity(spread['p80'])}"
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:,.1f}" if ms >= 100 else f"{ms:.3f}" if ms >= 0.1 else f"{ms:.3g}"
+
+
 def _ms(row: Row) -> str:
-    return _optional(row["time_ms"], lambda t: f"{t['median']:,.{1 if t['median'] >= 100 else 3}f}")
+    return _optional(row["time_ms"], lambda t: _milliseconds(t["median"]))
 
 
 def _ms_spread(row: Row) -> str:
-    return _optional(row["time_ms"], lambda t: f"{t['p20']:,.3f}..{t['p80']:,.3f}")
+    return _optional(row["time_ms"], lambda t: f"{_milliseconds(t['p20'])}..{_milliseconds(t['p80'])}")
 
 
 def _speedup(row: Row) -> str:
@@ -53,8 +70,8 @@ def _model_ms(row: Row) -> str:
 TRAIN: tuple[Column, ...] = (
     ("setting", lambda r: f"{r['size']} B={r['batch']} T={r['block']} {r['dtype']}" + ", alone" * r["alone"]),
     ("variant", lambda r: r["label"]),
-    ("tokens/s", lambda r: _optional(r["tokens_per_s"], lambda t: f"{t['median']:,.0f}", r["what"])),
-    ("20..80%", lambda r: _optional(r["tokens_per_s"], lambda t: f"{t['p20']:,.0f}..{t['p80']:,.0f}")),
+    ("tokens/s", lambda r: _optional(r["tokens_per_s"], lambda t: quantity(t["median"]), r["what"])),
+    ("20..80%", lambda r: _optional(r["tokens_per_s"], _quantities)),
     ("ms a step", _ms),
     ("speed-up", _speedup),
     ("over", lambda r: _optional(r["speedup"], lambda s: s["over"])),
@@ -70,8 +87,8 @@ OPS: tuple[Column, ...] = (
     ("variant", lambda r: r["label"] + (f" {r['version']}" if r.get("version") else "")),
     ("ms", _ms),
     ("20..80%", _ms_spread),
-    ("GB/s", lambda r: f"{r['gb_per_s']:,.1f}"),
-    ("TFLOP/s", lambda r: _optional(r["tflop_per_s"], lambda t: f"{t:.2f}")),
+    ("GB/s", lambda r: quantity(r["gb_per_s"])),
+    ("TFLOP/s", lambda r: _optional(r["tflop_per_s"], quantity)),
     ("of peak", lambda r: _optional(r["fraction"], lambda f: f"{f:.0%} {r['fraction_of']}")),
     ("roofline model, ms", _model_ms),
     ("speed-up", _speedup),
@@ -80,11 +97,11 @@ OPS: tuple[Column, ...] = (
 GENERATE: tuple[Column, ...] = (
     ("setting", lambda r: f"{r['size']} B={r['batch']} T={r['prompt']} new={r['new']} {r['dtype']}"),
     ("variant", lambda r: r["label"]),
-    ("tokens/s", lambda r: f"{r['tokens_per_s']['median']:,.1f}"),
-    ("20..80%", lambda r: f"{r['tokens_per_s']['p20']:,.1f}..{r['tokens_per_s']['p80']:,.1f}"),
+    ("tokens/s", lambda r: quantity(r["tokens_per_s"]["median"])),
+    ("20..80%", lambda r: _quantities(r["tokens_per_s"])),
     ("ms to the first token", lambda r: f"{r['first_ms']['median']:,.2f}"),
     ("ms a token", lambda r: f"{r['token_ms']:,.3f}"),
-    ("GB/s", lambda r: _optional(r["gb_per_s"], lambda b: f"{b:,.1f}")),
+    ("GB/s", lambda r: _optional(r["gb_per_s"], quantity)),
     ("of copy speed", lambda r: _optional(r["fraction"], lambda f: f"{f:.0%}")),
     ("x ideal", lambda r: f"{r['times_ideal']:.2f}"),
     ("speed-up", _speedup),
@@ -111,6 +128,8 @@ def notes(results: Results) -> list[str]:
     lines = []
     for key, value in results.settings.items():
         lines.append(f"{key.replace('_', ' ')}: {value:,.4g}" if isinstance(value, float) else f"{key}: {value}")
+    if any((row.get("fraction") or 0) > 1 for row in results.rows):
+        lines.append(CACHED)
     return lines + [f"left out: {entry['name']}: {entry['why']}" for entry in results.left_out]
 
 
@@ -133,7 +152,7 @@ def show(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console()
     console.print(f"{describe(results.machine)}; commit {short(results.commit)}", highlight=False)
     if (results.machine["load"] or 0) > BUSY * results.machine["cores"]:
         console.print(f"The machine was busy (load {results.machine['load']:g}): expect wide spreads.", style="bold")
@@ -141,12 +160,20 @@ def show(results: Results) -> None:
     card = Table(box=None)
     for i, title in enumerate(headers):
         numeric = all(row[i][:1].isdigit() or row[i] in ("-", UNKNOWN) for row in rows)
-        card.add_column(title, justify="right" if numeric else "left", no_wrap=i == 0)
+        card.add_column(title, justify="right" if numeric else "left")
     for row in rows:
         card.add_row(*row)
-    console.print(card)
+    print_whole(console, card)
     for line in notes(results):
         console.print(line, highlight=False, markup=False)
+
+
+def print_whole(console: Console, card: Table) -> None:
+    """Whole lines, also where the terminal is too narrow and breaks them: a cut name does not say what was measured."""
+    from rich.measure import Measurement
+
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=10_000), card).maximum)
+    console.print(card)
 
 
 def as_markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

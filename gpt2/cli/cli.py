@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import traceback
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastgpt2
+from fastgpt2.gpt2.output import give_up_stdout, use_any_encoding, visible
 
 PROG = "fastgpt2"
 # Name -> (module with `main(argv) -> exit status` and a parser of its own, what it does). Imported when asked for.
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Mistakes of a user are one line on standard error and status 2."""
     options, rest = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     module, _ = COMMANDS[options.command]
+    use_any_encoding()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -37,17 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # who read the output has enough of it: a pipe's end is no mistake
+        give_up_stdout()
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if options.traceback:
             traceback.print_exc()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"{PROG}: error: {lines[0]}", file=sys.stderr)
+        print(f"{PROG}: error: {visible(_in_words(error), sys.stderr)}", file=sys.stderr)
         return 2
+
+
+def _in_words(error: Exception) -> str:
+    """Its first line; of the operating system's errors the file and the reason, without a number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     """A line, without the place in the source that Python adds."""
-    print(f"{PROG}: warning: {message}", file=sys.stderr)
+    print(f"{PROG}: warning: {visible(str(message), sys.stderr)}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

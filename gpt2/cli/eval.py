@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,17 +12,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from fastgpt2.gpt2.data import shards
 from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
-from fastgpt2.gpt2.evaluation.evaluate import Watch, mean_loss, text_loss
+from fastgpt2.gpt2.evaluation.evaluate import Watch, mean_loss, text_loss, windows_at_once
 from fastgpt2.gpt2.evaluation.hellaswag import DOWNLOAD, hellaswag, read_examples
 from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.training.progress import line
+from fastgpt2.gpt2.training.progress import line, watched
 from fastgpt2.gpt2.training.recipe import DTYPES, find_device
 
 
@@ -42,11 +40,13 @@ def main(argv: Sequence[str]) -> int:
     model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=not args.no_check)
     tokens = None if args.data is None else _validation_tokens(args.data, tokenizer)
     model = model.to(device)
+    batch_size = args.batch_size or windows_at_once(model, device)
     console = Console()
     results: dict[str, Any] = {"checkpoint": args.checkpoint}
     with _autocast(args.dtype, device):
         if tokens is not None:
-            results["val"] = _validation_loss(model, tokens, args.tokens, args.batch_size, device, _watch(console))
+            watch = watched(console, "data")
+            results["val"] = _validation_loss(model, tokens, args.tokens, batch_size, device, watch)
             line(console, "data       val loss {loss:.4f} nats a token, {tokens:,} tokens".format(**results["val"]))
         if text is not None:
             if unknown := "".join(dict.fromkeys("".join(map(tokenizer.unknown, text.documents)))):
@@ -60,9 +60,9 @@ def main(argv: Sequence[str]) -> int:
                 tokenizer,
                 text,
                 stride=args.stride,
-                batch_size=args.batch_size,
+                batch_size=batch_size,
                 device=device,
-                watch=_watch(console),
+                watch=watched(console, "text"),
             )
             results["text"] = dataclasses.asdict(found)
             line(
@@ -71,9 +71,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{found.bits_per_byte:.4f} bits a byte, {found.tokens:,} tokens",
             )
         if examples is not None:
-            score = hellaswag(
-                model, tokenizer, examples, batch_size=4 * args.batch_size, device=device, watch=_watch(console)
-            )
+            watch = watched(console, "hellaswag")
+            score = hellaswag(model, tokenizer, examples, batch_size=4 * batch_size, device=device, watch=watch)
             results["hellaswag"] = dataclasses.asdict(score)
             line(
                 console,
@@ -102,9 +101,8 @@ def parser() -> argparse.ArgumentParser:
     add("--hellaswag", nargs="?", const=DOWNLOAD, metavar="FILE", help="both scorings; without a FILE (official "
         "JSONL) from the network")  # fmt: skip
     add("--limit", type=int, metavar="N", help="only the first N examples of HellaSwag (all)")
-    add(
-        "--batch-size", type=int, default=8, metavar="N", help="windows, or HellaSwag's examples, at once (%(default)s)"
-    )
+    add("--batch-size", type=int, metavar="N", help="windows, or HellaSwag's examples, at once (8; on a GPU up to 64, "
+        "as memory allows)")  # fmt: skip
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="of matrix products; auto: bfloat16 on CUDA")
     add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,mlp")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: CUDA or ROCm where there is one")
@@ -130,10 +128,6 @@ def _validation_loss(
         "tokens": sum(targets.numel() for _, targets in batches),
         "loss": mean_loss(model, watch(batches), device),
     }
-
-
-def _watch(console: Console) -> Watch:
-    return functools.partial(track, description="", console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastgpt2.gpt2.data import sources
 from fastgpt2.gpt2.data.prepare import SHARD_TOKENS, prepare
 from fastgpt2.gpt2.data.shards import Manifest
+from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training.progress import line, shell_word
 
 
 def main(argv: Sequence[str]) -> int:
     """Writes the shards, or goes on with them; returns 0."""
     args = parser().parse_args(argv)
-    console = Console()
+    console = run_console()
     source = sources.find_source(*args.source)
     line(console, f"from    {source.name}, {args.tokenizer} tokens")
     with _Bar(console, source) as bar:

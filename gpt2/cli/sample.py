@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgpt2.gpt2.data.sources import SURROGATE
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.windows import MAX_SEED
 from fastgpt2.gpt2.generation.sample import load_checkpoint, stream_text, write_texts
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.output import visible
 from fastgpt2.gpt2.training.recipe import DTYPES, find_device
 
 RULE = "-" * 80
@@ -56,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         for text in texts:
             print(json.dumps(dataclasses.asdict(text)))
     else:
-        print(f"\n{RULE}\n".join(text.prompt + text.completion for text in texts))
+        print(f"\n{RULE}\n".join(visible(text.prompt + text.completion) for text in texts))
     return 0
 
 
@@ -70,7 +72,7 @@ def _prompt(args: argparse.Namespace) -> str:
         source, prompt = "standard input", sys.stdin.read().removesuffix("\n")
     if not prompt:
         raise ValueError(f"{source} is empty: give at least one character to go on from")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
+    if SURROGATE.search(prompt):
         raise ValueError(f"{source} is not UTF-8 text: a prompt is")
     return prompt
 
@@ -91,10 +93,10 @@ def _check_length(model: GPT, tokenizer: Tokenizer, prompt: str, settings: dict[
 
 def _stream(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> None:
     pieces = stream_text(model, tokenizer, prompt, **settings)
-    print(prompt, end="", flush=True)
+    print(visible(prompt), end="", flush=True)
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
     finally:  # also after Ctrl-C: what follows begins on a line of its own
         print(flush=True)
 

@@ -255,6 +255,9 @@ def _map_npy(path: Path) -> np.ndarray:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} is cut short, or no .npy file: {error}") from None
+    if not isinstance(tokens, np.ndarray):
+        tokens.close()
+        raise ValueError(f"{path} holds several arrays, as .npz files do: expected one, (N,) uint16 or uint32")
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
         raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected (N,) uint16 or uint32")
     return tokens

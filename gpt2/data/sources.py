@@ -35,6 +35,7 @@ Position: TypeAlias = dict[str, Any]
 PIECE_CHARACTERS = 1 << 20
 READ_BYTES = 1 << 20
 TEXT_FIELD = "text"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: JSON can write one that stands alone
 _CUT = re.compile(r"\S\n(?=\S)")
 
 
@@ -157,6 +158,9 @@ def _jsonl(file: Path) -> Iterator[str]:
                 raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
             if not isinstance(row, dict) or not isinstance(row.get(TEXT_FIELD), str):
                 raise ValueError(f"{file}, line {number} has no string in a field {TEXT_FIELD!r}")
+            if surrogate := SURROGATE.search(row[TEXT_FIELD]):
+                code = f"\\u{ord(surrogate[0]):04x}"
+                raise ValueError(f"{file}, line {number} holds {code} alone, half of a character: that is no text")
             yield row[TEXT_FIELD]
 
 

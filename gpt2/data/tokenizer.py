@@ -14,6 +14,7 @@ import binascii
 import codecs
 import functools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +30,8 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 GPT2_SAYS = {"Hello world": [15496, 995], ", the": [11, 262]}  # no other vocabulary of that size does
 # The splits before any merge, from openai/gpt-2, src/encoder.py.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# Whitespace that tiktoken's regular expressions give up on when it is a million long; \x1c..\x1f are none to them.
+_LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{10000,}")
 OFFLINE_HELP = (
     "give a local copy: --tokenizer FOLDER with HuggingFace's vocab.json and merges.txt (or tokenizer.json), "
     "or --tokenizer FILE with tiktoken's ranks"
@@ -179,7 +182,15 @@ class BPETokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encoding.encode_ordinary(text), token_dtype(self.vocab_size))
+        ids: list[int] = []
+        done = 0
+        for run in _LONG_SPACE.finditer(text):
+            end = run.end() - (run.end() < len(text))  # as GPT2_PATTERN has it, the last one goes with what follows
+            ids += self._encoding.encode_ordinary(text[done : run.start()])
+            ids += self._encoding._encode_single_piece(text[run.start() : end])
+            done = end
+        ids += self._encoding.encode_ordinary(text[done:])
+        return np.array(ids, token_dtype(self.vocab_size))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")

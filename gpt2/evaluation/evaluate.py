@@ -61,6 +61,17 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device
     return total / tokens
 
 
+def windows_at_once(model: GPT, device: torch.device) -> int:
+    """How many windows of block_size a batch without gradients may have: 8, and on a GPU up to 64 where half of its
+    free memory holds them, with logits, their probabilities and a block's activations in fp32."""
+    if device.type != "cuda":
+        return 8
+    free, _ = torch.cuda.mem_get_info(device)
+    c = model.config
+    window_bytes = 4 * c.block_size * (3 * c.vocab_size + 24 * c.n_embd)
+    return max(8, min(64, free // 2 // window_bytes))
+
+
 @dataclass(frozen=True)
 class TextLoss:
     """loss: nats a token. Bits a byte do not depend on the tokenizer, so that they compare models of different ones."""

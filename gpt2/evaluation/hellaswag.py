@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgpt2.gpt2.data.sources import SURROGATE
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.evaluation.evaluate import Watch, continuation_loss
 from fastgpt2.gpt2.files import write_atomically
@@ -153,6 +154,9 @@ def _example(row: dict[str, Any]) -> Example:
         raise ValueError(f"endings is {row['endings']!r}, expected {ENDINGS} texts")
     if not 0 <= example.label < ENDINGS:
         raise ValueError(f"label is {example.label}, allowed are 0..{ENDINGS - 1}")
+    for text in (example.activity, example.context, example.context_a, example.context_b, *example.endings):
+        if not isinstance(text, str) or SURROGATE.search(text):
+            raise ValueError(f"it holds {text!r}, expected text")
     if not example.context.strip():
         raise ValueError("ctx is empty")
     return example

@@ -12,7 +12,7 @@ LOG = "log.jsonl"
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, none where there is none; a last line that was cut off in writing is left out.
 
-    Raises ValueError naming a line that is no JSON.
+    Raises ValueError naming a line that is no JSON or no record of a step.
     """
     if not path.exists():
         return []
@@ -22,4 +22,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step"), int):
+            raise ValueError(f"{path}, line {number} is no record of a step: {line[:60]}")
     return records

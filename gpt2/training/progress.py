@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import signal
+import sys
+import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from rich.progress import Progress as RichProgress
 
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.data.corpus import Corpus
+from fastgpt2.gpt2.evaluation.evaluate import Watch
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.output import visible
 from fastgpt2.gpt2.training.recipe import TrainConfig
 from fastgpt2.gpt2.training.run_folder import Record
 
 RECENT_STEPS = 20
+QUIET_S, LINE_EVERY_S = 2.0, 10.0  # before the first line about a long computation, and between two
 
 
 class Progress:
@@ -70,6 +78,24 @@ class Progress:
             )
 
 
+def watched(console: Console, what: str, unit: str = "batches") -> Watch:
+    """Passes items on and shows how far it is: a bar on a terminal, elsewhere a line on standard error now and then."""
+    if console.is_terminal:
+        return functools.partial(track, description=what, console=console, transient=True)
+    return functools.partial(_said_now_and_then, what=what, unit=unit)
+
+
+def _said_now_and_then(items: Sequence[Any], what: str, unit: str) -> Iterator[Any]:
+    begin = time.monotonic()
+    due = begin + QUIET_S
+    for done, item in enumerate(items, start=1):
+        yield item
+        if (now := time.monotonic()) >= due:
+            left = (now - begin) / done * (len(items) - done)
+            print(f"{what}: {done:,} of {len(items):,} {unit}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            due = now + LINE_EVERY_S
+
+
 def cost(record: Record) -> str:
     """What a step takes, as far as it is known."""
     mfu = "" if record.mfu is None else f"  MFU {record.mfu:.1%}"
@@ -107,11 +133,17 @@ def announce(
         f"kernels {same.pop() if len(same) == 1 else kernels}{', compiled' if config.compile else ''}"
         f"{', as CUDA graphs' if config.as_cuda_graph(processes) else ''}",
         "MFU": _mfu_in_words(model),
+        **({"warmup": _warmup_in_words(config)} if config.warmup >= config.steps else {}),
         "folder": str(folder),
         "start": f"val loss {val_loss:.4f} {f'after step {done}' if done else 'before training'}",
     }
     for name, value in rows.items():
         line(console, f"{name:<7} {value}")
+
+
+def _warmup_in_words(config: TrainConfig) -> str:
+    highest = config.lr * config.steps / config.warmup
+    return f"{config.warmup} steps, which the run's {config.steps} end within: its highest rate is {highest:.2e}"
 
 
 def _mfu_in_words(model: GPT) -> str:
@@ -126,7 +158,7 @@ def _mfu_in_words(model: GPT) -> str:
 
 def show_sample(console: Console, prompt: str, sample: str) -> None:
     """What the trained model writes."""
-    line(console, f"\n--- a sample, from {prompt!r} ---\n{sample}\n---\n")
+    line(console, f"\n--- a sample, from {prompt!r} ---\n{visible(sample, console.file)}\n---\n")
 
 
 def show_end(console: Console, folder: Path, prompt: str, record: Record, stopped_by: signal.Signals | None) -> None:

@@ -114,10 +114,16 @@ class RunFolder:
         with open(self.path / LOG, "a", encoding="utf-8") as file:
             file.write(record.line())
 
-    def rewind_log(self, step: int) -> None:
-        """Leaves the lines up to that of `step`."""
+    def rewind_log(self, step: int) -> dict[str, Any] | None:
+        """Leaves the lines up to that of `step`, which it returns, None where there is no such line."""
         kept = [record for record in read_log(self.path / LOG) if record["step"] <= step]
         write_atomically(self.path / LOG, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept[-1] if kept and kept[-1]["step"] == step else None
+
+    def sweep(self) -> None:
+        """Removes what a process left that was killed while it wrote: files of temporary names."""
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
 
     def plot(self) -> None:
         from fastgpt2.gpt2.training.plot import plot_losses

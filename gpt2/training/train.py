@@ -31,6 +31,7 @@ from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.evaluation.hellaswag import read_examples
 from fastgpt2.gpt2.files import exclusive
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training.log import LOG, read_log
 from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample
 from fastgpt2.gpt2.training.ranks import Ranks
@@ -70,7 +71,7 @@ def train(
 
     config: default: baby on a GPU, baby-smoke without one; with `resume`, the run's own.
     resume: the folder of a run that did not reach its end: goes on from its newest whole checkpoint.
-    A first SIGINT or SIGTERM ends the run after the step at hand and saves what stands; a second leaves at once.
+    A first SIGINT, SIGTERM or SIGHUP ends the run after its step and saves what stands; a second leaves at once.
     Sets PyTorch's global seed. Under torchrun every rank calls this; rank 0 writes.
     A folder is one run's at a time: BlockingIOError where another process has it.
     Raises ValueError or OSError before the first step for data or settings that do not work or, with `resume`, are not
@@ -86,7 +87,7 @@ def train(
         if config.parallel == "fsdp" and ranks.size == 1 and resume is None:
             raise ValueError("parallel is 'fsdp' and there is one process: start more with torchrun")
         with contextlib.ExitStack() as held:
-            return _train(config, None if resume is None else Path(resume), ranks, console or Console(), held)
+            return _train(config, None if resume is None else Path(resume), ranks, console or run_console(), held)
     except BaseException as error:
         if ranks.size > 1:
             # DDP must be freed before its process group is left: freed after it, by the last frame that holds it, it
@@ -101,6 +102,7 @@ def _train(
     config: TrainConfig, resumed: Path | None, ranks: Ranks, console: Console, held: contextlib.ExitStack
 ) -> TrainResult:
     """resumed: the folder of the run that goes on, None for a new one. held: until the end of the run."""
+    stop = StopSignals(launched=ranks.size > 1)
     if not ranks.first:
         console = Console(quiet=True)
     if resumed is not None:
@@ -121,13 +123,12 @@ def _train(
         folder = ranks.from_first(lambda: _new_folder(config, trainer.model, corpus, held))
     else:
         folder = RunFolder(resumed)
-        if ranks.first:
-            folder.rewind_log(done)
+        ranks.from_first(lambda: _rewind(folder, done, config.steps, console))
     trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
     announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
 
     record, stopped_by = None, None
-    with StopSignals(launched=ranks.size > 1) as stop, Progress(console, config.steps, done) as progress:
+    with stop, Progress(console, config.steps, done) as progress:
         for step in range(done + 1, config.steps + 1):
             record = trainer.step(step)
             number = ranks.largest(stop.received or 0)  # may come at any moment: looked at once a step
@@ -165,6 +166,17 @@ def _new_folder(config: TrainConfig, model: GPT, corpus: Corpus, held: contextli
     return folder
 
 
+def _rewind(folder: RunFolder, done: int, steps: int, console: Console) -> None:
+    """The folder as it was after step `done`. Raises ValueError where that was the last one and the log lacks it."""
+    folder.sweep()
+    if folder.rewind_log(done) is None and done:
+        if done == steps:
+            raise ValueError(
+                f"{folder.path / LOG} has no line of step {done}, and the run is at its end: nothing to do"
+            )
+        line(console, f"note    {folder.path / LOG} has no line of step {done}: its curves have a gap")
+
+
 def _begin_tracking(config: TrainConfig, folder: Path, done: int, new: bool) -> list[Tracker]:
     """A new folder goes where that fails: the same command would find it in its way."""
     try:
@@ -199,10 +211,23 @@ def _config_of(run: Path, config: TrainConfig | None) -> TrainConfig:
 def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
     """Raises ValueError for a setting that is not what it was and that a run may not change."""
     for name, value in dataclasses.asdict(config).items():
+        if name == "total_batch_tokens" and before[name] is None:
+            continue  # what it was then depends on the ranks: see `_check_step`
         if name not in FREE_TO_CHANGE and value != before[name]:
             raise ValueError(
                 f"{name} is {value!r}, the run {run} was begun with {before[name]!r}: leave it out, or begin a new run"
             )
+
+
+def _check_step(trainer: Trainer, state: dict[str, Any], run: Path) -> None:
+    """Raises ValueError where a step would be of other tokens than it was: on another number of ranks, say."""
+    config, ranks, before = trainer.config, trainer.ranks.size, len(state["random"])
+    was = TrainConfig(**state["config"]).tokens_per_step(before)
+    if (now := config.tokens_per_step(ranks)) != was:
+        raise ValueError(
+            f"a step of {run} has {was} tokens, on {before} ranks; on {ranks} it would have {now}: give "
+            f"total_batch_tokens {was}, or as many ranks as there were"
+        )
 
 
 def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Console) -> int:
@@ -216,6 +241,7 @@ def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Con
         return 0
     state = load_checkpoint_state(folder)
     _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
+    _check_step(trainer, state, run)
     if tokenizers.load(folder) != trainer.tokenizer:
         raise ValueError(f"{folder} was trained on tokens of another tokenizer than the data's")
     trainer.load_state_dict(from_pretrained(folder, check=False), state)

@@ -32,6 +32,7 @@ from fastgpt2.gpt2.model import GPT
 FOLDER, NEWEST, STATE, FILES = "checkpoints", "checkpoint", "training.pt", "files.json"
 WEIGHTS = "model.safetensors"
 UNFINISHED = ".unfinished"
+PARTS = {"step", "config", "versions", "optimizer", "scaler", "watch", "windows", "random", "padding"}
 
 
 def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, state: dict[str, Any], keep: int) -> Path:
@@ -49,10 +50,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, stat
     folder.mkdir(parents=True)
     tokenizer.save(folder)
     model.save_pretrained(folder)
-    with open(folder / STATE, "wb") as file:
-        torch.save({"step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _save_state(folder / STATE, {"step": step, **state})
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     write_atomically(folder / FILES, json.dumps(files, indent=1) + "\n")
     _flush(folder)
@@ -63,6 +61,17 @@ def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, stat
     link_newest(run, final)
     _remove_old(run, final, keep)
     return final
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a disk that is full, which PyTorch says in words of its own
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from None
 
 
 def saved_checkpoints(run: Path) -> list[Path]:
@@ -137,8 +146,12 @@ def folder_to_read(folder: Path, check: bool = True) -> Path:
 
 
 def load_checkpoint_state(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` got as state, and "step"; tensors on the CPU."""
-    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    """What `save_checkpoint` got as state, and "step"; tensors on the CPU. ValueError where a part is missing."""
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    lacking = sorted(PARTS - (state.keys() if isinstance(state, dict) else set()))
+    if lacking:
+        raise ValueError(f"{folder / STATE} is no state of a run: it has no {', '.join(lacking)}")
+    return state
 
 
 def _remove_old(run: Path, new: Path, keep: int) -> None:

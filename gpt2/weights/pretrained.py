@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt2.gpt2.files import temporary_beside, write_atomically
+from fastgpt2.gpt2.files import replace, temporary_beside, write_atomically
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.weights.checkpoints import folder_to_read, saved_checkpoints
@@ -80,6 +80,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     vocabulary are cut off; a model without biases gets zero ones, and is without them again when read back here.
     Until the last moment the folder holds what it held before, and at no moment a mix that loads.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     gpt, folder = unwrap(model), Path(folder)
@@ -92,13 +93,16 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     config_path, weights_path = folder / CONFIG, folder / SAFETENSORS[0]
     with temporary_beside(weights_path) as temporary:
         mode = temporary.stat().st_mode
-        save_file(state, str(temporary), metadata={"format": "pt"})
+        try:
+            save_file(state, str(temporary), metadata={"format": "pt"})
+        except SafetensorError as error:  # a disk that is full
+            raise OSError(f"{weights_path} cannot be written: {error}") from None
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if config_path.exists() and config_path.read_text(encoding="utf-8") != text:
             config_path.unlink()  # new weights must not meet old settings, not even after a crash right here
-        os.replace(temporary, weights_path)
+        replace(temporary, weights_path)
         write_atomically(config_path, text)
 
 

@@ -1,0 +1,260 @@
+"""Our attention under transformers' own switch: `attn_implementation="fastgpt2"`.
+
+    hf.register()                                                        # kernels="auto", fallback=None
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastgpt2")
+    hf.unregister()
+
+Registered are both halves, how to attend and what a mask is: with the first alone transformers makes no mask, and a
+padded batch is silently wrong. `reorder_and_upcast_attn` asks for a softmax in float32, which the kernels have always.
+As with transformers' own "sdpa", weights of attention are not to be had (`output_attentions`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2.hf import visible
+from fastgpt2.gpt2.hf.packed_qkv import pack
+from fastgpt2.gpt2.ops import Kernels
+
+NAME = "fastgpt2"
+FALLBACKS = (None, "sdpa")
+HEAD_SIZES = range(16, 129)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What `register` was given."""
+
+    kernels: str | Kernels
+    fallback: str | None
+
+
+_registration = Registration("auto", None)
+
+
+def register(kernels: str | Kernels = "auto", fallback: str | None = None) -> None:
+    """Makes "fastgpt2" a name for `attn_implementation`; again with other arguments changes them for all models.
+
+    kernels: as for `GPT`; of a `Kernels` its field attention counts. On a CPU "auto" is PyTorch's attention.
+    fallback: "sdpa" computes by transformers' SDPA what the kernel cannot; with None that is a ValueError.
+    Raises ImportError where the installed transformers has no such interface.
+    """
+    global _registration
+    if fallback not in FALLBACKS:
+        raise ValueError(f"fallback is {fallback!r}, allowed are None and 'sdpa'")
+    attention, masks = _interfaces()
+    _registration = Registration(ops.requested_kernels(kernels), fallback)
+    attention.register(NAME, attention_forward)
+    masks.register(NAME, mask)
+
+
+def unregister() -> None:
+    """Takes the name back. Models that were loaded with it need `model.set_attn_implementation("sdpa")`."""
+    for interface in _interfaces():
+        interface._global_mapping.pop(NAME, None)
+
+
+def is_registered() -> bool:
+    """Whether both halves are there and ours."""
+    attention, masks = (interface._global_mapping for interface in _interfaces())
+    return attention.get(NAME) is attention_forward and masks.get(NAME) is mask
+
+
+def _interfaces() -> tuple[Any, Any]:
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "hf.register needs transformers with AttentionInterface and AttentionMaskInterface, 5.0 or newer"
+        ) from error
+    return AttentionInterface, AttentionMaskInterface
+
+
+# ------------------------------------------------------------------------------------- what transformers calls
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **more: Any,
+) -> Tensor | None:
+    """A mask of `visible.py` for Triton's attention, transformers' boolean one for PyTorch's.
+
+    Raises ValueError for what the kernel cannot see (sliding windows, padding between tokens) without a fallback.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    def theirs(**changes: Any) -> Tensor | None:
+        given = dict(attention_mask=attention_mask, device=device) | more | changes
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **given)
+
+    if ops.kernels_for(_registration.kernels, torch.device(device)).attention == "torch":
+        return theirs()
+    try:
+        if mask_function is causal_mask_function and kv_offset == 0:
+            real = attention_mask
+            if real is not None and real.size(1) < kv_length:
+                real = F.pad(real, (0, kv_length - real.size(1)))
+            return visible.encode(batch_size, q_length, kv_length, q_offset, real, device=device)
+        seen = theirs(allow_is_causal_skip=False)
+        assert seen is not None
+        return visible.from_booleans(seen, q_offset)
+    except ValueError as error:
+        if _registration.fallback is None:
+            raise ValueError(_instead(str(error))) from None
+        return theirs(allow_is_causal_skip=False)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """query (B, H, T, D), key and value (B, H, S, D) -> (B, T, H, D) and no weights.
+
+    more: `cu_seq_lens_q` (n + 1,) counts where there is no cache. Raises ValueError for what the kernel cannot do,
+    without a fallback.
+    """
+    kernels = ops.kernels_for(_registration.kernels, query.device)
+    B, H, T, D = query.shape
+    scale = D**-0.5 if scaling is None else scaling
+    cu_seqlens = more.get("cu_seq_lens_q")
+    if cu_seqlens is not None and key.size(2) == T:
+        attention_mask = cu_seqlens.to(torch.int32)[None, None, None]
+    refused = why_not(module, query, key, value, attention_mask, more) if kernels.attention == "triton" else None
+    if refused and _registration.fallback is None:
+        raise ValueError(_instead(refused))
+    if refused or _is_theirs(module, query, key, value, more, kernels):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        booleans = visible.as_booleans(attention_mask, B, T, key.size(2))
+        return sdpa_attention_forward(module, query, key, value, booleans, dropout=dropout, scaling=scaling, **more)
+    y = attend(query, key, value, attention_mask, scale, dropout, kernels)
+    return y.view(B, T, H, D), None
+
+
+def why_not(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, more: dict[str, Any]
+) -> str | None:
+    """What the kernel cannot do of a call; None where it can."""
+    if getattr(module, "is_cross_attention", False) or not more.get("is_causal", getattr(module, "is_causal", True)):
+        return "attention is not causal self-attention (is_cross_attention, is_causal)"
+    if k.size(1) != q.size(1):
+        return f"key has {k.size(1)} heads, query {q.size(1)}: grouped heads"
+    if q.size(3) not in HEAD_SIZES or v.size(3) != q.size(3):
+        return f"the head size is {q.size(3)} (value: {v.size(3)}), allowed are 16 to 128, the same for all"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"query, key and value are {q.dtype}, {k.dtype}, {v.dtype}, allowed is one of {DTYPES}"
+    if attention_mask is not None and not visible.is_visible(attention_mask):
+        return f"attention_mask is a mask {tuple(attention_mask.shape)} of {attention_mask.dtype}, allowed is (B, T)"
+    for argument in ("softcap", "s_aux", "position_bias", "sliding_window"):
+        if more.get(argument) is not None:
+            return f"{argument} is given"
+    return None
+
+
+def _is_theirs(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, more: dict[str, Any], kernels: Kernels) -> bool:
+    """Whether PyTorch's attention is asked for, for something else than a causal row of tokens without a past."""
+    if kernels.attention == "triton":
+        return False
+    return k.shape != q.shape or v.shape != q.shape or why_not(module, q, k, v, None, more) is not None
+
+
+def _instead(what: str) -> str:
+    return (
+        f"attn_implementation='fastgpt2': {what}. hf.register(fallback='sdpa') computes such calls by PyTorch, "
+        "model.set_attn_implementation('sdpa') all of them"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- computing
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scale: float, dropout_p: float, kernels: Kernels
+) -> Tensor:
+    """q (B, H, T, D), k and v (B, H, S, D), of which the T tokens are the last that are filled -> (B, T, C).
+
+    attention_mask: of `visible.py`, or for PyTorch's attention booleans (B, 1, T, S).
+    """
+    B, H, T, D = q.shape
+    alone = attention_mask is None or attention_mask.dtype != torch.int64
+    one = T == 1 and k.size(2) > 1 and attention_mask is None
+    if kernels.attention == "torch" and (k.size(2) != T or not alone):
+        seen = visible.as_booleans(attention_mask, B, T, k.size(2))
+        if seen is None and not one:  # the room that a static cache has is not filled yet
+            k, v = k[:, :, :T], v[:, :, :T]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None and not one, scale=scale, dropout_p=dropout_p
+        )
+        return y.transpose(1, 2).reshape(B, T, H * D)
+    if alone and not one:
+        return ops.causal_attention(
+            pack(q, k[:, :, :T], v[:, :, :T]), H, scale, dropout_p, kernels, _documents(attention_mask, B, T, kernels)
+        )
+    if attention_mask is None:
+        attention_mask = visible.ranges(torch.full((1,), k.size(2), device=q.device), None)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if T == 1 and dropout_p == 0 and not differentiable:
+        return _attend_one(q, k, v, attention_mask, scale, kernels)
+    return _attend_behind(q, k, v, attention_mask, scale, dropout_p, kernels)
+
+
+def _documents(attention_mask: Tensor | None, B: int, T: int, kernels: Kernels) -> Tensor | None:
+    """`ops.document_mask` of it, or what that has made already."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return attention_mask
+    return ops.document_mask(attention_mask.flatten(), B, T, kernels)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, kernels: Kernels) -> Tensor:
+    """One token a row over a cache where it is already. The kernel wants keys and values in one tensor, and rows that
+    begin at 0: a copy."""
+    B, H, _, D = q.shape
+    stop = ranges[:, 0, 0, 0].expand(B)
+    cache = torch.stack((k, v))  # (2, B, H, S, D)
+    if ranges.size(3) == 2:  # rows that begin later are moved to 0
+        start = ranges[:, 0, 0, 1].expand(B)
+        place = (torch.arange(k.size(2), device=q.device) + start[:, None]).clamp(max=k.size(2) - 1)  # (B, S)
+        cache = cache.gather(3, place[None, :, None, :, None].expand(cache.shape))
+        stop = stop - start
+    last = (stop - 1)[None, :, None, None, None].expand(2, B, H, 1, D)
+    new = cache.gather(3, last).squeeze(3)  # (2, B, H, D)
+    qkv = torch.stack((q[:, :, 0], new[0], new[1]), 1)  # (B, 3, H, D)
+    return ops.decode_attention(qkv.view(B, 1, 3 * H * D), cache, (stop - 1).to(torch.int32), H, scale, kernels)
+
+
+def _attend_behind(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, dropout_p: float, kernels: Kernels
+) -> Tensor:
+    """T tokens behind a past, as the last rows of a causal square: the past has queries too, of zeros."""
+    B, H, T, D = q.shape
+    S = int(ranges[0, 0, -1, 0])
+    q = F.pad(q, (0, 0, S - T, 0))
+    documents = None
+    if ranges.size(3) == 2:
+        start = ranges[:, 0, :1, 1].expand(B, 1)
+        place = torch.arange(S, device=q.device)
+        documents = visible.documents(torch.where(place < start, 0, start)).flatten()
+    qkv = pack(q, k[:, :, :S], v[:, :, :S])
+    return ops.causal_attention(qkv, H, scale, dropout_p, kernels, documents)[:, S - T :]

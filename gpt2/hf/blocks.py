@@ -1,0 +1,107 @@
+"""transformers' GPT2Block in terms of `ops`: LayerNorm with the residual sum before it, attention, MLP.
+
+Modules stay modules, as everywhere in this package: what is not exactly transformers' or PyTorch's class, or has
+hooks, is called in its place, and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and
+PyTorch read it transposed, by strides.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2.hf.attention import attend
+from fastgpt2.gpt2.hf.stand_in import StandIn, Theirs
+from fastgpt2.gpt2.ops import Kernels, Stream
+from fastgpt2.gpt2.stock import PLAIN, LinearWeights, is_stock
+
+
+class Context(NamedTuple):
+    """How one call of the model is computed, the same in every block.
+
+    documents: of `ops.document_mask`, for rows without a past. seen: of `visible.py`, for tokens behind those in the
+    cache; alone: there are none.
+    """
+
+    kernels: Kernels
+    cache: Any = None
+    alone: bool = True
+    documents: Tensor | None = None
+    seen: Tensor | None = None
+
+
+def weights(layer: Any, theirs: Theirs) -> Any:
+    """A stock Conv1D as `ops` takes linear layers, without a copy; any other layer itself, to be called."""
+    if is_stock(layer, theirs.Conv1D) and all(type(p) in PLAIN for p in layer._parameters.values()):
+        return LinearWeights(layer.weight.t(), layer.bias)
+    return layer
+
+
+class Block(StandIn):
+    ln_1: Any
+    ln_2: Any
+    attn: Any
+    mlp: Any
+    _gradient_checkpointing_func: Any
+
+    def compute(self, *args: Any, **kwargs: Any) -> Tensor:
+        """GPT2Block's contract, with attention as its own module computes it."""
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        kernels = ops.kernels_for(self._fastgpt2.kernels, call["hidden_states"].device)
+        if call.get("encoder_hidden_states") is not None:
+            return super().forward(*args, **kwargs)
+        call = {name: value for name, value in call.items() if not name.startswith("encoder_")}
+        x, h = ops.add_layer_norm(Stream(call.pop("hidden_states")), self.ln_1, kernels)
+        stream = Stream(self.attn(h, **call)[0], None, x)
+        return ops.total(self.add_mlp(stream, kernels))
+
+    def extend(self, stream: Stream, context: Context) -> Stream:
+        """Both branches, ours altogether: `attn` must be stock. The sum before and the last one are left to others."""
+        x, h = ops.add_layer_norm(stream, self.ln_1, context.kernels)
+        y, bias = ops.project(self.attend(h, context), weights(self.attn.c_proj, self.theirs), context.kernels)
+        return self.add_mlp(branch(y, bias, x, self.attn.resid_dropout), context.kernels)
+
+    def whole(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C), as `extend`: what a checkpoint keeps and computes again."""
+        return ops.total(self.extend(Stream(x), context))
+
+    def checkpointed(self, stream: Stream, context: Context) -> Stream:
+        """As `extend`, by the function of `gradient_checkpointing_enable`."""
+        again = functools.partial(self.whole, context=context)
+        return Stream(self._gradient_checkpointing_func(again, ops.total(stream)))
+
+    def attend(self, h: Tensor, context: Context) -> Tensor:
+        """h (B, T, C) -> what the heads give, (B, T, C)."""
+        attn, kernels = self.attn, context.kernels
+        qkv = ops.linear(h, weights(attn.c_attn, self.theirs))  # (B, T, 3C)
+        H, D = attn.num_heads, attn.head_dim
+        dropout_p = attn.attn_dropout.p if attn.training else 0.0
+        if context.cache is not None:
+            q, k, v = (t.unflatten(2, (H, D)).transpose(1, 2) for t in qkv.split(H * D, dim=2))  # (B, H, T, D)
+            keys, values = context.cache.update(k, v, attn.layer_idx)
+            if not context.alone:
+                return attend(q, keys, values, context.seen, attn.scaling, dropout_p, kernels)
+        return ops.causal_attention(qkv, H, attn.scaling, dropout_p, kernels, context.documents)
+
+    def add_mlp(self, stream: Stream, kernels: Kernels) -> Stream:
+        """The second branch."""
+        x, h = ops.add_layer_norm(stream, self.ln_2, kernels)
+        mlp, theirs = self.mlp, self.theirs
+        if not is_stock(mlp, theirs.MLP):
+            return Stream(mlp(h), None, x)
+        c_fc, c_proj = weights(mlp.c_fc, theirs), weights(mlp.c_proj, theirs)
+        if is_stock(mlp.act, theirs.Gelu):
+            y, bias = ops.mlp(h, c_fc, c_proj, kernels)
+        else:
+            y, bias = ops.project(mlp.act(ops.linear(h, c_fc)), c_proj, kernels)
+        return branch(y, bias, x, mlp.dropout)
+
+
+def branch(y: Tensor, bias: Tensor | None, residual: Tensor, dropout: nn.Module) -> Stream:
+    """A branch's end, residual + dropout(y + bias), still to be summed."""
+    if is_stock(dropout, nn.Dropout):
+        return Stream(y, bias, residual, dropout.p if dropout.training else 0.0)
+    return Stream(dropout(y if bias is None else y + bias), None, residual)

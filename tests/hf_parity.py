@@ -1,0 +1,67 @@
+"""What the tests of gpt2/hf/ share: batches, and a model's logits, loss and gradients held against the fp64 truth."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from hf_models import DEVICE
+from numerics import compare
+from torch import Tensor, nn
+
+B, T, V = 2, 9, 61
+IDS = torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * T]).to(DEVICE)
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 0, 1, 2, 3]]).to(DEVICE)
+BATCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "left": dict(attention_mask=LEFT),
+    "right": dict(attention_mask=LEFT.flip(1)),
+    "packed": dict(position_ids=PACKED),
+}
+
+
+def labels_of(batch: dict[str, Any], ids: Tensor = IDS) -> Tensor:
+    """ids without padding, and without each row's first real token, which padding would have to predict."""
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    before = torch.nn.functional.pad(real, (1, 0))[:, :-1]
+    return ids.masked_fill(~(real & before), -100)
+
+
+def results(model: nn.Module, batch: dict[str, Any], ids: Tensor = IDS) -> dict[str, Tensor | None]:
+    """logits of real tokens (where there are any), loss, and the gradient of every parameter."""
+    model.zero_grad()
+    out = model(ids, labels=labels_of(batch, ids), use_cache=False, **batch)
+    out.loss.backward()
+    found = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    if out.logits is not None:
+        found["logits"] = out.logits.detach()[batch.get("attention_mask", torch.ones_like(ids)).bool()]
+    return found | {"loss": out.loss.detach()}
+
+
+def same_as(
+    ours: list[nn.Module], eager: nn.Module, name: str = "plain", ids: Tensor = IDS, roundings: int = 4
+) -> None:
+    """The 2x rule for all of `results`: every model of `ours` and transformers' eager one, against this in float64."""
+    batch = BATCHES[name]
+    exact = copy.deepcopy(eager).double()
+    for block in exact.transformer.h:
+        block.attn.reorder_and_upcast_attn = False  # knows float32 only
+    truth, theirs = results(exact, batch, ids), results(eager, batch, ids)
+    failures = []
+    for model in ours:
+        found = results(model, batch, ids)
+        assert found.keys() <= truth.keys() and len(found) >= len(truth) - 1
+        for what, value in found.items():
+            try:
+                compare(value, theirs[what], truth[what], roundings=4)  # several ops in a row
+            except AssertionError as failure:
+                failures.append(f"{what}: {failure}")
+    assert not failures, "\n".join(failures)
+
+
+def written(model: nn.Module, new: int = 4, **more: Any) -> Tensor:
+    """Greedy ids after IDS."""
+    model.eval()
+    return model.generate(IDS, max_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=True, **more)
