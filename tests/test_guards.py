@@ -1,24 +1,24 @@
 """What every kernel must keep, whatever it computes: its memory, its order, its inputs, and the host's hands off it.
 
 Each guard runs every call of `calls.py`, forward and backward, and asks for the same bits as a plain run. The cases of
-bench/cases/registry.py, at GPT-2's widths, go through all guards at once.
+bench/cases/ops/, at GPT-2's widths, go through all guards at once.
 """
 
 import contextlib
 import functools
-from unittest import mock
 
 import interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
-from calls import CALLS, Call
+from calls import CALLS
 from interpreter import BackwardToo, far_apart, grid_order, red_zones
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.call import Call
 from fastgpt2.kernels._cross_entropy import cross_entropy_
 from fastgpt2.kernels.attention import causal_attention
 from fastgpt2.kernels.embedding import token_position_embedding
@@ -211,12 +211,11 @@ def test_logits_offsets_have_64_bits():
 
 
 def small_cases() -> list[cases.Case]:
-    """The registry's cases with few rows, the narrowest and widest model, and an odd vocabulary smaller than GPT-2's.
+    """Every op's cases with few rows, the narrowest and widest model, and an odd vocabulary smaller than GPT-2's.
 
     The two slowest ops come once: `every_call` has them in more dtypes.
     """
-    with mock.patch.multiple(cases, VOCABULARY=5003, WIDTHS=(768, 1600)):
-        every = list(cases.cases(rows=8))
+    every = list(cases.cases(rows=8, widths=(768, 1600), V=5003))
     slow = ("causal_attention", "linear_cross_entropy")
     return [case for case in every if case.op not in slow or (case.dtype == torch.bfloat16 and not case.autocast)]
 
@@ -240,10 +239,6 @@ def test_cases_of_the_registry(case, device):
             again = results(zoned, zoned_upstream)
     assert_same_bits(again, expected)
     assert_same_bits(snapshot(zoned + zoned_upstream), snapshot(inputs + upstream))
-
-
-def test_every_public_function_has_calls():
-    assert {call.op for call in CALLS} == set(cases.operations())
 
 
 # ------------------------------------------------------------------------------------------- each guard shown to bite

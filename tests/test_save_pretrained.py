@@ -1,5 +1,6 @@
 """Checkpoints out, and live models both ways: what is saved comes back here and in transformers, bit for bit."""
 
+import dataclasses
 import json
 import os
 
@@ -157,6 +158,19 @@ def test_biases_that_transformers_trained_are_not_dropped_in_silence(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- live models
+
+
+def test_a_variant_that_huggingface_does_not_have_is_not_saved_as_theirs(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Variant(GPTConfig):
+        parallel: bool = False
+
+    sizes = dict(block_size=8, vocab_size=61, n_layer=1, n_head=2, n_embd=16)
+    GPT(Variant(**sizes)).save_pretrained(tmp_path)
+    model = GPT(Variant(**sizes, parallel=True))
+    for convert in (model.to_huggingface, lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="GPTConfig.parallel is True, .* what False says"):
+            convert()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -4,10 +4,11 @@ read consecutive elements. The interpreter reads NaN where a kernel reads betwee
 
 import pytest
 import torch
-from calls import CALLS, Call
+from calls import CALLS
 from interpreter import red_zones
 from strides import STRIDES, strided
 
+from fastgpt2.bench.cases.call import Call
 from fastgpt2.gpt2.linear import linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")

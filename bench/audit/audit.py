@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -238,9 +239,25 @@ def committed() -> dict[str, Any]:
     return json.loads(CARD.read_text(encoding="utf-8"))
 
 
-def write_card(audit: Audit) -> None:
-    """Writes kernel_card.json, a line for each kernel and architecture, and kernel_card.md."""
-    card = audit.card()
+def merged(card: dict[str, Any], found: dict[str, Any], ops: Sequence[str]) -> dict[str, Any]:
+    """`card` with the entries of `ops` as they are in `found`. Raises ValueError for cards of different Tritons."""
+    if card["triton"] != found["triton"]:
+        raise ValueError(
+            f"bench audit: --op with --write, but the card is of Triton {card['triton']} and this one is "
+            f"{found['triton']}: leave --op out"
+        )
+    result = dict(card)
+    for section in ("passes", "kernels", "Liger's kernels"):
+        others = {key: v for key, v in card.get(section, {}).items() if re.split(r"[ \[]", key)[0] not in ops}
+        if entries := others | found.get(section, {}):
+            result[section] = entries
+    return result
+
+
+def write_card(audit: Audit, ops: Sequence[str] = ()) -> None:
+    """Writes kernel_card.json, a line for each kernel and architecture, and kernel_card.md; of `ops` alone, what the
+    committed card says of the others stays."""
+    card = merged(committed(), audit.card(), ops) if ops else audit.card()
     CARD.parent.mkdir(exist_ok=True)
     CARD.write_text(_json(card) + "\n", encoding="utf-8")
     write_markdown()
@@ -338,7 +355,11 @@ def add_command(commands) -> None:
         help="compile with the Triton in this folder, made by: pip install --no-deps --target FOLDER triton==3.4.0",
     )
     command.add_argument("--json", help="also write the card to this file")
-    command.add_argument("--write", action="store_true", help="write the card to bench/results, to be committed")
+    command.add_argument(
+        "--write",
+        action="store_true",
+        help="write the card to bench/results, to be committed; with --op, the entries of these functions alone",
+    )
     command.set_defaults(run=main)
 
 
@@ -348,16 +369,16 @@ def main(options: argparse.Namespace) -> int:
     for name in architectures:
         if name not in ARCHITECTURES:
             raise ValueError(f"bench audit: --arch is {name!r}, allowed are {', '.join(ARCHITECTURES)}")
-    if options.write and (options.arch or options.op or options.triton):
+    if options.write and (options.arch or options.triton):
         raise ValueError(
-            "bench audit: --write takes all architectures and kernels and the installed Triton, leave --arch, --op and "
-            "--triton out"
+            "bench audit: --write takes all architectures and the installed Triton, leave --arch and --triton out"
         )
     if options.triton and not (options.triton / "triton").is_dir():
         raise ValueError(f"bench audit: --triton is {str(options.triton)!r}, which holds no package triton")
+    ops = cases.chosen(options.op) if options.op else ()
     result = run(
         architectures,
-        cases.chosen(options.op) if options.op else (),
+        ops,
         options.jobs,
         options.triton,
         compared=not options.triton,
@@ -369,7 +390,7 @@ def main(options: argparse.Namespace) -> int:
         Path(options.json).write_text(_json(card) + "\n", encoding="utf-8")
     failures = result.failures()
     if options.write and not result.errors:
-        write_card(result)
+        write_card(result, ops)
     elif CARD.exists():
         failures += [f"worse than the card: {line}" for line in result.worse_than(committed())]
     for line in failures:

@@ -31,7 +31,8 @@ import torch
 import triton
 
 SECTOR = 32  # bytes: what a GPU's memory moves at least
-KERNELS = str(Path(__file__).resolve().parents[2] / "kernels")
+# As it was imported and as it lies: by way of a link these differ.
+KERNELS = {str(file.parents[2] / "kernels") for file in (Path(__file__), Path(__file__).resolve())}
 COUNTED_DTYPE = torch.float16  # the dtype of the cases that are counted; stands for bfloat16 too
 COUNTED_ROWS = 2 * 257  # few, because the interpreter is slow; programs of many rows still get as many as in a real run
 
@@ -74,7 +75,7 @@ def _line() -> str:
     outside = ""
     while frame is not None:
         folder, name = os.path.split(frame.f_code.co_filename)
-        if folder == KERNELS:
+        if folder in KERNELS:
             return f"{name}:{frame.f_lineno}"
         if frame.f_code.co_name.endswith("_kernel") and not outside:
             outside = f"{name}:{frame.f_lineno}"

@@ -1,16 +1,22 @@
 """One kernel case: a public kernel function at one shape and dtype, its inputs, the plain PyTorch beside it, its cost.
 
-What cases there are says `registry.py`.
+What cases there are, the descriptions of ops/ say.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+WIDTHS = (768, 1024, 1280, 1600)  # gpt2, -medium, -large, -xl
+VOCABULARY = 50257
+HEAD_SIZE = 64
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # new(*shape, dtype=None, below=None, mean=0, std=1): what a case makes its inputs with, of the scale that GPT-2's have.
 New = Callable[..., Tensor]
@@ -86,3 +92,20 @@ class Case:
         if direction != "both" and self.backward_bytes is not None and forward and not backward:
             return moved, 0
         return moved, {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def asked(case: Case, name: str, **more: Callable) -> Case:
+    """A case whose function is asked for more, which is other code; costs and references are the plain one's.
+
+    more: keyword arguments of the function, each made from its first input.
+    """
+
+    def ours(first: Tensor, *rest):
+        return case.ours(first, *rest, **{argument: make(first) for argument, make in more.items()})
+
+    return dataclasses.replace(case, shape=f"{case.shape} {name}".strip(), ours=ours)
+
+
+def dropout_of(p: float) -> dict[str, Callable]:
+    """What `asked` takes for dropout."""
+    return dict(dropout_p=lambda first: p, seed=lambda first: torch.zeros(1, dtype=torch.int64, device=first.device))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt2.bench.cases.registry import HEAD_SIZE
+from fastgpt2.bench.cases.case import HEAD_SIZE
 from fastgpt2.kernels import _device
 
 LAYER_NORM_EPS = 1e-5

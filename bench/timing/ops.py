@@ -24,8 +24,8 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.case import HEAD_SIZE, Case
 from fastgpt2.bench.cases.peers import first_line, peers, version
-from fastgpt2.bench.cases.registry import Case
 from fastgpt2.bench.report import roofline, tables
 from fastgpt2.bench.report.record import FOLDER, Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
@@ -239,10 +239,9 @@ def shapes(wanted: str) -> tuple[tuple[int, int], ...]:
     """What --shape names. Raises ValueError for one that is none."""
     found = [re.fullmatch(r"(\d+)x(\d+)", shape) for shape in wanted.split(",")]
     pairs = tuple((int(match[1]), int(match[2])) for match in found if match)
-    if len(pairs) < len(found) or any(T < 1 or C < 1 or C % cases.HEAD_SIZE for T, C in pairs):
+    if len(pairs) < len(found) or any(T < 1 or C < 1 or C % HEAD_SIZE for T, C in pairs):
         raise ValueError(
-            f"--shape is {wanted!r}, expected TxC with T at least 1 and C a multiple of {cases.HEAD_SIZE}, "
-            "such as 1024x768"
+            f"--shape is {wanted!r}, expected TxC with T at least 1 and C a multiple of {HEAD_SIZE}, such as 1024x768"
         )
     return pairs
 

@@ -1,6 +1,6 @@
 """`fastgpt2 verify`: every kernel, and the model by every toggle, against float64, eager PyTorch and HuggingFace.
 
-The kernels are those of the registry (bench/cases/registry.py). The rule is in error_rule.py.
+The kernels are those described in bench/cases/ops/. The rule is in error_rule.py.
 """
 
 from __future__ import annotations

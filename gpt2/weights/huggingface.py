@@ -110,7 +110,17 @@ def config_from_huggingface(
 
 
 def config_to_huggingface(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Our configuration to theirs, as the dictionary that config.json holds."""
+    """Our configuration to theirs, as the dictionary that config.json holds.
+
+    Raises ValueError for a setting of a variant of GPT-2 that they do not have.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in (*SIZES, *SWITCHES, *OURS_ALONE) and value != field.default:
+            raise ValueError(
+                f"GPTConfig.{field.name} is {value!r}, HuggingFace's GPT-2 is what {field.default!r} says: this model "
+                "cannot be saved or converted as one"
+            )
     end = 50256 if config.vocab_size > 50256 else None  # <|endoftext|>, in GPT-2's own vocabulary
     return {
         "model_type": "gpt2",

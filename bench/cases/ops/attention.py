@@ -1,0 +1,134 @@
+"""Causal attention: its cases, HuggingFace's twin, its calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.bench.cases.call import Call
+from fastgpt2.bench.cases.case import BF16, FP16, FP32, HEAD_SIZE, WIDTHS, Case, asked, dropout_of
+from fastgpt2.bench.cases.description import Description, Size, Sizes
+from fastgpt2.kernels import attention
+from fastgpt2.kernels.attention import causal_attention
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    for C, dtype in (
+        (sizes.widths[0], BF16),
+        (sizes.widths[0], FP16),
+        (sizes.widths[0], FP32),
+        (sizes.widths[-1], BF16),
+    ):
+        yield attention_case(4, sizes.rows // 4, C, dtype)
+
+
+def sized(size: Size) -> Iterator[Case]:
+    yield attention_case(size.B, size.T, size.C, size.dtype)
+
+
+def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZE) -> Case:
+    H, e = C // D, dtype.itemsize
+    lse = 4 * B * H * T
+
+    def eager(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+
+    return Case(
+        op="causal_attention",
+        toggle="attention",
+        shape=f"{B}x{T}x{H}x{D}",
+        dtype=dtype,
+        make_inputs=lambda new: (new(B, T, 3 * C),),
+        ours=lambda qkv: attention.causal_attention(qkv, H),
+        reference=lambda qkv: attention.causal_attention_reference(qkv, H),
+        eager=eager,
+        forward_bytes=4 * B * T * C * e + lse,
+        backward_bytes=(3 + 2 + 3) * B * T * C * e + lse,
+        rows=B * T,
+        # two products of the T * (T + 1) / 2 visible pairs; backward five
+        forward_flops=2 * B * H * T * (T + 1) * D,
+        backward_flops=5 * B * H * T * (T + 1) * D,
+    )
+
+
+def variants(rows: int) -> Iterator[Case]:
+    """Bounds, dropout and heads of other sizes."""
+    B, T = 4, rows // 4
+    documents: dict[str, Callable] = dict(
+        cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
+    )
+    window: dict[str, Callable] = dict(window=lambda qkv: 256)
+    dropout = dropout_of(0.1)
+    bounds = {"documents": documents, "dropout": dropout}
+    both = {"documents, dropout": documents | dropout}
+    for dtype, D, asked_for in (
+        (BF16, HEAD_SIZE, {**bounds, "window": window, **both}),
+        (BF16, 2 * HEAD_SIZE, {"": {}, "documents": documents, **both}),
+        *((BF16, padded, {"": {}, **both}) for padded in (48, 96)),
+        (FP32, HEAD_SIZE, bounds),
+    ):
+        plain = attention_case(B, T, WIDTHS[0], dtype, D)
+        plain = dataclasses.replace(plain, ours=functools.partial(_on_heads, WIDTHS[0] // D))
+        for name, more in asked_for.items():
+            yield asked(plain, name, **more)
+
+
+def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
+    return causal_attention(qkv, H, **more)
+
+
+def huggingface_attention(qkv: Tensor) -> Tensor:
+    """HuggingFace's attention module without its two projections."""
+    from transformers import GPT2Config
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    C = qkv.size(-1) // 3
+    config = GPT2Config(n_embd=C, n_head=C // HEAD_SIZE, attn_pdrop=0.0, resid_pdrop=0.0)
+    config._attn_implementation = "sdpa"
+    module = GPT2Attention(config, layer_idx=0)
+    module.c_attn = module.c_proj = nn.Identity()
+    return module(qkv)[0]
+
+
+def calls() -> Iterator[Call]:
+    def attention(what: str, B: int, T: int, H: int, D: int, make: Callable | None = None, **options) -> Call:
+        def default(new):
+            return (new(B, T, 3 * H * D),)
+
+        return Call("causal_attention", what, make or default, functools.partial(causal_attention, n_head=H, **options))
+
+    yield attention("plain", 1, 150, 2, 16)
+    yield attention("one-token", 2, 1, 2, 32)
+    yield attention("padded-head-strided", 2, 37, 2, 20, lambda new: (new.sliced(2, 37, 120),))
+    yield attention("window", 1, 150, 1, 16, window=17)
+    yield attention("head-size-128", 1, 70, 1, 128)
+    yield Call(
+        "causal_attention",
+        "documents",
+        # Some tokens are before the first and after the last one; one document crosses the end of a row.
+        lambda new: (new(2, 75, 96), new.values(3, 40, 41, 80, 147, dtype=torch.int32)),
+        lambda qkv, cu_seqlens: causal_attention(qkv, 2, cu_seqlens=cu_seqlens),
+    )
+    yield Call(
+        "causal_attention",
+        "dropout-window",
+        lambda new: (new(1, 70, 96), new.values(5)),
+        lambda qkv, seed: causal_attention(qkv, 2, dropout_p=0.3, seed=seed, window=40),
+    )
+
+
+DESCRIPTION = Description(
+    module=attention,
+    cases=cases,
+    sized=sized,
+    huggingface={"causal_attention": huggingface_attention},
+    calls=calls,
+    variants=variants,
+)
