@@ -31,11 +31,15 @@ def check_tokens(name: str, tokens: Tensor, config: GPTConfig, shape: torch.Size
         raise ValueError(f"{name} is empty: its shape is {tuple(tokens.shape)}, a sequence has at least one token")
     if tokens.size(1) > config.block_size:
         raise ValueError(f"{name} has {tokens.size(1)} tokens a row, block_size is {config.block_size}")
+    check_range(name, tokens, "vocab_size", config.vocab_size, negative=name == "targets")
+
+
+def check_range(name: str, tokens: Tensor, limit: str, size: int, negative: bool = False) -> None:
+    """`tokens`, the argument `name`, must be in 0..size - 1, where `limit` is the name of `size`; or be `negative`."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return  # inside of vmap values are not to be seen
-    V = config.vocab_size
-    right = tokens == tokens.clamp(min=None if name == "targets" else 0, max=V - 1)
-    allowed = f"vocab_size is {V}: allowed are 0..{V - 1}"
+    right = tokens == tokens.clamp(min=None if negative else 0, max=size - 1)
+    allowed = f"{limit} is {size}: allowed are 0..{size - 1}"
     out_of_range = f"{name} holds a token out of range, {allowed}"
     if torch.compiler.is_compiling():
         torch._assert_async(right.all(), out_of_range)

@@ -9,7 +9,7 @@ from torch import nn
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.hf.blocks import Block
 from fastgpt2.gpt2.hf.models import LMHeadModel, Model
-from fastgpt2.gpt2.hf.stand_in import Settings, StandIn, stand_in
+from fastgpt2.gpt2.hf.stand_in import Settings, StandIn, check_module, stand_in
 from fastgpt2.gpt2.ops import Kernels
 
 
@@ -26,6 +26,7 @@ def accelerate(model: nn.Module, kernels: str | Kernels = "auto", training_logit
     Again with other arguments changes them. Raises TypeError where there is no GPT2Model in `model`.
     """
     settings = Settings(ops.requested_kernels(kernels), bool(training_logits))
+    check_module(model)
     kinds = _kinds()
     modules = [m for m in model.modules() if type(m) in kinds or isinstance(m, StandIn)]
     if not any(isinstance(m, Model) or kinds.get(type(m)) is Model for m in modules):
@@ -45,11 +46,12 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises TypeError where somebody has put a class of its own over ours since, as FSDP2 does.
     """
+    check_module(model)
     modules = [m for m in model.modules() if isinstance(m, StandIn)]
     bases = [_base(m) for m in modules]
     module: Any
     for module, base in zip(modules, bases, strict=True):
-        del module._fastgpt2
+        module.__dict__.pop("_fastgpt2", None)
         module.__class__ = base
     return model
 

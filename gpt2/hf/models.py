@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.hf import visible
+from fastgpt2.gpt2.hf.attention import NAME
 from fastgpt2.gpt2.hf.blocks import Block, Context
-from fastgpt2.gpt2.hf.stand_in import StandIn, is_untouched
+from fastgpt2.gpt2.hf.stand_in import StandIn, is_of_transformers, is_untouched
+from fastgpt2.gpt2.inputs import check_range
 from fastgpt2.gpt2.ops import IGNORED_TARGET, Kernels, Stream
 from fastgpt2.gpt2.stock import is_stock
 
@@ -33,14 +35,22 @@ NOT_OURS = (
 
 def why_not(model: Any) -> str | None:
     """Why no call of a GPT2Model goes our way; None where calls can."""
+    from transformers import AttentionInterface
+
     config = model.config
     if config.add_cross_attention or not getattr(config, "is_causal", True):
         return "the config asks for cross-attention, or for attention that is not causal"
+    name = config._attn_implementation
+    attention = AttentionInterface._global_mapping.get(name)
+    if name != NAME and attention is not None and not is_of_transformers(attention):
+        return f"attn_implementation={name!r} is neither transformers' nor ours"
     for i, block in enumerate(model.h):
         if not isinstance(block, Block) or not is_untouched(block, type(block)):
             return f"h.{i} is replaced or has hooks"
         if not is_untouched(block.attn, model.theirs.Attention):
             return f"h.{i}.attn is replaced or has hooks"
+        if not getattr(block.attn, "is_causal", True):
+            return f"h.{i}.attn.is_causal is False"
     return None
 
 
@@ -70,12 +80,26 @@ class Model(StandIn):
         positions = call.get("position_ids")
         if positions is None and cache is not None and not (isinstance(past, int) and past == 0):
             positions = torch.arange(idx.size(1), device=idx.device) + past
+        if kernels.embedding == "triton":  # whose kernel answers NaN where PyTorch raises
+            self.check(idx, call.get("position_ids"), past)
         x = self.embed(idx, None if positions is None else positions.expand(idx.shape), kernels)
         stream = Stream(x)
         for block in self.h:
             stream = block.checkpointed(stream, context) if checkpointed else block.extend(stream, context)
         x = ops.add_layer_norm(stream, self.ln_f, kernels)[1]
         return _model_output(x, cached, cache if use_cache else None)
+
+    def check(self, idx: Tensor, positions: Tensor | None, past: int | Tensor) -> None:
+        """Raises ValueError for tokens and positions that the tables do not have; on a GPU a device-side assertion."""
+        if is_stock(self.wte, nn.Embedding):
+            check_range("input_ids", idx, "the vocabulary", self.wte.weight.size(0))
+        if not is_stock(self.wpe, nn.Embedding):
+            return
+        n, T = self.wpe.weight.size(0), idx.size(1)
+        if positions is not None:
+            check_range("position_ids", positions, "n_positions", n)
+        elif isinstance(past, int) and past + T > n:
+            raise ValueError(f"input_ids has {T} tokens a row and the cache {past} before them, n_positions is {n}")
 
     @property
     def cache_name(self) -> str:
@@ -104,10 +128,11 @@ class Model(StandIn):
         (B, T), positions, mask = idx.shape, call.get("position_ids"), call.get("attention_mask")
         S = T if cache is None else cache.get_mask_sizes(T, 0)[0]
         by_torch = kernels.attention == "torch"
-        if cache is None and mask is None:
-            cu_seqlens = call.get("cu_seq_lens_q")
-            if cu_seqlens is not None:
-                return Context(kernels, documents=ops.document_mask(cu_seqlens.to(torch.int32), B, T, kernels))
+        alone = cache is None or (isinstance(past, int) and past == 0)
+        cu_seqlens = call.get("cu_seq_lens_q")
+        if alone and cu_seqlens is not None:
+            return Context(kernels, cache, True, ops.document_mask(cu_seqlens.to(torch.int32), B, T, kernels))
+        if cache is None and mask is None:  # as transformers, which sees restarts where there is no cache
             restarts = None if positions is None else positions.diff(dim=1) != 1
             if restarts is not None and (torch.compiler.is_compiling() or bool(restarts.any())):
                 documents = visible.documents(visible.starts_of_documents(restarts.expand(B, -1))).flatten()
@@ -122,7 +147,6 @@ class Model(StandIn):
             raise ValueError(
                 f"{error}. hf.accelerate(model, Kernels(attention='torch', ...)) computes such calls by PyTorch"
             ) from None
-        alone = cache is None or (isinstance(past, int) and past == 0)
         if seen is None or not alone:
             return Context(kernels, cache, alone, None, seen)
         if seen.dtype == torch.int32:
@@ -154,6 +178,7 @@ class LMHeadModel(StandIn):
         targets = F.pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted
         x = outputs.last_hidden_state
         targets = targets.to(x.device).view(x.shape[:-1])
+        check_range("labels", targets, "the vocabulary", self.lm_head.weight.size(0), negative=True)
         loss = ops.loss_without_logits(x, self.lm_head, targets, "mean" if items is None else "sum", ignored)
         if items is not None:
             loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import nn
 
 from fastgpt2.gpt2.ops import Kernels
@@ -25,6 +27,11 @@ class Settings:
     training_logits: bool
 
 
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}, expected a live model of transformers")
+
+
 class Theirs(NamedTuple):
     """The classes of transformers whose arithmetic we know."""
 
@@ -37,7 +44,7 @@ class Theirs(NamedTuple):
 class StandIn(nn.Module):
     """What the classes made by `stand_in` have in common. `compute` is called with forward's own arguments."""
 
-    _fastgpt2: Settings
+    _fastgpt2: Settings = None  # type: ignore[assignment]  # of a model that only has the class: type(model)(config)
     theirs: ClassVar[Theirs]
     names: ClassVar[tuple[str, ...]]  # of forward's arguments, in order
 
@@ -70,19 +77,23 @@ def _make(base: Any, ours: Any) -> Any:
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
     from transformers.pytorch_utils import Conv1D
 
+    _originals[base] = base.forward if is_of_transformers(base.forward) else None
+
     @functools.wraps(base.forward)
     def forward(self, *args, **kwargs):
+        if self._fastgpt2 is None or not _is_original(base):
+            return base.forward(self, *args, **kwargs)
         return self.compute(*args, **kwargs)
 
     parameters = list(inspect.signature(base.forward).parameters.values())[1:]
     # A class that was patched before we came is called, and never computed in its place.
     known = [
-        kind if kind.forward.__module__ == kind.__module__ else object
+        kind if kind in _originals or is_of_transformers(kind.forward) else object
         for kind in (GPT2Attention, GPT2MLP, Conv1D, NewGELUActivation)
     ]
     for kind in known:
-        if kind is not object:
-            stock(kind)
+        if kind is not object and kind not in _originals:
+            _originals[kind] = stock(kind).forward
     attributes: dict[str, Any] = dict(
         forward=forward,
         names=tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD),
@@ -95,6 +106,29 @@ def _make(base: Any, ours: Any) -> Any:
     return made
 
 
+# Classes of transformers, and their `forward` as it was when we met them; None where it was somebody else's already.
+_originals: dict[Any, Any] = {}
+
+
+def _is_original(kind: Any) -> bool:
+    """Whether the class has the `forward` that transformers gave it; torch.compile cannot compare wrapped functions."""
+    return torch.compiler.is_compiling() or _originals.get(kind) is kind.forward
+
+
+def is_of_transformers(function: Any) -> bool:
+    """Whether a function, and every one that it wraps, is written in transformers or PyTorch."""
+    import transformers
+
+    homes = tuple(str(Path(package.__file__ or "").parent) for package in (transformers, torch))
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(homes):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
 def is_untouched(module: Any, kind: Any) -> bool:
-    """`is_stock` for classes whose `forward` transformers wraps, which torch.compile cannot tell from another one."""
-    return type(module) is kind and not is_watched(module)
+    """`is_stock` for classes whose `forward` transformers wraps, and for those that stand in for them."""
+    theirs = kind.__bases__[1] if issubclass(kind, StandIn) else kind
+    return type(module) is kind and not is_watched(module) and _is_original(theirs)

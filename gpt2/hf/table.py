@@ -10,7 +10,7 @@ from torch import nn
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.hf import attention, models
 from fastgpt2.gpt2.hf.blocks import Block, weights
-from fastgpt2.gpt2.hf.stand_in import StandIn
+from fastgpt2.gpt2.hf.stand_in import StandIn, check_module
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.stock import LinearWeights, is_stock
 
@@ -41,6 +41,7 @@ def report(model: nn.Module) -> Report:
     """
     from transformers import GPT2LMHeadModel, GPT2Model
 
+    check_module(model)
     modules = list(model.modules())
     body: Any = next((m for m in modules if isinstance(m, GPT2Model)), None)
     if body is None:
@@ -96,14 +97,15 @@ def _body(body: Any, kernels: Kernels) -> Iterator[Row]:
 
 
 def _head(head: Any, kernels: Kernels) -> Iterator[Row]:
-    if not isinstance(head, StandIn):
+    if not isinstance(head, StandIn) or head._fastgpt2 is None:
         return
     why = models.why_logits(head, kernels)
     if why is None:
         yield Row("loss, training", "triton", "training_logits=False: no logits in training steps with labels")
     else:
         yield Row("loss, training", "torch", why)
-    yield Row("logits", "torch", "lm_head is called, with the loss function of transformers in eval mode")
+    when = "except in training steps with labels" if why is None else "always"
+    yield Row("logits", "torch", f"lm_head is called, with transformers' own loss function, {when}")
 
 
 def _switch(op: str, road: str) -> str:

@@ -1,0 +1,124 @@
+"""hf.accelerate on models that people changed: classes, settings and calls that mean something else than GPT-2's."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers.models.gpt2.modeling_gpt2 as theirs
+from hf_models import DEVICE, hf_gpt2
+from hf_parity import IDS, PACKED
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fastgpt2 import hf
+
+KERNELS = ["torch", "triton"]
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+
+
+def pair(kernels: str = "torch", **settings) -> tuple[nn.Module, nn.Module]:
+    """(transformers' model, the same accelerated)."""
+    model = hf_gpt2(**settings).to(DEVICE)
+    return model, hf.accelerate(copy.deepcopy(model), kernels)
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("more", [{}, dict(use_cache=True), dict(use_cache=False)], ids=str)
+def test_packed_rows_by_cu_seqlens_with_and_without_a_cache(kernels, more):
+    model, ours = pair(kernels)
+    starts = torch.tensor([0, 3, 9], dtype=torch.int32, device=DEVICE)
+    truth = model(IDS[:1], position_ids=PACKED[:1], use_cache=False).logits
+    same(ours(IDS[:1], position_ids=PACKED[:1], cu_seq_lens_q=starts, cu_seq_lens_k=starts, **more).logits, truth)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Attention", "GPT2MLP", "GPT2Block", "GPT2Model"])
+@pytest.mark.parametrize("wraps", [False, True], ids=["plain", "wraps"])
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+def test_a_class_of_transformers_that_somebody_patched_is_called(kind, wraps, before, monkeypatch):
+    kind = getattr(theirs, kind)
+    original = kind.forward
+    hf.accelerate(hf_gpt2())  # what was learnt of the classes then does not count
+
+    def patched(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        if isinstance(output, Tensor):
+            return 2 * output
+        output = output if isinstance(output, tuple) else output.to_tuple()
+        first = 2 * output[0]
+        if kind is theirs.GPT2Model:
+            return theirs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=first)
+        return (first, *output[1:])
+
+    def patch():
+        monkeypatch.setattr(kind, "forward", functools.wraps(original)(patched) if wraps else patched)
+
+    if before:
+        patch()
+    model, ours = pair()
+    unchanged = model(IDS, use_cache=False).logits
+    patch()
+    changed = model(IDS, use_cache=False).logits
+    assert before or not torch.allclose(changed, unchanged)
+    same(ours(IDS, use_cache=False).logits, changed)
+    monkeypatch.undo()
+    same(ours(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+def test_attention_that_is_not_causal_is_transformers():
+    model, ours = pair()
+    for block in (*model.transformer.h, *ours.transformer.h):
+        block.attn.is_causal = False
+    same(ours(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    assert "is_causal is False" in str(hf.report(ours))
+
+
+def test_an_attention_of_ones_own_is_called(monkeypatch):
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        "mine",
+        lambda module, q, k, v, mask, **more: ((2 * v).transpose(1, 2).contiguous(), None),
+    )
+    model, ours = pair()
+    before = ours(IDS, use_cache=False).logits
+    for each in (model, ours):
+        each.set_attn_implementation("mine")
+    after = ours(IDS, use_cache=False).logits
+    same(after, model(IDS, use_cache=False).logits)
+    assert not torch.allclose(after, before) and "'mine'" in str(hf.report(ours))
+
+
+def test_what_the_tables_do_not_have_is_an_error():
+    _, ours = pair("triton", n_positions=16)
+    error = RuntimeError if DEVICE.type == "cuda" else ValueError
+    if DEVICE.type == "cpu":  # on a GPU a device-side assertion, after which the device is lost
+        for call, message in (
+            (dict(input_ids=IDS + 61), "input_ids holds token"),
+            (dict(input_ids=IDS, position_ids=PACKED + 16), "position_ids holds token 16"),
+        ):
+            with pytest.raises(error, match=message):
+                ours(**call, use_cache=False)
+    with pytest.raises(ValueError, match="n_positions is 16"):
+        ours.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+def test_a_new_model_of_an_accelerated_ones_class_is_transformers(tmp_path):
+    model, ours = pair()
+    ours.save_pretrained(tmp_path)
+    for new in (type(ours)(ours.config), type(ours).from_pretrained(tmp_path)):
+        new.load_state_dict(model.state_dict())
+        same(new.to(DEVICE).eval()(IDS, labels=IDS).logits, model(IDS, labels=IDS).logits)
+        assert "hf.accelerate(model) was not called" in str(hf.report(new))
+        hf.restore(hf.accelerate(new))
+        same(new(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("what", ["gpt2", None, nn.Linear])
+@pytest.mark.parametrize("function", [hf.accelerate, hf.restore, hf.report])
+def test_what_is_no_module_is_refused(function, what):
+    with pytest.raises(TypeError, match="model is"):
+        function(what)
