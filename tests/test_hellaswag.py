@@ -187,6 +187,8 @@ def test_ranks_share_the_examples(file, model):
     assert alone == pytest.approx(module.plain_scores(model, BPE, examples, device=CPU)[1]) and 0 < alone < 1
     parts = []
     for rank in range(3):
-        trainer.ranks = types.SimpleNamespace(rank=rank, size=3, first=rank == 0, sum=lambda values: values.tolist())
+        trainer.ranks = types.SimpleNamespace(
+            rank=rank, size=3, first=rank == 0, all_reduce=lambda values: values.tolist()
+        )
         parts.append(trainer.hellaswag(examples))
     assert sum(parts) == pytest.approx(alone) and max(parts) < alone
