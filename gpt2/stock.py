@@ -56,7 +56,8 @@ def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
         return kind is nn.Linear and type(module) is LinearWeights
     if is_watched(module):
         return False
-    if getattr(module.forward, "__func__", None) is not FORWARDS[kind]:
+    forward = getattr(module.forward, "__func__", None)  # torch.compile guards what is looked at, but cannot compare it
+    if forward is not FORWARDS[kind] and not torch.compiler.is_compiling():
         return False
     parameters = module._parameters  # a fifth of the time of asking for the attributes
     if kind is nn.Linear or kind is nn.LayerNorm:
