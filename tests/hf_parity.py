@@ -6,9 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from hf_models import DEVICE
+from hf_models import DEVICE, hf_gpt2
 from numerics import compare
 from torch import Tensor, nn
+
+from fastgpt2 import hf
 
 B, T, V = 2, 9, 61
 IDS = torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -20,6 +22,14 @@ BATCHES: dict[str, dict[str, Any]] = {
     "right": dict(attention_mask=LEFT.flip(1)),
     "packed": dict(position_ids=PACKED),
 }
+
+
+def pair(
+    kernels: str = "torch", dtype: torch.dtype = torch.float32, training_logits: bool = True, **settings: Any
+) -> tuple[nn.Module, nn.Module]:
+    """(eager, the same model accelerated)."""
+    eager = hf_gpt2(dtype=dtype, **settings).to(DEVICE)
+    return eager, hf.accelerate(copy.deepcopy(eager), kernels, training_logits)
 
 
 def labels_of(batch: dict[str, Any], ids: Tensor = IDS) -> Tensor:

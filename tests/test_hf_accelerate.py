@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from hf_models import DEVICE, hf_gpt2
-from hf_parity import BATCHES, IDS, LEFT, labels_of, results, same_as, written
+from hf_parity import BATCHES, IDS, LEFT, labels_of, pair, results, same_as, written
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2ForSequenceClassification
 
@@ -16,13 +16,6 @@ from fastgpt2.gpt2 import ops
 
 KERNELS = ["torch", "triton"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
-
-
-def pair(kernels: str, dtype=torch.float32, training_logits: bool = True, **settings):
-    """(eager, the same model accelerated)."""
-    eager = hf_gpt2(dtype=dtype, **settings).to(DEVICE)
-    ours = copy.deepcopy(eager)
-    return eager, hf.accelerate(ours, kernels, training_logits)
 
 
 def called(monkeypatch, *names: str) -> dict[str, int]:

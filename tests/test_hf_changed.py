@@ -1,13 +1,12 @@
 """hf.accelerate on models that people changed: classes, settings and calls that mean something else than GPT-2's."""
 
-import copy
 import functools
 
 import pytest
 import torch
 import transformers.models.gpt2.modeling_gpt2 as theirs
 from hf_models import DEVICE, hf_gpt2
-from hf_parity import IDS, PACKED
+from hf_parity import IDS, PACKED, pair
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -15,12 +14,6 @@ from fastgpt2 import hf
 
 KERNELS = ["torch", "triton"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
-
-
-def pair(kernels: str = "torch", **settings) -> tuple[nn.Module, nn.Module]:
-    """(transformers' model, the same accelerated)."""
-    model = hf_gpt2(**settings).to(DEVICE)
-    return model, hf.accelerate(copy.deepcopy(model), kernels)
 
 
 def same(a: Tensor, b: Tensor) -> None:

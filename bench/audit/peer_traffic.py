@@ -11,7 +11,6 @@ As a process of its own, with TRITON_INTERPRET=1:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
@@ -21,12 +20,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 
 from fastgpt2.bench.audit.compiled import pretended
 from fastgpt2.bench.audit.dispatch import count_traffic
-from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS
+from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_arguments
 from fastgpt2.bench.cases.peers import PEERS, installed
 from fastgpt2.bench.cases.registry import Case, cases
 
@@ -80,14 +78,7 @@ def foreign_kernels() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    prog = "python -m fastgpt2.bench.audit.peer_traffic"
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
-    parser.add_argument("--json", required=True, help="file to write the counts to")
-    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
-    options = parser.parse_args(argv)
-    if not triton.knobs.runtime.interpret:
-        parser.error("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
-    wanted = set(filter(None, options.op.split(",")))
+    options, wanted = counting_arguments("fastgpt2.bench.audit.peer_traffic", __doc__, argv)
     results = []
     with foreign_kernels():
         for case in cases(COUNTED_ROWS):

@@ -141,18 +141,24 @@ def _record_compiled(log: list[Launch], patches: contextlib.ExitStack) -> None:
     patches.enter_context(mock.patch.object(triton.JITFunction, "run", recorded_run))
 
 
-def main(argv: list[str] | None = None) -> None:
-    from fastgpt2.bench.audit.compiled import pretended
-    from fastgpt2.bench.cases.registry import cases
-    from fastgpt2.gpt2.ops import kernels_digest
-
-    parser = argparse.ArgumentParser(prog="python -m fastgpt2.bench.audit.traffic", description=__doc__.split("\n")[0])
+def counting_arguments(module: str, doc: str, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """Of a process that counts in the interpreter, for the audit: options with `json`, and the ops asked for, all where
+    there are none."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
     parser.add_argument("--json", required=True, help="file to write the counts to")
     parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
     options = parser.parse_args(argv)
     if not triton.knobs.runtime.interpret:
         parser.error("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
-    wanted = set(filter(None, options.op.split(",")))
+    return options, set(filter(None, options.op.split(",")))
+
+
+def main(argv: list[str] | None = None) -> None:
+    from fastgpt2.bench.audit.compiled import pretended
+    from fastgpt2.bench.cases.registry import cases
+    from fastgpt2.gpt2.ops import kernels_digest
+
+    options, wanted = counting_arguments("fastgpt2.bench.audit.traffic", __doc__, argv)
     results = []
     sources = kernels_digest()
     for case in cases(COUNTED_ROWS):

@@ -19,15 +19,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastgpt2.bench.cases import variants
 from fastgpt2.bench.report import tables
-from fastgpt2.bench.report.record import FOLDER, Results, summary_line
+from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
+from fastgpt2.bench.timing.options import add_device, add_nanogpt, add_out
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.generation.generate import generate
@@ -206,9 +206,9 @@ def add_command(commands) -> None:
     command.add_argument("--new", type=int, default=64, help="tokens that are written; default: %(default)s")
     command.add_argument("--dtype", help=f"comma-separated, from {', '.join(DTYPES)}; of the weights")
     command.add_argument("--seconds", type=float, default=30.0, help="for one setting, about; default: %(default)s")
-    command.add_argument("--nanogpt", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare with it")
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
-    command.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file; default: %(default)s")
+    add_nanogpt(command)
+    add_device(command)
+    add_out(command)
     command.set_defaults(run=main)
 
 

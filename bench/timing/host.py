@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt2.bench.audit import audit
 from fastgpt2.bench.cases import variants
 from fastgpt2.bench.timing import no_device
+from fastgpt2.bench.timing.options import add_nanogpt
 from fastgpt2.gpt2 import linear, ops
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
@@ -249,7 +250,7 @@ def add_command(commands) -> None:
         description="Runs our ops, a block and a model of 12 layers forward and backward with nothing on the device, "
         "and prints microseconds on this CPU, calls and allocations: ours, our SDPA road, nanoGPT, HuggingFace.",
     )
-    command.add_argument("--nanogpt", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare with it")
+    add_nanogpt(command)
     command.add_argument("--rounds", type=int, default=ROUNDS, help="of timing, the best of which counts; %(default)s")
     command.add_argument("--json", help="also write the figures to this file")
     command.add_argument(

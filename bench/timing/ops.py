@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ from fastgpt2.bench.cases import registry as cases
 from fastgpt2.bench.cases.case import HEAD_SIZE, Case
 from fastgpt2.bench.cases.peers import first_line, peers, version
 from fastgpt2.bench.report import roofline, tables
-from fastgpt2.bench.report.record import FOLDER, Results, summary_line
+from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
+from fastgpt2.bench.timing.options import add_device, add_out
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import hardware, ops
 from fastgpt2.gpt2.training.train_config import find_device
@@ -221,8 +221,8 @@ def add_command(commands) -> None:
     command.add_argument("--quick", action="store_true", help="fewer shapes; on a CPU without torch.compile")
     command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
     command.add_argument("--shape", help="comma-separated lengths and widths, TxC, such as 1024x768,4096x768")
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
-    command.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file; default: %(default)s")
+    add_device(command)
+    add_out(command)
     command.set_defaults(run=main)
 
 

@@ -17,7 +17,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -34,7 +33,8 @@ from fastgpt2.bench.cases.variants import (
     Variant,
 )
 from fastgpt2.bench.report import measured, tables
-from fastgpt2.bench.report.record import FOLDER, Results, summary_line
+from fastgpt2.bench.report.record import Results, summary_line
+from fastgpt2.bench.timing.options import add_device, add_nanogpt, add_out
 from fastgpt2.bench.timing.steps import DTYPES, Disagreement, Setting, TrainBench
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import ops
@@ -132,9 +132,9 @@ def add_command(commands) -> None:
     command.add_argument(
         "--road", help=f"only these ways to launch kernels, comma-separated, from {', '.join(ROADS)}; a file of its own"
     )
-    command.add_argument("--nanogpt", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare with it")
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
-    command.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file; default: %(default)s")
+    add_nanogpt(command)
+    add_device(command)
+    add_out(command)
     command.set_defaults(run=main)
 
 

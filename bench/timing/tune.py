@@ -26,8 +26,9 @@ import torch
 import triton
 
 from fastgpt2.bench.cases import registry as cases
-from fastgpt2.bench.report.record import FOLDER, Results
+from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import timing
+from fastgpt2.bench.timing.options import add_out
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2.files import write_atomically
 from fastgpt2.kernels import _device, _tuning
@@ -208,7 +209,7 @@ def add_command(commands) -> None:
     command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
     command.add_argument("--seconds", type=float, default=math.inf, help="begin no row of the table after so many")
     command.add_argument("--dry-run", action="store_true", help="print what was found and leave the table as it is")
-    command.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file; default: %(default)s")
+    add_out(command)
     command.set_defaults(run=main)
 
 
