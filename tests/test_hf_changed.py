@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fastgpt2 import hf
+from fastgpt2.gpt2.hf import stand_in
 
 KERNELS = ["torch", "triton"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -30,12 +31,16 @@ def test_packed_rows_by_cu_seqlens_with_and_without_a_cache(kernels, more):
 
 
 @pytest.mark.parametrize("kind", ["GPT2Attention", "GPT2MLP", "GPT2Block", "GPT2Model"])
-@pytest.mark.parametrize("wraps", [False, True], ids=["plain", "wraps"])
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-def test_a_class_of_transformers_that_somebody_patched_is_called(kind, wraps, before, monkeypatch):
+@pytest.mark.parametrize("dressed", ["plain", "wraps", "by PyTorch"])
+@pytest.mark.parametrize("when", ["after", "before", "before all"])
+def test_a_class_of_transformers_that_somebody_patched_is_called(kind, dressed, when, monkeypatch):
     kind = getattr(theirs, kind)
     original = kind.forward
-    hf.accelerate(hf_gpt2())  # what was learnt of the classes then does not count
+    if when == "before all":  # no class was met yet
+        monkeypatch.setattr(stand_in, "_made", {})
+        monkeypatch.setattr(stand_in, "_originals", {})
+    else:
+        hf.accelerate(hf_gpt2())
 
     def patched(self, *args, **kwargs):
         output = original(self, *args, **kwargs)
@@ -47,16 +52,15 @@ def test_a_class_of_transformers_that_somebody_patched_is_called(kind, wraps, be
             return theirs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=first)
         return (first, *output[1:])
 
-    def patch():
-        monkeypatch.setattr(kind, "forward", functools.wraps(original)(patched) if wraps else patched)
-
-    if before:
-        patch()
+    dress = {"plain": lambda f: f, "wraps": functools.wraps(original), "by PyTorch": torch.enable_grad()}
+    changes = dress[dressed](patched)
+    if when != "after":
+        monkeypatch.setattr(kind, "forward", changes)
     model, ours = pair()
     unchanged = model(IDS, use_cache=False).logits
-    patch()
+    monkeypatch.setattr(kind, "forward", changes)
     changed = model(IDS, use_cache=False).logits
-    assert before or not torch.allclose(changed, unchanged)
+    assert when != "after" or not torch.allclose(changed, unchanged)
     same(ours(IDS, use_cache=False).logits, changed)
     monkeypatch.undo()
     same(ours(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
@@ -95,6 +99,8 @@ def test_what_the_tables_do_not_have_is_an_error():
         ):
             with pytest.raises(error, match=message):
                 ours(**call, use_cache=False)
+    with pytest.raises(ValueError, match="18 tokens a row and the cache 0 before them, n_positions is 16"):
+        ours(torch.cat((IDS, IDS), 1))
     with pytest.raises(ValueError, match="n_positions is 16"):
         ours.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
 
