@@ -83,7 +83,7 @@ def plot(losses: dict[str, list[float]], png: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="examples/same_training.png", help="the plot (%(default)s)")
+    parser.add_argument("--out", default="docs/pictures/same-training.png", help="the plot (%(default)s)")
     out = parser.parse_args().out
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("without a GPU, set TRITON_INTERPRET=1: Triton's kernels then run in its interpreter")
