@@ -32,6 +32,9 @@ ELSEWHERE = {
     "python tests/mutate.py": "test_mutate.py",
     "ruff": ".ci/run",
     "mkdir -p .types": ".ci/run",
+    "ln -sfn .. .types": ".ci/run",
+    "mypy": ".ci/run",
+    "pre-commit install": "changes the checkout's git hooks",
     "fastgpt2 verify": "test_verify.py",
     "fastgpt2 bench": "test_bench_*.py, test_compiled.py",
     "torchrun": "needs eight GPUs; test_ranks.py starts torchrun",
@@ -72,15 +75,16 @@ def run_command(command: str) -> None:
         raise RuntimeError(f"status {status}: {printed.getvalue()[-600:]}")
 
 
-def run_page(page: Path) -> list[str]:
-    """What failed."""
+def run_page(page: Path, done: set[str]) -> list[str]:
+    """What failed. A command that another page has too is run once."""
     namespace: dict[str, object] = {"__name__": "documentation"}
     failures = []
     for language, code in blocks(page):
         pieces = [code] if language == "python" else list(commands(code)) if language == "sh" else []
         for piece in pieces:
-            if language == "sh" and is_elsewhere(piece):
+            if language == "sh" and (is_elsewhere(piece) or piece in done):
                 continue
+            done.add(piece)
             try:
                 if language == "python":
                     exec(compile(code, f"{page.name}, a snippet", "exec"), namespace)
@@ -134,7 +138,8 @@ def main() -> int:
         prepare_folder()
     with shortened(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        failures = [failure for page in PAGES for failure in run_page(page)]
+        done: set[str] = set()
+        failures = [failure for page in PAGES for failure in run_page(page, done)]
     print("\n".join(failures))
     return bool(failures)
 
