@@ -42,7 +42,9 @@ def test_the_worker_sees_the_pages():
     assert languages["README.md"].count("python") >= 3 and languages["generation.md"] == ["sh", "python"]
     for page in PAGES:
         assert page.read_text().count("```") == 2 * len(languages[page.name]), page
-    every = [command for page in PAGES for language, code in blocks(page) if language == "sh" for command in commands(code)]
+    every = [
+        command for page in PAGES for language, code in blocks(page) if language == "sh" for command in commands(code)
+    ]
     assert sum(not is_elsewhere(command) for command in every) >= 12
     assert {beginning for beginning in ELSEWHERE if any(c.startswith(beginning) for c in every)} == set(ELSEWHERE)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastgpt2.bench.report import plots, tables
 from fastgpt2.bench.report.measured import COMMITTED
 from fastgpt2.bench.report.record import HERE, Results, describe
@@ -166,17 +168,53 @@ def training_speed() -> Figure:
     memory.barh(names, [(bar.peak_bytes or 0) / GIB for bar in bars], color=colours, height=0.7)
     for i, bar in enumerate(bars):
         _write(speed, bar.tokens_per_s / 1e3, i, f"{bar.tokens_per_s / 1e3:,.0f}k")
-        _write(memory, (bar.peak_bytes or 0) / GIB, i, f"{bar.peak_bytes / GIB:.1f}" if bar.peak_bytes else "not recorded")
+        _write(
+            memory, (bar.peak_bytes or 0) / GIB, i, f"{bar.peak_bytes / GIB:.1f}" if bar.peak_bytes else "not recorded"
+        )
     speed.invert_yaxis()
     speed.set_title("thousand tokens a second: more is better", fontsize=12)
     memory.set_title("peak memory in GiB: less is better", fontsize=12)
     for axes in (speed, memory):
         axes.tick_params(labelsize=13)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.16)
+        axes.margins(x=0.2)
     days = f"{whole.date[:10]}; torch.compile on {medians.date[:10]}"
     where = f"GPT-2 124M, B=16 T=1024, bf16 autocast, {describe(whole.machine)}; {days}"
     figure.supxlabel(where, fontsize=9, color="#555555")
+    return figure
+
+
+def attention_tiles() -> Figure:
+    """Which tiles of the T x T scores the attention kernel computes, and which of them need a mask; drawn, not measured."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    tile, tiles = 8, 8
+    T = tile * tiles
+    query, key = torch.arange(T).view(T, 1), torch.arange(T).view(1, T)
+    causal = key <= query
+    document = torch.bucketize(torch.arange(T), torch.tensor([20, 44]), right=True)
+    seen = {
+        "causal": causal,
+        "causal, window of 2.5 tiles": causal & (query - key < 20),
+        "causal, three documents": causal & (document.view(T, 1) == document.view(1, T)),
+    }
+    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained", facecolor="white")
+    colours = ("#e9e9e9", "#56b4e9", "#0072b2")
+    for axes, (title, mask) in zip(figure.subplots(1, 3), seen.items(), strict=True):
+        blocks = mask.view(tiles, tile, tiles, tile).permute(0, 2, 1, 3).flatten(2)
+        axes.imshow(blocks.any(-1).int() + blocks.all(-1).int(), cmap=ListedColormap(colours), vmin=0, vmax=2)
+        axes.set_xticks([i - 0.5 for i in range(1, tiles)], [])
+        axes.set_yticks([i - 0.5 for i in range(1, tiles)], [])
+        axes.grid(color="white", linewidth=2)
+        axes.tick_params(length=0)
+        axes.set_title(title, fontsize=13)
+        axes.set_xlabel("tiles of keys", fontsize=12)
+    figure.axes[0].set_ylabel("tiles of queries", fontsize=12)
+    names = ("never loaded", "computed with a mask", "computed without a mask")
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=12, frameon=False)
     return figure
 
 
@@ -195,6 +233,7 @@ def _write(axes: Any, place: float, i: int, text: str) -> None:
 
 FIGURES: dict[str, Callable[[], Figure | None]] = {
     "training-speed": training_speed,
+    "attention-tiles": attention_tiles,
     "what-each-switch-gives": lambda: plots.ladder(result("train-nvidia-h200")),
 }
 
