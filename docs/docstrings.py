@@ -9,7 +9,7 @@ RESULT = re.compile(r"(Returns|Raises|Yields)\b")
 
 
 def as_list(docstring: str) -> str:
-    """The same text, with `- ` before lines about an argument, and a new paragraph where a result or an error begins."""
+    """The same text, with `- ` before lines about an argument, and a new paragraph for results and for errors."""
     lines, indented = [], False
     for line in docstring.splitlines():
         argument = ARGUMENT.match(line)

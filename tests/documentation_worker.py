@@ -3,8 +3,8 @@
 python tests/documentation_worker.py FOLDER     exits with 1 and prints what failed; writes into the empty FOLDER only
 
 Started by test_documentation.py with HF_HOME at a hub's cache that holds a small model with GPT-2's name and
-vocabulary, and with HF_HUB_OFFLINE. A page's snippets share one namespace, as a reader's session would; its commands run in
-a folder that has the files they name. Training is cut after two steps; everything else is as typed.
+vocabulary, and with HF_HUB_OFFLINE. A page's snippets share one namespace, as a reader's session would. Its commands
+run in a folder that has the files they name. Training is cut after two steps; everything else is as typed.
 """
 
 from __future__ import annotations

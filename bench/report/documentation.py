@@ -168,9 +168,8 @@ def training_speed() -> Figure:
     memory.barh(names, [(bar.peak_bytes or 0) / GIB for bar in bars], color=colours, height=0.7)
     for i, bar in enumerate(bars):
         _write(speed, bar.tokens_per_s / 1e3, i, f"{bar.tokens_per_s / 1e3:,.0f}k")
-        _write(
-            memory, (bar.peak_bytes or 0) / GIB, i, f"{bar.peak_bytes / GIB:.1f}" if bar.peak_bytes else "not recorded"
-        )
+        gib = (bar.peak_bytes or 0) / GIB
+        _write(memory, gib, i, f"{gib:.1f}" if gib else "not recorded")
     speed.invert_yaxis()
     speed.set_title("thousand tokens a second: more is better", fontsize=12)
     memory.set_title("peak memory in GiB: less is better", fontsize=12)
@@ -185,7 +184,7 @@ def training_speed() -> Figure:
 
 
 def attention_tiles() -> Figure:
-    """Which tiles of the T x T scores the attention kernel computes, and which of them need a mask; drawn, not measured."""
+    """Which tiles of the T x T scores the attention kernel computes, and which of them need a mask. Nothing is measured."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
