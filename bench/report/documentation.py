@@ -184,7 +184,7 @@ def training_speed() -> Figure:
 
 
 def attention_tiles() -> Figure:
-    """Which tiles of the T x T scores the attention kernel computes, and which of them need a mask. Nothing is measured."""
+    """Which tiles of the T x T scores the attention kernel computes, and which of them need a mask."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
