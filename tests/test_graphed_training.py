@@ -130,18 +130,22 @@ def test_any_number_of_documents_is_replayed(device, replays, kernels):
     graphed(model, idx, targets, starts[0])
     found = []
     for m in (model, plain):
-        for documents in starts:
+        for document_starts in starts:
             m.zero_grad()
-            _, loss = m(idx, targets, documents=documents)
+            _, loss = m(idx, targets, document_starts=document_starts)
             loss.backward()
             found += [loss, m.transformer.wpe.weight.grad]
     torch.testing.assert_close(found[: len(found) // 2], found[len(found) // 2 :])
     assert len(replays) == len(starts) and len({loss.item() for loss in found[::2]}) > 2
     model(idx, targets)  # without documents another graph would be needed
     assert len(replays) == len(starts)
+    with pytest.warns(DeprecationWarning, match="documents is now document_starts"):
+        graphed(model, idx, targets, documents=starts[0])
+    model(idx, targets, documents=starts[1])[1].backward()
+    assert len(replays) == len(starts) + 1
     if device.type == "cpu":
         with pytest.raises(ValueError, match="expected to rise from 0 to 16"):
-            model(idx, targets, documents=starts[0][:-1])
+            model(idx, targets, document_starts=starts[0][:-1])
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -38,16 +38,19 @@ def total_loss(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
-    documents: Callable[[Tensor], Tensor] | None = None,
+    find_document_starts: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, int]:
-    """(sum of the cross-entropy in nats, how many tokens) over all batches of (idx, targets), each (B, T) int64.
+    """(sum of the cross-entropy in nats, number of tokens) over all batches of (idx, targets), each (B, T) int64.
 
-    Negative targets are ignored. documents: gives the model's argument of that name for an idx; default: it gets none.
+    Negative targets are ignored. find_document_starts: computes the model's argument document_starts from idx; by
+    default attention crosses documents.
     """
     total, tokens = 0.0, 0
     with evaluating(model):
         for idx, targets in batches:
-            more = {} if documents is None else {"documents": documents(idx).to(device)}
+            more = {}
+            if find_document_starts is not None:
+                more["document_starts"] = find_document_starts(idx).to(device)
             _, loss = model(idx.to(device), targets.to(device), **more)
             count = int((targets >= 0).sum())
             total += loss.item() * count

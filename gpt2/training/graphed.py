@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.gpt2 import hardware
+from fastgpt2.gpt2.inputs import renamed_documents
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.stock import has_hooks
 from fastgpt2.gpt2.training import step_graphs
@@ -26,19 +27,21 @@ from fastgpt2.gpt2.training.step_graphs import StepGraphs
 
 Model = TypeVar("Model", bound=nn.Module)
 Signature = dict[str, tuple[Any, ...]]
-NAMES = ("idx", "targets", "documents")
-SETTINGS = frozenset((bool, int, float, str))  # types of what modules keep: in train mode, dropout, recompute, ...
-SEGMENTS = 6  # of backward under DDP: each is a launch more, and what it hands on is reduced beside the next
+NAMES = ("idx", "targets", "document_starts")
+FORMER_NAMES = {"documents": "document_starts"}  # of an argument of `GPT.forward`, accepted until the next release
+SETTINGS = frozenset((bool, int, float, str))  # types of the modules' attributes that are compared between steps
+SEGMENTS = 6  # of backward under DDP: each costs a launch and lets DDP reduce its gradients during the next segment
 
 
 def graphed(
     model: Model,
     idx: Tensor,
     targets: Tensor,
-    documents: Tensor | None = None,
+    document_starts: Tensor | None = None,
     *,
     segments: int | None = None,
     required: bool = False,
+    documents: Tensor | None = None,
 ) -> Model:
     """Makes training steps of `model` replay CUDA graphs, and returns it: `logits, loss = model(idx, targets)` and
     `loss.backward()` are then two launches.
@@ -69,8 +72,9 @@ def graphed(
     """
     if segments is not None and segments < 1:
         raise ValueError(f"segments is {segments}, allowed are whole numbers of at least 1")
+    document_starts = renamed_documents(document_starts, documents)
     module, whole = _called(model), _whole(model)
-    if hasattr(whole, "get_base_model"):  # peft's wrapper calls the model's forward, past what stands before it
+    if hasattr(whole, "get_base_model"):  # peft's wrapper calls the model's forward directly, past the graphs
         raise TypeError(f"model is a {type(whole).__name__}: give its get_base_model(), and call that in the loop")
     taken = inspect.signature(whole.forward).parameters
     missing = [name for name in NAMES[:2] if name not in taken]
@@ -84,7 +88,7 @@ def graphed(
         _say(problem, required, stacklevel=3)
         return model
     device = next(model.parameters()).device
-    given = dict(zip(NAMES, (idx, targets, documents), strict=True))
+    given = dict(zip(NAMES, (idx, targets, document_starts), strict=True))
     signature = _signature({name: t for name, t in given.items() if t is not None}, device)
     if segments is None:
         segments = SEGMENTS if isinstance(model, nn.parallel.DistributedDataParallel) else 1
@@ -139,14 +143,15 @@ class Graphed:
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The arguments by name, if they are like those of the capture."""
         given = {name: value for name, value in (*zip(self.names, args, strict=False), *kwargs.items())}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {FORMER_NAMES.get(name, name): value for name, value in given.items() if value is not None}
         if len(args) > len(self.names) or given.keys() != self.signature.keys():
             return None
         if not all(isinstance(value, Tensor) for value in given.values()):
             return None
         first = next(self.whole.parameters()).device
         same = all(t.device == first for t in given.values()) and _signature(given, first) == self.signature
-        return given if same and given.get("documents", given["idx"]).numel() <= given["idx"].numel() + 1 else None
+        fits = given.get("document_starts", given["idx"]).numel() <= given["idx"].numel() + 1
+        return given if same and fits else None
 
     def _why_not(self, inputs: Mapping[str, Tensor]) -> str | None:
         """Captures if that is still to be done -> None if a replay computes what the module would, or why not."""
@@ -178,12 +183,12 @@ class Graphed:
         self.graphs = StepGraphs(self.plain, whole, self._padded(inputs), cuts, redraws=recomputes)
 
     def _padded(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs, with documents as long as there are tokens, so that their number is always the same: the last one
-        may repeat its end."""
+        """The inputs, with document_starts filled up to one entry a token by repeating the last one, so that its length
+        is the same in every step."""
         found = dict(inputs)
-        if (documents := found.get("documents")) is not None:
-            rest = found["idx"].numel() + 1 - documents.numel()
-            found["documents"] = torch.cat([documents, documents[-1:].expand(rest)])
+        if (starts := found.get("document_starts")) is not None:
+            rest = found["idx"].numel() + 1 - starts.numel()
+            found["document_starts"] = torch.cat([starts, starts[-1:].expand(rest)])
         return found
 
     def _state(self) -> dict[str, Any]:
@@ -238,8 +243,8 @@ def _whole(model: nn.Module) -> nn.Module:
 
 
 def _signature(inputs: Mapping[str, Tensor], device: torch.device) -> Signature:
-    """Of tensors on `device`. There may be any number of documents."""
-    return {n: (t.dtype, device, t.dim() if n == "documents" else tuple(t.shape)) for n, t in inputs.items()}
+    """dtype, device and shape of each input. The length of document_starts may differ from step to step."""
+    return {n: (t.dtype, device, t.dim() if n == "document_starts" else tuple(t.shape)) for n, t in inputs.items()}
 
 
 def _problem(model: nn.Module) -> str | None:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgpt2.gpt2.ops import graph_road
+from fastgpt2.gpt2.ops import launched_by_graph
 
 Out = TypeVar("Out")
 ONLY_ONCE = (
@@ -141,7 +141,7 @@ class StepGraphs:
         self._turn: Callable[[], Turn | None] = lambda: None
         self._tape: list[tuple[list[Tensor], list[Tensor]]] = []
         try:
-            with graph_road(), self.recorder.random_numbers_kept():
+            with launched_by_graph(), self.recorder.random_numbers_kept():
                 self._upstream = self._warm_up(redraws)
                 self._replay_forward, (self.logits, self.loss) = self.recorder.capture(self._forward)
                 self.segments = self._capture_backward()

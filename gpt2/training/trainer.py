@@ -130,19 +130,19 @@ class Trainer:
         """Forward and backward pass number `i` of a step, from 0 -> its loss. Gradients add up to the mean over the
         passes of a step."""
         idx, targets = self.windows.next_batch(self.config.batch_size)
-        more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
+        starts = self._document_starts(idx).to(self.device) if self.config.document_mask else None
         idx, targets = idx.to(self.device), targets.to(self.device)
         set_gradient_sync(self.parallel_model, i == self.grad_accum_steps - 1)
         if self.captures:
-            graphed(self.parallel_model, idx, targets, more.get("documents"), required=self.config.cuda_graph == "on")
+            graphed(self.parallel_model, idx, targets, starts, required=self.config.cuda_graph == "on")
             self.captures = False
         with self.autocast():
-            _, loss = self.parallel_model(idx, targets, **more)
+            _, loss = self.parallel_model(idx, targets, document_starts=starts)
         self.scaler.scale(loss / self.grad_accum_steps).backward()
         return loss.detach()
 
-    def _documents(self, idx: torch.Tensor) -> torch.Tensor:
-        """Where documents begin: the model's argument of this name."""
+    def _document_starts(self, idx: torch.Tensor) -> torch.Tensor:
+        """The model's argument of this name, (n + 1,) int32, for idx (B, T)."""
         assert self.tokenizer.end_of_text is not None
         return data.document_starts(idx, self.tokenizer.end_of_text)
 
@@ -159,9 +159,9 @@ class Trainer:
         config, ranks = self.config, self.ranks
         windows = max(1, config.eval_tokens // config.block_size)
         batches = data.evenly(self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size)
-        documents = self._documents if config.document_mask else None
+        find_starts = self._document_starts if config.document_mask else None
         with self.autocast():
-            found = total_loss(self.model, batches, self.device, documents)
+            found = total_loss(self.model, batches, self.device, find_starts)
         total, tokens = ranks.all_reduce(torch.tensor(found, dtype=torch.float64))
         return total / tokens
 
