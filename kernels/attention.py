@@ -227,14 +227,14 @@ def _attention_fwd_kernel(
 @planned
 def _fwd_plan(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
-    strides: tuple[int, int], documents: int, window: int | None, dropout_p: float, scale: float,
+    strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float, scale: float,
 ) -> Launch:  # fmt: skip
-    bounded = documents > 0 or window is not None
+    bounded = n_documents > 0 or window is not None
     config = _tuning.config(tuning_key("attention_fwd", dtype, D, bounded, dropout), device)
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
     return Launch(
         _attention_fwd_kernel, (_tuning.cdiv(T, queries) * B, n_head),
-        *strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        *strides, T, n_head, n_documents, window, *dropout_scalars(dropout_p), scale,
         D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config,
     )  # fmt: skip
 
@@ -255,10 +255,10 @@ def causal_attention_fwd(
     if out.numel() == 0:
         return out, lse
     qkv = rows_contiguous(qkv)
-    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    n_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     launch = _fwd_plan(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
-        qkv.stride()[:2], documents, window, dropout_p, scale,
+        qkv.stride()[:2], n_documents, window, dropout_p, scale,
     )  # fmt: skip
     launch(qkv, cu_seqlens, seed, out, lse)
     return out, lse

@@ -308,7 +308,7 @@ def _attention_bwd_kernel(
 @planned
 def _plans(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
-    strides: tuple[int, int], dout_strides: tuple[int, int], documents: int, window: int | None, dropout_p: float,
+    strides: tuple[int, int], dout_strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float,
     scale: float,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """The launches of delta and of the gradients."""
@@ -316,12 +316,12 @@ def _plans(
     config = _tuning.config(tuning_key("attention_delta", dtype, D), device)
     grid = (_tuning.cdiv(T, config["BLOCK_M"]) * B, n_head)
     delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
-    bounded = documents > 0 or window is not None
+    bounded = n_documents > 0 or window is not None
     config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
     tiles = _tuning.cdiv(T, config["DKV_BLOCK_N"]) + _tuning.cdiv(T, config["DQ_BLOCK_M"])
     return delta, Launch(
         _attention_bwd_kernel, (tiles * B, n_head),
-        *strides, *dout_strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        *strides, *dout_strides, T, n_head, n_documents, window, *dropout_scalars(dropout_p), scale,
         **sizes, PRECISION="tf32" if tf32 else "ieee", **config,
     )  # fmt: skip
 
@@ -345,10 +345,10 @@ def causal_attention_bwd(
     if out.numel() == 0:
         return dqkv
     qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
-    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    n_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     launch_delta, launch_bwd = _plans(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
-        qkv.stride()[:2], dout.stride()[:2], documents, window, dropout_p, scale,
+        qkv.stride()[:2], dout.stride()[:2], n_documents, window, dropout_p, scale,
     )  # fmt: skip
     delta = torch.empty_like(lse)
     launch_delta(out, dout, delta)

@@ -144,5 +144,5 @@ def test_training_and_validation_stay_inside_documents():
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="document_mask is set, and the tokenizer has no end of text"):
+    with pytest.raises(ValueError, match="document_mask is set, but the tokenizer has no end of text"):
         run(settings_in(tmp_path), document_mask=True)
