@@ -133,7 +133,7 @@ def test_training_and_validation_stay_inside_documents():
         document_starts = data.document_starts(idx, tokenizer.end_of_text)
         assert len(document_starts) > 8
         expected = trainer.model(idx, targets, document_starts=document_starts if mask else None)[1].item()
-        batches = list(data.evenly(val_tokens, 16, 4, 8))
+        batches = list(data.eval_batches(val_tokens, 16, 4, 8))
         given = [data.document_starts(i, tokenizer.end_of_text) if mask else None for i, _ in batches]
         with evaluating(trainer.model):
             val = [trainer.model(*batch, document_starts=d)[1].item() for batch, d in zip(batches, given, strict=True)]

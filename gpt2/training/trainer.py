@@ -159,7 +159,9 @@ class Trainer:
         """The mean loss in nats a token on a fixed set of held-out windows, computed in the dtype of training."""
         config, ranks = self.config, self.ranks
         windows = max(1, config.eval_tokens // config.block_size)
-        batches = data.evenly(self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size)
+        batches = data.eval_batches(
+            self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size
+        )
         find_starts = self._document_starts if config.document_mask else None
         with self.autocast():
             found = total_loss(self.model, batches, self.device, find_starts)
