@@ -113,7 +113,7 @@ def test_a_spike_is_told_from_noise():
     for step in range(RECENT_STEPS):
         assert watch.problem(5.0 + step % 2, 1.0) is None
     assert watch.problem(10.4, 1.0) is None
-    assert "their standard deviation" in watch.problem(30.0, 1.0)
+    assert "and standard deviation" in watch.problem(30.0, 1.0)
     again = LossWatch(spike=10.0)
     again.load_state_dict(watch.state_dict())
     assert again.recent == watch.recent and again.problem(30.0, 1.0) is not None
