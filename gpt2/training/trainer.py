@@ -138,7 +138,8 @@ class Trainer:
             graphed(self.parallel_model, idx, targets, starts, required=self.config.cuda_graph == "on")
             self.captures = False
         with self.autocast():
-            _, loss = self.parallel_model(idx, targets, document_starts=starts)
+            more = {} if starts is None else {"document_starts": starts}
+            _, loss = self.parallel_model(idx, targets, **more)
         self.scaler.scale(loss / self.grad_accum_steps).backward()
         return loss.detach()
 
