@@ -156,14 +156,14 @@ def _check_length(tokens: Tokens, block_size: int) -> None:
 
 def document_starts(idx: Tensor, end_of_text: int) -> Tensor:
     """Where documents begin in idx (B, T): at every end of text, of which the next one knows where it begins, and at
-    every row's first token. As GPT's `documents`: (n + 1,) int32, places in the flattened idx, then B*T."""
+    every row's first token. As GPT's argument of this name: (n + 1,) int32, places in the flattened idx, then B*T."""
     begins = idx == end_of_text
     begins[:, 0] = True
     places = begins.flatten().nonzero().flatten()
     return torch.cat([places, places.new_tensor([idx.numel()])]).to(torch.int32)
 
 
-def evenly(
+def eval_batches(
     tokens: Tokens, block_size: int, batch_size: int, windows: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Always the same windows, at most `windows`, spread evenly over `tokens` and not overlapping, in batches.

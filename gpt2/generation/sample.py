@@ -1,4 +1,4 @@
-"""Writing text: a prompt becomes tokens, a model goes on from them, its tokens become text.
+"""Generating text: a prompt is encoded, the model continues its tokens, and the new tokens are decoded.
 
     texts = generate_text(model, tokenizer, "Once", num=3, top_k=50)
     for piece in stream_text(model, tokenizer, "Once", stop="\n\n"): print(piece, end="", flush=True)
@@ -28,11 +28,10 @@ from fastgpt2.gpt2.weights.pretrained import CONFIG, HUB_NAMES, from_pretrained
 
 @dataclass(frozen=True)
 class Text:
-    """What was written after a prompt.
+    """A text that was generated after a prompt.
 
-    tokens: how many were drawn, with the one that ended it. logprobs: theirs under the model (see `Generation`), None
-    where they were not asked for.
-    ended: "end_of_text", "stop" or "length".
+    tokens: the number of sampled tokens, including the one that ended the text. logprobs: their log-probabilities under
+    the model (see `Generation`), or None without with_logprobs. ended: "end_of_text", "stop" or "length".
     """
 
     prompt: str
@@ -50,11 +49,11 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any
 def write_texts(
     model: GPT, tokenizer: Tokenizer, prompt: str, *, num: int = 1, stop: str | None = None, **settings: Any
 ) -> list[Text]:
-    """`num` texts after `prompt`, written side by side. Same seed, same texts.
+    """Generates `num` texts after `prompt` in one batch. The same seed gives the same texts.
 
     stop: a text ends before this string.
-    settings: max_new_tokens (200), seed (0), the fields of `Sampling`; with_logprobs (False); compile: see `Decoder`;
-        crop: of a prompt longer than block_size the model sees the end, with a warning, or with False it is an error.
+    settings: max_new_tokens (default 200), seed (0), with_logprobs (False), crop (as for `Generation`), compile (as for
+        `Decoder`), and the fields of `Sampling`.
     Raises ValueError naming the argument, its value and what is allowed.
     """
     if num < 1:
@@ -62,7 +61,7 @@ def write_texts(
     rows = [Pieces(tokenizer, stop) for _ in range(num)]
     generation = _begin(model, tokenizer, prompt, num, **settings)
     with contextlib.closing(generation):
-        if stop is None:  # nothing has to be looked at before the end
+        if stop is None:  # no token has to be decoded before the end
             for _ in generation:
                 pass
             drawn = generation.ids[:, generation.T :].tolist()
@@ -87,9 +86,9 @@ def write_texts(
 def stream_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, *, stop: str | None = None, **settings: Any
 ) -> Iterator[str]:
-    """The text after `prompt` in pieces, as it is written: whole characters, and nothing of the stop string.
+    """Yields the text after `prompt` in pieces as it is generated: whole characters, without the stop string.
 
-    Arguments as for `write_texts`, checked before the first piece is asked for.
+    Arguments as for `write_texts`. They are checked before the first piece is requested.
     """
     text = Pieces(tokenizer, stop)
     return _pieces(_begin(model, tokenizer, prompt, 1, **settings), text)
@@ -150,8 +149,9 @@ def load_checkpoint(
 ) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run's folder, of a folder that `from_pretrained` reads, or of a hub name.
 
-    tokenizer_spec: as `tokenizer.from_spec` takes it, where the checkpoint brings none.
+    tokenizer_spec: a specification for `tokenizer.from_spec`, for a checkpoint without a tokenizer.
     check: as for `from_pretrained`.
+    Raises ValueError if model and tokenizer do not fit together.
     """
     if str(checkpoint) and Path(checkpoint).is_dir():
         checkpoint = str(folder_to_read(Path(checkpoint), check))
@@ -168,18 +168,21 @@ def load_checkpoint(
 
 
 def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
-    """Raises ValueError where a folder brings another tokenizer than `spec` names."""
+    """The tokenizer that `spec` names. Raises ValueError if the folder has a different one."""
     try:
         own = tokenizers.load(checkpoint)
     except FileNotFoundError:
         return tokenizers.from_spec(spec, [])
     if not tokenizers.is_named(spec, own):
-        raise ValueError(f"tokenizer is {spec!r}, and {checkpoint} brings another one: leave tokenizer out")
+        raise ValueError(f"tokenizer is {spec!r}, but {checkpoint} has another one: leave tokenizer out")
     return own
 
 
 def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a checkpoint brings; GPT-2's where it brings none and its vocabulary has GPT-2's size."""
+    """The checkpoint's tokenizer, or GPT-2's if it has none and vocab_size is that of GPT-2.
+
+    Raises FileNotFoundError if it has none and vocab_size differs from GPT-2's.
+    """
     if str(checkpoint) not in HUB_NAMES or (Path(checkpoint) / CONFIG).is_file():
         try:
             return tokenizers.load(checkpoint) if Path(checkpoint).is_dir() else tokenizers.download(str(checkpoint))
