@@ -1,7 +1,7 @@
 """What a command takes, as one frozen dataclass: read from the command line and from a YAML file in the same way.
 
     @dataclass(frozen=True, kw_only=True)
-    class Options(options.Options):
+    class Options(CommandOptions):
         "Evaluates a model."                # the description in --help
         checkpoint: Folder                  # required, since it has no default; a comment is the option's help
         tokens: int = 2**20                 # --tokens N
@@ -32,9 +32,21 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
+from tyro.conf import FlagCreatePairsOff as NoPair
 from tyro.conf import Positional as Positional
 from tyro.conf import UseAppendAction as Repeated
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -53,7 +65,7 @@ class Form(NamedTuple):
     """How the value of an option is typed."""
 
     hint: Any  # the type of the value, or of one of several
-    count: int | Literal["*", "?"]  # words
+    words: int | Literal["*", "?"]  # how many
     metavar: str
     optional: bool  # None is allowed
     verbatim: bool  # the word None is a text as any other
@@ -87,14 +99,16 @@ def about(help: str) -> Any:
 
 File = Annotated[str, Word("FILE")]
 Folder = Annotated[str, Word("FOLDER")]
+Source = Annotated[str, Word("NAME|PATH")]
+Checkpoint = Annotated[str, Word("RUN|FOLDER|NAME")]
 Name = Annotated[str, Word("NAME")]
 Names = Annotated[str, Word("NAME,...")]  # comma-separated
 Text = Annotated[str, Word("TEXT", verbatim=True)]
-Switch = tyro.conf.FlagCreatePairsOff[bool]  # --x, without --no-x
+Switch = NoPair[bool]  # --x, without --no-x
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CommandOptions:
     """What every command takes."""
 
     config: File | None = None  # a YAML file of these options, such as the line `device: cpu`; typed options go over it
@@ -121,8 +135,9 @@ def _form(hint: Any) -> Form:
         each, *others = get_args(hint)
         one = _form(each)
         if others == [...]:
-            return one._replace(count="*", metavar=f"{one.metavar} ...", optional=optional)
-        return one._replace(count=1 + len(others), metavar=" ".join([one.metavar] * (1 + len(others))), optional=optional)
+            return one._replace(words="*", metavar=f"{one.metavar} ...", optional=optional)
+        count = 1 + len(others)
+        return one._replace(words=count, metavar=" ".join([one.metavar] * count), optional=optional)
     if get_origin(hint) is Literal:
         metavar = f"{{{','.join(get_args(hint))}}}"
     else:
@@ -136,9 +151,9 @@ def _is_flag(hint: Any) -> bool:
     return _form(hint).hint is bool
 
 
-def _is(hint: Any, marker: Any) -> bool:
-    """Whether a field is `Positional`, `Repeated` or a `Switch`."""
-    return get_origin(hint) is Annotated and set(getattr(marker, "__metadata__", [marker])) <= set(hint.__metadata__)
+def _markers(hint: Any) -> list[Any]:
+    """Those of `Positional`, `Repeated` and `NoPair` that a field has."""
+    return [data for data in getattr(hint, "__metadata__", ()) if data in (Positional, Repeated, NoPair)]
 
 
 def _read(form: Form, text: str) -> Any:
@@ -161,16 +176,16 @@ def _value(hint: Any, texts: Sequence[str]) -> Any:
 
 def _read_all(form: Form, texts: Sequence[str]) -> Any:
     """The value of an option with all its words. Raises ValueError."""
-    if form.count == "?":
+    if form.words == "?":
         if len(texts) > 1:
             raise ValueError("expected at most one value")
         return _read(form, texts[0]) if texts else form.bare
-    if form.count == 1:
+    if form.words == 1:
         return _read(form, texts[0])
     if form.optional and not form.verbatim and list(texts) == ["None"]:
         return None
-    if isinstance(form.count, int) and len(texts) != form.count:
-        raise ValueError(f"expected {form.count} values")
+    if isinstance(form.words, int) and len(texts) != form.words:
+        raise ValueError(f"expected {form.words} values")
     if not texts:
         raise ValueError("expected at least one value")
     return tuple(_read(form._replace(optional=False), text) for text in texts)
@@ -213,12 +228,13 @@ class CommandLine(Generic[T]):
         """
         required = [name for name in _required(self._options) if name not in defaults]
         if self._help:
-            shown = self._options(**{**dict.fromkeys(required, tyro.MISSING), **defaults})
-            print(_help(self._options, self._prog, shown) + self._epilog, flush=True)
+            usual = self._options(**{**dict.fromkeys(required, tyro.MISSING), **defaults})
+            print(_help(self._options, self._prog, usual) + self._epilog, flush=True)
             raise SystemExit(0)
         for name in required:
             if name not in self.values:
-                what = " ".join(dict.fromkeys((_shown(self._options, name), _form(_hints(self._options)[name]).metavar)))
+                metavar, shown = _form(_hints(self._options)[name]).metavar, _shown(self._options, name)
+                what = shown if shown == metavar else f"{shown} {metavar}"
                 raise ValueError(f"{self._prog} needs {what}: {self._prog} --help says more")
         return self._options(**{**defaults, **self.values})
 
@@ -256,31 +272,32 @@ def choose(options: type[T], commands: Mapping[str, str], argv: Sequence[str], p
 
 def _words(options: type, argv: Sequence[str], prog: str) -> tuple[dict[str, Any], list[str]]:
     """({option: its words, or True for --x and False for --no-x}, words that belong to none)."""
+    annotated: Any = Annotated
     fields: list[tuple[str, Any, Any]] = []
     for name, hint in _hints(options).items():
+        kind: tuple[Any, ...] = (tuple[str, ...] | None, _spec(_form(hint)))
+        default: Any = None
         if _is_flag(hint):
-            flag: Any = tyro.conf.DisallowNone[Union[bool, None]]  # type: ignore[type-arg]
-            fields.append((name, tyro.conf.FlagCreatePairsOff[flag] if _is(hint, Switch) else flag, None))
-        elif _is(hint, Repeated):
-            fields.append((name, Repeated[tuple[str, ...]], ()))
-        else:
-            words: Any = Annotated[Union[tuple[str, ...], None], _spec(_form(hint))]
-            fields.append((name, Positional[words] if _is(hint, Positional) else words, None))
+            kind = (bool | None, tyro.conf.DisallowNone)
+        elif Repeated in _markers(hint):
+            kind, default = (tuple[str, ...],), ()
+        parts = (*kind, *_markers(hint))
+        fields.append((name, annotated[parts], default))
     typed = dataclasses.make_dataclass("Typed", fields, kw_only=True)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            found, left = tyro.cli(typed, args=list(argv), prog=prog, add_help=False, return_unknown_args=True)
+            words: Any = tyro.cli(typed, args=list(argv), prog=prog, add_help=False, return_unknown_args=True)
     except SystemExit:
         raise ValueError(_in_words(said.getvalue(), options, prog)) from None
-    untyped = {name: default for name, _, default in fields}
-    return {name: words for name, words in vars(found).items() if words != untyped[name]}, left
+    found, left = vars(words[0]), list(words[1])
+    return {name: found[name] for name, _, default in fields if found[name] != default}, left
 
 
 def _spec(form: Form) -> PrimitiveConstructorSpec:
     """For tyro: how many words an option takes and how it is shown. The words stay words."""
     return PrimitiveConstructorSpec(
-        nargs="*" if form.count == "?" else form.count,
+        nargs="*" if form.words == "?" else form.words,
         metavar=form.metavar,
         instance_from_str=tuple,
         is_instance=lambda value: True,
@@ -300,13 +317,13 @@ def _flag(name: str) -> str:
 def _shown(options: type, name: str) -> str:
     """An option as it is typed; what stands behind no option as the help calls it."""
     hint = _hints(options)[name]
-    return _form(hint).metavar if _is(hint, Positional) else _flag(name)
+    return _form(hint).metavar if Positional in _markers(hint) else _flag(name)
 
 
 def _flags(options: type) -> list[str]:
     """All that begins with -- and can be typed."""
-    hints = {_flag(name): hint for name, hint in _hints(options).items() if not _is(hint, Positional)}
-    pairs = [f"--no-{flag[2:]}" for flag, hint in hints.items() if _is_flag(hint) and not _is(hint, Switch)]
+    hints = {_flag(name): hint for name, hint in _hints(options).items() if Positional not in _markers(hint)}
+    pairs = [f"--no-{flag[2:]}" for flag, hint in hints.items() if _is_flag(hint) and NoPair not in _markers(hint)]
     return [*hints, *pairs, "--help"]
 
 
@@ -338,8 +355,9 @@ def _nearest(word: str, names: Sequence[str]) -> str:
 def _in_words(box: str, options: type, prog: str) -> str:
     """What tyro says in a box, in a line."""
     if lacking := re.search(r"Missing value for argument '--([^']+)'", box):
-        form = _form(_hints(options)[lacking[1].replace("-", "_")])
-        return f"--{lacking[1]} needs {form.metavar} behind it; a value that begins with - is typed --{lacking[1]}=VALUE"
+        flag, name = f"--{lacking[1]}", lacking[1].replace("-", "_")
+        metavar = _form(_hints(options)[name]).metavar
+        return f"{flag} needs {metavar} behind it; a value that begins with - is typed {flag}=VALUE"
     return f"{prog}: {' '.join(_plain(box).split())}"
 
 
@@ -373,7 +391,8 @@ def _help(options: type, prog: str, default: Any) -> str:
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         description = " ".join((inspect.getdoc(options) or "").split())
         tyro.cli(options, args=["--help"], prog=prog, description=description, default=default, registry=registry)
-    lines = _plain(text.getvalue()).rstrip().splitlines()
+    # tyro does not call words that stand behind no option required.
+    lines = _plain(text.getvalue()).replace("(default: )", "(required)").rstrip().splitlines()
     return "\n".join(line if len(line) <= _width() else textwrap.fill(line, _width()) for line in lines)
 
 
@@ -409,30 +428,30 @@ def read_file(path: str | Path, options: type) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"{where}: setting {name!r} is there twice")
         form = _form(hints[name])
-        several = form.count not in (1, "?")
+        several = form.words not in (1, "?")
         nodes = value.value if several and isinstance(value, yaml.SequenceNode) else [value]
         if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
             raise ValueError(f"{where}: {name} holds more than one value, expected one")
         try:
-            found[name] = _from_yaml(form, [(node.tag.removeprefix("tag:yaml.org,2002:"), node.value) for node in nodes])
+            found[name] = _from_yaml(form, nodes)
         except ValueError as error:
             said = ", ".join(node.value for node in nodes)
             raise ValueError(f"{where}: {name} is {said!r}, {error}") from None
     return found
 
 
-def _from_yaml(form: Form, scalars: Sequence[tuple[str, str]]) -> Any:
-    """The value of [(what YAML takes it for, its text)]. Raises ValueError."""
-    texts = [text for _, text in scalars]
+def _from_yaml(form: Form, scalars: Sequence[Any]) -> Any:
+    """The value that YAML's scalars hold together. Raises ValueError."""
+    texts = [scalar.value for scalar in scalars]
+    kinds = [scalar.tag.removeprefix("tag:yaml.org,2002:") for scalar in scalars]  # what YAML takes them for
     if get_args(form.hint):  # choices such as off, which YAML takes for something else
         return _read_all(form, texts)
-    if any(kind == "null" for kind, _ in scalars):
+    if "null" in kinds:
         if not form.optional:
             raise ValueError("which is nothing: leave it out, or give a value")
         return None
     if form.hint is bool:
-        ((kind, text),) = scalars
-        if kind != "bool":
+        if kinds != ["bool"]:
             raise ValueError("allowed are true and false")
-        return text.lower() in ("true", "yes", "on")
+        return texts[0].lower() in ("true", "yes", "on")
     return _read_all(form, texts)

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -64,9 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result.status
 
 
+def in_a_process(command: Callable[[Sequence[str]], int]) -> int:
+    """Runs a command that has a process of its own, `python -m`; returns the exit status, with errors as `main` has
+    them."""
+    use_any_encoding()
+    with errors_in_a_line() as result:
+        result.status = command(sys.argv[1:])
+    return result.status
+
+
 @contextlib.contextmanager
 def errors_in_a_line() -> Iterator[Result]:
-    """Around a command: its errors and warnings become one line each on standard error, and the status of the result."""
+    """Around a command: an error becomes a line on standard error and the status of the result, a warning a line."""
     result = Result()
     try:
         with warnings.catch_warnings():

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastgpt2.gpt2 import options
-from fastgpt2.gpt2.options import CommandLine, Folder
+from fastgpt2.gpt2.options import CommandLine, CommandOptions, Folder
 from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training import train
 from fastgpt2.gpt2.training.pace import fitted
@@ -22,7 +21,7 @@ from fastgpt2.gpt2.training.train_config import TrainConfig, choose_preset, find
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings, options.Options):
+class Options(Settings, CommandOptions):
     """Trains a model from scratch and writes a run folder with config.yaml, log.jsonl, checkpoint/ and loss.png.
     Without options: a small model on the sources of Python's library, in about two minutes on a CPU; on a GPU the whole
     preset baby. The defaults below are those of the preset and of the file that were given.
