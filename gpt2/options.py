@@ -111,7 +111,7 @@ Switch = NoPair[bool]  # --x, without --no-x
 class CommandOptions:
     """What every command takes."""
 
-    config: File | None = None  # a YAML file of these options, such as the line `device: cpu`; typed options go over it
+    config: File | None = None  # a YAML file of these options, in lines NAME: VALUE; what is typed wins over the file
 
 
 # ---------------------------------------------------------------------------------------------------- types of options
@@ -370,6 +370,12 @@ def _plain(text: str) -> str:
     return re.sub(r"(?m)^[│|] (.*?) *[│|]$", r"  \1", text)
 
 
+def _wrapped(line: str) -> str:
+    if len(line) <= _width():
+        return line
+    return textwrap.fill(line, _width(), subsequent_indent="       " if line.startswith("usage: ") else "")
+
+
 def _width() -> int:
     return min(80, shutil.get_terminal_size().columns)
 
@@ -393,7 +399,7 @@ def _help(options: type, prog: str, default: Any) -> str:
         tyro.cli(options, args=["--help"], prog=prog, description=description, default=default, registry=registry)
     # tyro does not call words that stand behind no option required.
     lines = _plain(text.getvalue()).replace("(default: )", "(required)").rstrip().splitlines()
-    return "\n".join(line if len(line) <= _width() else textwrap.fill(line, _width()) for line in lines)
+    return "\n".join(map(_wrapped, lines))
 
 
 # --------------------------------------------------------------------------------------------------------------- files
