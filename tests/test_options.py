@@ -21,7 +21,8 @@ from fastgpt2.bench.audit.compiled import Options as Compiled
 from fastgpt2.bench.audit.traffic import CountingOptions
 from fastgpt2.gpt2 import options
 from fastgpt2.gpt2.cli import cli
-from fastgpt2.gpt2.options import CommandOptions, Positional, Repeated, Switch, Text, Word, parse, read_file
+from fastgpt2.gpt2.command_line import parse
+from fastgpt2.gpt2.options import CommandOptions, Positional, Repeated, Switch, Text, Word, read_file
 
 COMMANDS = {
     **{name: importlib.import_module(f"fastgpt2.{module}").Options for name, (module, _) in cli.COMMANDS.items()},
@@ -111,7 +112,7 @@ def examples(kind: type) -> tuple[list[str], dict]:
     """(words that give every option of a command a value of its own, the same as the content of a file)."""
     argv, content = [], {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        form = options._form(hint)
+        form = options.form_of(hint)
         flag = "--" + name.replace("_", "-")
         if name == "config":
             continue
@@ -123,9 +124,9 @@ def examples(kind: type) -> tuple[list[str], dict]:
         one = {int: 7, float: 0.5}.get(form.hint) or (*others, "word")[0]
         content[name] = one if form.words in (1, "?") else [one, one]
         words = [str(one)] * (1 if form.words in (1, "?") else 2)
-        if Positional in options._markers(hint):
+        if Positional in options.markers(hint):
             argv = [*words, *argv]
-        elif Repeated in options._markers(hint):
+        elif Repeated in options.markers(hint):
             argv += [word for each in words for word in (flag, each)]
         else:
             argv += [flag, *words]
