@@ -111,13 +111,14 @@ def test_every_variant_computes_the_same_gradient(nanogpt, device):
         torch.testing.assert_close(gradient, first, rtol=1e-3, atol=1e-6)
 
 
-def test_naive_attention_is_naive(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+def test_naive_attention_is_naive_and_trains_the_same_parameters(monkeypatch):
     model = GPT(config.GPTConfig(**TINY))
-    with variants.naive_attention(True):
-        model(torch.zeros(1, 4, dtype=torch.int64))
+    naive = variants.with_naive_attention(model)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    naive(torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(TypeError, match="not callable"):
         model(torch.zeros(1, 4, dtype=torch.int64))
+    assert {id(p) for p in naive.parameters()} == {id(p) for p in model.parameters()}
 
 
 # --------------------------------------------------------------------------------------------------------- a run

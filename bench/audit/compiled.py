@@ -165,6 +165,8 @@ def recording(architecture: str) -> Iterator[list[Recorded]]:
     if architecture not in TARGETS:
         raise ValueError(f"recording: architecture is {architecture!r}, allowed are {', '.join(TARGETS)}")
     recorded: list[Recorded] = []
+    # Patched, because nothing is launched, so that launch hooks are silent, and the hook after a compilation is called
+    # once for each kernel, not for each launch.
     run = triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):

@@ -16,16 +16,13 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime import interpreter as stock
 
-from fastgpt2.bench.audit.traffic import count_launches
+from fastgpt2.bench.audit.traffic import Launches, count_launches
 
 MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
@@ -71,14 +68,15 @@ class Traffic:
 
 
 class _CountOperators(TorchDispatchMode):
-    def __init__(self, traffic: Traffic):
+    def __init__(self, traffic: Traffic, launches: Launches):
         super().__init__()
-        self.traffic, self.paused = traffic, False
+        self.traffic, self.launches = traffic, launches
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if not (self.paused or name in ALLOCATIONS or _is_view(func)):
+        # The interpreter moves tensors with PyTorch: that is part of a kernel.
+        if not (self.launches.interpreting or name in ALLOCATIONS or _is_view(func)):
             read, written = _operands(name, args, kwargs or {}, result)
             if read or written:  # not promote_types and its like
                 self.traffic.calls[name] += 1
@@ -129,22 +127,7 @@ def _count_kept(traffic: Traffic, parameters: Iterable[Tensor]) -> Iterator[None
 def count_traffic(parameters: Iterable[Tensor] = ()) -> Iterator[Traffic]:
     """Counts everything done inside. parameters: not counted as kept for backward."""
     traffic = Traffic()
-    operators = _CountOperators(traffic)
-    with contextlib.ExitStack() as stack:
-        launches = stack.enter_context(count_launches())
-        if triton.knobs.runtime.interpret:
-            call = stock.GridExecutor.__call__
-
-            def launch(self, *args, **kwargs):
-                operators.paused = True  # the interpreter moves tensors with PyTorch
-                try:
-                    return call(self, *args, **kwargs)
-                finally:
-                    operators.paused = False
-
-            stack.enter_context(mock.patch.object(stock.GridExecutor, "__call__", launch))
-        stack.enter_context(_count_kept(traffic, parameters))
-        stack.enter_context(operators)
+    with count_launches() as launches, _count_kept(traffic, parameters), _CountOperators(traffic, launches):
         yield traffic
     for one in launches:
         traffic.calls[one.name] += 1

@@ -63,7 +63,7 @@ def foreign_kernels() -> Iterator[None]:
     from triton.language.extra import libdevice
     from triton.runtime import interpreter
 
-    convert = interpreter._implicit_cvt
+    convert = interpreter._implicit_cvt  # patched, because the interpreter has no setting for what it accepts
 
     def convert_floats(value: Any) -> Any:
         if isinstance(value, float):

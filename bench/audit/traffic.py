@@ -20,10 +20,11 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -39,7 +40,7 @@ COUNTED_ROWS = 2 * 257  # few, because the interpreter is slow; programs of many
 
 @dataclass
 class Launch:
-    """One kernel launch. Bytes and lines are counted in the interpreter only."""
+    """One kernel launch. Grid, bytes and lines are known in the interpreter only."""
 
     name: str
     grid: tuple[int, ...] = ()
@@ -83,19 +84,53 @@ def _line() -> str:
     return outside
 
 
+class Launches(list[Launch]):
+    """In order. `interpreting`: whether the interpreter is running one of them right now."""
+
+    interpreting = False
+
+
 @contextlib.contextmanager
-def count_launches() -> Iterator[list[Launch]]:
-    """Lists the kernels launched inside, in order; on a GPU names and grids alone."""
-    log: list[Launch] = []
-    with contextlib.ExitStack() as patches:
+def count_launches() -> Iterator[Launches]:
+    """Lists the kernels launched inside. On a GPU their names alone: Triton's launch hook is not told the grid."""
+    log = Launches()
+    with contextlib.ExitStack() as stack:
         if triton.knobs.runtime.interpret:
-            _record_interpreted(log, patches)
+            _record_interpreted(log, stack)
         else:
-            _record_compiled(log, patches)
+            stack.enter_context(launch_hook(lambda launch: log.append(Launch(launch["name"]))))
         yield log
 
 
-def _record_interpreted(log: list[Launch], patches: contextlib.ExitStack) -> None:
+@contextlib.contextmanager
+def launch_hook(enter: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """Inside, `enter` is called before every compiled launch with Triton's "name", "function" and "stream" of it."""
+
+    def hook(metadata: Any) -> None:
+        enter(metadata.get())
+
+    runtime = triton.knobs.runtime
+    chain: Any = runtime.launch_enter_hook
+    if hasattr(chain, "add"):
+        chain.add(hook)
+        try:
+            yield
+        finally:
+            chain.remove(hook)
+        return
+
+    def both(metadata: Any) -> None:
+        if chain is not None:
+            chain(metadata)
+        hook(metadata)
+
+    with runtime.scope():  # Triton 3.4 has one hook, not a chain of them
+        runtime.launch_enter_hook = both  # type: ignore[assignment]
+        yield
+
+
+def _record_interpreted(log: Launches, patches: contextlib.ExitStack) -> None:
+    # Patched, because the interpreter calls no hooks, neither for a launch nor for a load or store.
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     call, set_dim = GridExecutor.__call__, InterpreterBuilder.set_grid_dim
@@ -103,9 +138,11 @@ def _record_interpreted(log: list[Launch], patches: contextlib.ExitStack) -> Non
 
     def recorded_call(self, *args, **kwargs):
         log.append(Launch(self.fn.__name__))
+        log.interpreting = True
         try:
             return call(self, *args, **kwargs)
         finally:
+            log.interpreting = False
             log[-1]._close()
 
     def recorded_dim(self, *grid):
@@ -128,17 +165,6 @@ def _record_interpreted(log: list[Launch], patches: contextlib.ExitStack) -> Non
         set_grid_dim=recorded_dim, create_masked_load=recorded_load, create_masked_store=recorded_store
     ).items():
         patches.enter_context(mock.patch.object(InterpreterBuilder, name, method))
-
-
-def _record_compiled(log: list[Launch], patches: contextlib.ExitStack) -> None:
-    run = triton.JITFunction.run
-
-    def recorded_run(self, *args, grid, warmup, **kwargs):
-        if not warmup:
-            log.append(Launch(self.fn.__name__, grid if isinstance(grid, tuple) else ()))
-        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
-
-    patches.enter_context(mock.patch.object(triton.JITFunction, "run", recorded_run))
 
 
 def counting_arguments(module: str, doc: str, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:

@@ -12,12 +12,11 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from fastgpt2.bench.cases import flash_gpt
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.model import GPT, CausalSelfAttention, Context
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.training.optim import adamw
 from fastgpt2.gpt2.training.step_graphs import StepGraphs
@@ -134,24 +133,25 @@ def nanogpt_module(path: Path) -> ModuleType:
     return module
 
 
-@contextlib.contextmanager
-def naive_attention(active: bool) -> Iterator[None]:
-    """Inside, our PyTorch path computes attention as textbooks do: scores, mask, softmax, product, each in memory."""
-    if not active:
-        yield
-        return
+class NaiveAttention(CausalSelfAttention):
+    """Attention as textbooks compute it: scores, mask, softmax and product, each a tensor in memory."""
 
-    def attend(
-        qkv: Tensor, n_head: int, scale: float, dropout_p: float, kernels: Kernels, documents: Tensor | None = None
-    ) -> Tensor:
-        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, D)
-        future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
-        p = (q @ k.transpose(-2, -1) * scale).masked_fill(future, float("-inf")).softmax(-1)  # (B, H, T, T)
+    def attend(self, h: Tensor, context: Context) -> Tensor:
+        B, T, C = h.shape
+        qkv = ops.linear(h, self.c_attn)  # (B, T, 3C)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv.split(C, dim=2))
+        future = torch.ones(T, T, dtype=torch.bool, device=h.device).triu(1)
+        p = (q @ k.transpose(-2, -1) * self.scale).masked_fill(future, float("-inf")).softmax(-1)  # (B, H, T, T)
         return (p @ v).transpose(1, 2).reshape(B, T, C)
 
-    with mock.patch.object(ops, "causal_attention", attend):
-        yield
+
+def with_naive_attention(model: GPT) -> GPT:
+    """A model with PyTorch's kernels and NaiveAttention, which shares all its parameters with `model`."""
+    naive = GPT(model.config, kernels="torch")
+    for layer, block in enumerate(naive.transformer.h):
+        block.attn = NaiveAttention(model.config, layer)
+    naive.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return naive
 
 
 class Backward:
@@ -218,8 +218,12 @@ class Family:
         if self.name == NANOGPT:
             return lambda: forward(idx, targets)[1]
 
+        if variant.naive_attention:
+            naive = with_naive_attention(self.model)
+            return lambda: naive(idx, targets)[1]
+
         def ours() -> Tensor:
-            with self.model.use_kernels(variant.kernels), naive_attention(variant.naive_attention):
+            with self.model.use_kernels(variant.kernels):
                 return forward(idx, targets)[1]
 
         return ours

@@ -85,6 +85,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 @contextlib.contextmanager
 def as_on_gpu():
     """Turns off what our model does on a CPU alone."""
+    # Both are decided by a tensor's device, for which there is no switch: nobody but this command runs the code for a
+    # GPU on CPU tensors.
     with mock.patch.object(linear, "_suits", lambda *tensors: False), mock.patch.object(ops, "SHORT_ON_CPU", 0):
         yield
 

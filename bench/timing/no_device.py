@@ -160,7 +160,8 @@ def no_device() -> Iterator[None]:
     )
     before = dict(vars(driver))  # not driver.active: asking for it fails where there is no GPU
     driver.set_active(_driver())
-    # A CPU has no product of 16-bit matrices into fp32; one of PyTorch's takes its place.
+    # A CPU has no product of 16-bit matrices into fp32. A call of another product of PyTorch's takes its place, with a
+    # patch: `_device.mixed_matmul` can only choose between products that GPUs have and one that converts its operands.
     product = mock.patch.object(_matmul, "_widening_matmul", lambda a, b, out: torch.mm(a, b))
     try:
         with mock.patch.multiple(_device, **answers), product:

@@ -50,6 +50,7 @@ def overridden(configs: dict[Key, Config]) -> Iterator[list[Key]]:
         asked.append(key)
         return dict(configs[key]) if key in configs else original(key, device)
 
+    # No launch is watched here: `_tuning.config` is the one place where kernels ask for these numbers.
     with mock.patch.object(_tuning, "config", config):
         yield asked
 
@@ -57,6 +58,8 @@ def overridden(configs: dict[Key, Config]) -> Iterator[list[Key]]:
 @contextlib.contextmanager
 def launched() -> Iterator[list]:
     """The list holds the compiled kernels that are launched inside."""
+    # Patched, because a launch hook gets a kernel's name and handle, but not the compiled kernel, which knows what it
+    # spills, and the hook after a compilation is silent for kernels that were compiled before.
     kernels: list = []
     run = triton.JITFunction.run
 
