@@ -14,7 +14,7 @@ from fastgpt2.gpt2.training.train_config import find_device
 
 DEVICE = find_device("auto")
 SCOPE = ops.Scope.of(DEVICE, quick=True)
-CASES = {case.name: case for case, _, _ in ops.chosen(SCOPE, None)}
+CASES = {case.name: case for case, _, _ in ops.chosen_cases(SCOPE, None)}
 
 
 def variants() -> list:

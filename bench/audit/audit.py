@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.bench.audit import asm
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.registry import chosen_operations
 from fastgpt2.bench.report import roofline
 
 ARCHITECTURES = (*asm.LIMITS, "gfx942")
@@ -157,21 +157,21 @@ def run(
     ops: Sequence[str] = (),
     jobs: int | None = None,
     triton: Path | None = None,
-    compared: bool = False,
+    with_peers: bool = False,
 ) -> Audit:
     """Compiles and counts in `jobs` processes at a time, by default one a CPU core.
 
     triton: a folder that holds another version of Triton to compile with. Bytes are counted with the installed one,
         whose interpreter is the one that the tests mend.
-    compared: count eager PyTorch and Liger beside ours too (peer_traffic.py), which takes minutes.
+    with_peers: count eager PyTorch and Liger beside ours too (peer_traffic.py), which takes minutes.
     """
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         only = ("--op", ",".join(ops)) if ops else ()
         # The slowest first.
         counting = pool.submit(_process, "traffic", Path(folder) / "traffic.json", only, interpret=True)
         file = Path(folder) / "peer_traffic.json"
-        comparing = compared and pool.submit(_process, "peer_traffic", file, only, interpret=True)
-        also = ("--peers",) if compared else ()
+        comparing = with_peers and pool.submit(_process, "peer_traffic", file, only, interpret=True)
+        also = ("--peers",) if with_peers else ()
         compiling = [
             pool.submit(
                 _process, "compiled", Path(folder) / f"{name}.json", (*only, *also, "--arch", name), triton=triton
@@ -296,7 +296,7 @@ def table(card: dict[str, Any]) -> str:
         "|---" * (4 + len(LABELS)) + "|",
     ]
     for key, figures in card["passes"].items():
-        cells = [_compared(figures, label) for label in LABELS]
+        cells = [_peer_cell(figures, label) for label in LABELS]
         cells = [f"`{figures['case']}`", str(figures["launches"]), f"{figures['bytes_over_minimum']:.3f}", *cells]
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     lines += [
@@ -321,7 +321,7 @@ def _launches(kernels: dict[str, dict[str, Any]]) -> Iterable[str]:
         yield f"| {key} | " + " | ".join(cells) + " |"
 
 
-def _compared(figures: dict[str, Any], label: str) -> str:
+def _peer_cell(figures: dict[str, Any], label: str) -> str:
     """Launches and bytes over minimum of one way to compute a pass, where they were counted."""
     if f"{label} launches" not in figures:
         return ""
@@ -375,13 +375,13 @@ def main(options: argparse.Namespace) -> int:
         )
     if options.triton and not (options.triton / "triton").is_dir():
         raise ValueError(f"bench audit: --triton is {str(options.triton)!r}, which holds no package triton")
-    ops = cases.chosen(options.op) if options.op else ()
+    ops = chosen_operations(options.op) if options.op else ()
     result = run(
         architectures,
         ops,
         options.jobs,
         options.triton,
-        compared=not options.triton,
+        with_peers=not options.triton,
     )
     card = result.card()
     print(table(card))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastgpt2.bench.cases.case import Case
-from fastgpt2.bench.cases.registry import DESCRIPTIONS, cases
+from fastgpt2.bench.cases.registry import DESCRIPTIONS, all_cases
 
 
-def audited_cases(rows: int = 4096) -> Iterator[Case]:
-    """`cases`, and every description's variants: other code, which may spill where the plain one does not."""
-    yield from cases(rows)
+def cases_to_compile(rows: int = 4096) -> Iterator[Case]:
+    """`all_cases`, and every description's variants: other code, which may spill where the plain one does not."""
+    yield from all_cases(rows)
     for description in DESCRIPTIONS.values():
         yield from description.variants(rows)

@@ -34,9 +34,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastgpt2.bench.audit import asm
-from fastgpt2.bench.audit.cases_to_compile import audited_cases
+from fastgpt2.bench.audit.cases_to_compile import cases_to_compile
 from fastgpt2.bench.cases import peers
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.case import Case
 from fastgpt2.gpt2.ops import kernels_digest
 from fastgpt2.kernels import _device
 
@@ -45,7 +45,7 @@ SM_COUNT = {"80": 108, "86": 84, "89": 128, "90": 132, "100": 148, "120": 170, "
 
 # 16 * 257 rows: as divisible as 4096, and 257 divides no size of the model, so that a tensor whose size it divides is
 # known to grow with the batch.
-AUDITED_ROWS = 16 * 257
+ROWS_TO_COMPILE = 16 * 257
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _link_without_rocm() -> None:
         os.environ["TRITON_HIP_LLD_PATH"] = shutil.which("true") or "true"
 
 
-def audit_case(case: cases.Case, architecture: str, function: Callable | None = None) -> list[dict]:
+def audit_case(case: Case, architecture: str, function: Callable | None = None) -> list[dict]:
     """Figures of each launch of a case, forward and backward, as dictionaries with the case's name and the pass; of
     `function`, by default ours."""
     inputs = case.inputs(fill=torch.empty)
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     liger = peers.liger() if options.peers else {}
     results, others, met = [], [], set()
     sources = kernels_digest()
-    for case in audited_cases(AUDITED_ROWS):
+    for case in cases_to_compile(ROWS_TO_COMPILE):
         for architecture in options.arch.split(","):
             # float16 differs from bfloat16 by conversions alone: one architecture stands for all.
             repeated = case.dtype == torch.float16 and architecture != "80"

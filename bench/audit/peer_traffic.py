@@ -25,8 +25,9 @@ import triton.language as tl
 from fastgpt2.bench.audit.compiled import pretended
 from fastgpt2.bench.audit.dispatch import count_traffic
 from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_arguments
+from fastgpt2.bench.cases.case import Case
 from fastgpt2.bench.cases.peers import PEERS, installed
-from fastgpt2.bench.cases.registry import Case, cases
+from fastgpt2.bench.cases.registry import all_cases
 
 OURS, PYTORCH, LIGER = "ours", "PyTorch", "Liger"
 
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     options, wanted = counting_arguments("fastgpt2.bench.audit.peer_traffic", __doc__, argv)
     results = []
     with foreign_kernels():
-        for case in cases(COUNTED_ROWS):
+        for case in all_cases(COUNTED_ROWS):
             if case.dtype == COUNTED_DTYPE and (not wanted or case.op in wanted):
                 for label, function in functions(case).items():
                     for direction, figures in count(case, function).items():

@@ -181,13 +181,13 @@ def counting_arguments(module: str, doc: str, argv: list[str] | None) -> tuple[a
 
 def main(argv: list[str] | None = None) -> None:
     from fastgpt2.bench.audit.compiled import pretended
-    from fastgpt2.bench.cases.registry import cases
+    from fastgpt2.bench.cases.registry import all_cases
     from fastgpt2.gpt2.ops import kernels_digest
 
     options, wanted = counting_arguments("fastgpt2.bench.audit.traffic", __doc__, argv)
     results = []
     sources = kernels_digest()
-    for case in cases(COUNTED_ROWS):
+    for case in all_cases(COUNTED_ROWS):
         if case.dtype != COUNTED_DTYPE or (wanted and case.op not in wanted):
             continue
         inputs = case.inputs(fill=torch.zeros)

@@ -3,7 +3,7 @@
 A case is one public kernel function at one shape and dtype: its inputs, the plain PyTorch beside it, and what it costs
 at least. B batch, T time, N rows (B * T), C width, H heads, D head size, V vocabulary.
 
-    for case in cases():
+    for case in all_cases():
         inputs = case.inputs(device)             # random; inputs(device, torch.empty) where values do not matter
         outputs = case.forward(inputs)
         gradients = case.backward(inputs, outputs)
@@ -35,7 +35,7 @@ DESCRIPTIONS: dict[str, Description] = {
 }
 
 
-def cases(rows: int = 4096, widths: tuple[int, ...] = WIDTHS, V: int = VOCABULARY) -> Iterator[Case]:
+def all_cases(rows: int = 4096, widths: tuple[int, ...] = WIDTHS, V: int = VOCABULARY) -> Iterator[Case]:
     """All cases at about `rows` rows; attention at a sequence of `rows` / 4, at most 1024."""
     for description in DESCRIPTIONS.values():
         yield from description.cases(Sizes(rows, widths, V))
@@ -62,7 +62,7 @@ def step_cases(B: int, T: int, C: int) -> dict[str, Case]:
     return {case.op: case for case in step}
 
 
-def chosen(wanted: str | None) -> tuple[str, ...]:
+def chosen_operations(wanted: str | None) -> tuple[str, ...]:
     """The functions that `--op` names, comma-separated; all without it. Raises ValueError for one that there is not."""
     names = tuple(wanted.split(",")) if wanted else tuple(operations())
     for name in names:

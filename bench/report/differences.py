@@ -27,7 +27,7 @@ class Change:
     verdict: str  # "slower", "faster", "same"
 
 
-def compare(a: Results, b: Results, threshold: float = THRESHOLD) -> tuple[list[Change], list[str], list[str]]:
+def list_changes(a: Results, b: Results, threshold: float = THRESHOLD) -> tuple[list[Change], list[str], list[str]]:
     """-> (changes of the rows that both have, rows that ran in A and not in B, what else cannot be compared and why).
 
     Raises ValueError for files of two kinds, files without a common row, or a threshold below 0.

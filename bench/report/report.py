@@ -103,7 +103,7 @@ def show_changes(a: Results, b: Results, threshold: float) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    changes, lost, missing = differences.compare(a, b, threshold)
+    changes, lost, missing = differences.list_changes(a, b, threshold)
     console = Console()
     for line in differences.differences(a, b):
         console.print(f"the runs differ: {line}", highlight=False)

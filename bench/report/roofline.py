@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.case import BF16, VOCABULARY, Case
+from fastgpt2.bench.cases.registry import all_cases, step_cases
 from fastgpt2.bench.report import tables
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.hardware import Gpu, gpu_by_name
@@ -51,7 +52,7 @@ def step_work(config: GPTConfig, B: int, T: int) -> Iterator[Work]:
     """The ops of one training step of B sequences of T tokens."""
     N, C, L = B * T, config.n_embd, config.n_layer
     V, parameters = config.padded_vocab_size, config.num_params()
-    case = cases.step_cases(B, T, C)
+    case = step_cases(B, T, C)
 
     def whole(op: str, times: int = 1) -> Work:
         return Work(op, *case[op].work("both"), times=times)
@@ -83,11 +84,11 @@ def step_ms(config: GPTConfig, B: int, T: int, gpu: Gpu) -> float:
     return 1e3 * sum(work.least_s(gpu) for work in step_work(config, B, T))
 
 
-def shown_cases() -> dict[str, cases.Case]:
+def shown_cases() -> dict[str, Case]:
     """Every op at GPT-2 124M's sizes: those of a training step as they are there, the rest as the registry has them."""
-    step = cases.step_cases(B, T, PRESETS["gpt2"]["n_embd"])
-    others = (case for case in cases.cases(B * T) if case.dtype == cases.BF16 and case.op not in step)
-    first: dict[str, cases.Case] = {}
+    step = step_cases(B, T, PRESETS["gpt2"]["n_embd"])
+    others = (case for case in all_cases(B * T) if case.dtype == BF16 and case.op not in step)
+    first: dict[str, Case] = {}
     for case in others:
         first.setdefault(case.op, case)
     return step | first
@@ -102,10 +103,10 @@ def table() -> tuple[list[str], list[list[str]]]:
             moved, flops = case.work(direction)
             if case.forward_flops and not flops:
                 continue  # cannot be told apart
-            least = (least_ms(moved, flops, gpu, cases.BF16) for gpu in gpus)
+            least = (least_ms(moved, flops, gpu, BF16) for gpu in gpus)
             rows.append([f"{op} {direction} ({case.shape})", *(f"{ms:.3f} ms" for ms in least)])
     for size in (name for name in PRESETS if name.startswith("gpt2")):
-        config = GPTConfig.preset(size, vocab_size=cases.VOCABULARY, vocab_multiple=128, block_size=T)
+        config = GPTConfig.preset(size, vocab_size=VOCABULARY, vocab_multiple=128, block_size=T)
         steps = [step_ms(config, B, T, gpu) for gpu in gpus]
         cells = (f"{ms:,.1f} ms, at most {B * T / ms * 1e3:,.0f} tokens/s" for ms in steps)
         rows.append([f"training step of {size}, B={B} T={T}", *cells])

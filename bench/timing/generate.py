@@ -156,7 +156,7 @@ def agree(written: dict[str, Tensor], setting: Setting) -> None:
             raise Disagreement(f"{setting.name}: {label!r} wrote other tokens than {BASELINE!r}")
 
 
-def compare(setting: Setting, quick: bool, nanogpt, budget_s: float, copy_speed: float, results: Results) -> None:
+def measure_all(setting: Setting, quick: bool, nanogpt, budget_s: float, copy_speed: float, results: Results) -> None:
     """Adds a row for every variant."""
     found = writers(setting, quick, nanogpt, results)
     agree(write_once(found, setting, results), setting)
@@ -234,7 +234,7 @@ def main(options: argparse.Namespace) -> int:
                 del found
             for setting in settings:
                 print(f"measuring {setting.name}", flush=True)
-                compare(setting, options.quick, nanogpt, options.seconds, copy_speed, results)
+                measure_all(setting, options.quick, nanogpt, options.seconds, copy_speed, results)
         except Disagreement as error:
             print(f"red: {error}", file=sys.stderr)
             return 1

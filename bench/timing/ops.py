@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from fastgpt2.bench.cases import registry as cases
-from fastgpt2.bench.cases.case import HEAD_SIZE, Case
+from fastgpt2.bench.cases.case import HEAD_SIZE, WIDTHS, Case
 from fastgpt2.bench.cases.peers import first_line, peers, version
+from fastgpt2.bench.cases.registry import chosen_operations, sized_cases
 from fastgpt2.bench.report import roofline, tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
@@ -53,10 +53,10 @@ class Scope:
     def of(cls, device: torch.device, quick: bool) -> Scope:
         if device.type == "cuda":
             lengths = (256, 1024, 4096, 16384)
-            every = tuple((T, C) for C in cases.WIDTHS for T in lengths)
-            cross = tuple((T, C) for T, C in every if T == 4096 or C == cases.WIDTHS[0])
+            every = tuple((T, C) for C in WIDTHS for T in lengths)
+            cross = tuple((T, C) for T, C in every if T == 4096 or C == WIDTHS[0])
             return cls(cross if quick else every, 16384, torch.bfloat16, True, 0.15)
-        shapes = tuple((T, C) for C in cases.WIDTHS for T in (256, 1024))
+        shapes = tuple((T, C) for C in WIDTHS for T in (256, 1024))
         return cls(shapes[:1] if quick else shapes, 0, torch.float32, not quick, 0.5)
 
 
@@ -226,11 +226,11 @@ def add_command(commands) -> None:
     command.set_defaults(run=main)
 
 
-def chosen(scope: Scope, wanted: str | None) -> Iterator[tuple[Case, int, int]]:
+def chosen_cases(scope: Scope, wanted: str | None) -> Iterator[tuple[Case, int, int]]:
     """(case, T, C) of a scope. Raises ValueError for an op that is none."""
-    names = cases.chosen(wanted)
+    names = chosen_operations(wanted)
     for T, C in scope.shapes:
-        for case in cases.sized_cases(T, C, scope.dtype, scope.tokens):
+        for case in sized_cases(T, C, scope.dtype, scope.tokens):
             if case.op in names:
                 yield case, T, C
 
@@ -252,7 +252,7 @@ def main(options: argparse.Namespace) -> int:
     scope = Scope.of(device, options.quick)
     if options.shape:
         scope = dataclasses.replace(scope, shapes=shapes(options.shape))
-    listed = list(chosen(scope, options.op))
+    listed = list(chosen_cases(scope, options.op))
     results = Results.begin("ops", device, {})
     if not gate.verified(device):
         return 1

@@ -25,7 +25,8 @@ from unittest import mock
 import torch
 import triton
 
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.case import Case
+from fastgpt2.bench.cases.registry import all_cases, chosen_operations
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import timing
 from fastgpt2.bench.timing.options import add_out
@@ -107,7 +108,7 @@ def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config,
         best = better
 
 
-def tune_case(case: cases.Case, done: set[Key], time_ms: Callable[[Callable], float], device: torch.device):
+def tune_case(case: Case, done: set[Key], time_ms: Callable[[Callable], float], device: torch.device):
     """Yields (row, best configuration, its ms, ms before) for each row of the table that this case uses, once a row."""
     inputs = case.inputs(device)
 
@@ -221,7 +222,7 @@ def main(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise RuntimeError("bench tune measures on a GPU, and there is none here")
     device = torch.device("cuda", torch.cuda.current_device())
-    ops = cases.chosen(options.op)
+    ops = chosen_operations(options.op)
     if not gate.verified(device):
         return 1
     results = Results.begin("tune", device, {"a row": "one row of kernels/_tuning.py, timed as a part of its case"})
@@ -229,7 +230,7 @@ def main(options: argparse.Namespace) -> int:
     done: set[Key] = set()
     end = time.monotonic() + options.seconds
     with results.kept_if_cut_short(options.out):
-        for case in cases.cases():
+        for case in all_cases():
             if case.op not in ops:
                 continue
             if time.monotonic() > end:

@@ -14,7 +14,7 @@ from fastgpt2.bench.cases.registry import huggingface, operations
 from fastgpt2.bench.verify.error_rule import Row, compare, mean_size, token_losses
 
 
-def verify_case(case: Case, device: torch.device, with_hf: bool) -> Iterator[Row]:
+def errors_of_case(case: Case, device: torch.device, with_hf: bool) -> Iterator[Row]:
     """Outputs and the gradient of every floating input."""
     torch.manual_seed(0)
     inputs = case.inputs(device)
