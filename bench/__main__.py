@@ -13,12 +13,10 @@ if not TRITON_INSTALLED:
 
 from fastgpt2.bench.audit import audit  # noqa: E402
 from fastgpt2.bench.report import measured, report, roofline  # noqa: E402
-from fastgpt2.bench.timing import generate, host, ops, train, tune  # noqa: E402
+from fastgpt2.bench.timing import generate, host, ops, pace, train, tune  # noqa: E402
 from fastgpt2.gpt2.training.train_config import find_device  # noqa: E402
 
 COMMANDS = (train, generate, ops, host, audit, tune, roofline, report)
-# What runs when no command is named: quick, adapted to the machine by each command, and a page of it all.
-DEFAULT = (["train", "--quick"], ["ops", "--quick"], ["generate", "--quick"], ["report"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in COMMANDS:
         module.add_command(commands)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    for line in [arguments] if arguments else DEFAULT:
+    for line in [arguments] if arguments else pace.default_lines(find_device("auto")):
         options = parser.parse_args(line)
         if status := options.run(options):
             return status

@@ -331,10 +331,11 @@ def test_mistakes_are_named(tmp_path, args, message):
 
 def test_without_a_command_a_quick_set_and_a_report_run(monkeypatch):
     ran = []
+    monkeypatch.setattr(bench.pace, "default_lines", lambda device: bench.pace.COMPLETE)
     for module in bench.COMMANDS:
         monkeypatch.setattr(module, "main", lambda options: ran.append(options) or 0)
     assert bench.main([]) == 0
-    assert len(ran) == len(bench.DEFAULT) and all(options.quick for options in ran[:-1])
+    assert len(ran) == len(bench.pace.COMPLETE) and all(options.quick for options in ran[:-1])
     ran.clear()
     monkeypatch.setattr(bench.COMMANDS[0], "main", lambda options: ran.append(options) or 3)
     assert bench.main([]) == 3 and len(ran) == 1, "a red one stops the rest"
