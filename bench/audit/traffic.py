@@ -4,10 +4,10 @@
         y = layer_norm(x, weight)
     len(log); log[0].name, log[0].grid, log[0].bytes_read, log[0].bytes_written
 
-Counts are exact for the memory that a kernel addresses: each 32-byte sector once per launch, as a cache that never
-evicts would fetch it (`bytes_read`, `bytes_written`), and every element of every access by source line (`lines`), as
-the kernel asks for it. The interpreter has no bfloat16, so bytes of bfloat16 are counted on float16 tensors. Matrix
-products by PyTorch are left out. As a process of its own, with TRITON_INTERPRET=1:
+`bytes_read` and `bytes_written` count each 32-byte sector that a kernel addresses once per launch, as a cache that never
+evicts would fetch it. `lines` counts the bytes of every access, by source line. The interpreter has no bfloat16, so
+bytes of bfloat16 are counted on float16 tensors. PyTorch's matrix products are left out. The audit runs it in a process
+of its own, with TRITON_INTERPRET=1:
 
     python -m fastgpt2.bench.audit.traffic --json FILE [--op layer_norm,gelu]
 """
@@ -31,11 +31,11 @@ import numpy as np
 import torch
 import triton
 
-SECTOR = 32  # bytes: what a GPU's memory moves at least
-# As it was imported and as it lies: by way of a link these differ.
+SECTOR = 32  # bytes: the least that a GPU's memory moves
+# The path of the import and the real path, which differ where the checkout was imported through a link.
 KERNELS = {str(file.parents[2] / "kernels") for file in (Path(__file__), Path(__file__).resolve())}
-COUNTED_DTYPE = torch.float16  # the dtype of the cases that are counted; stands for bfloat16 too
-COUNTED_ROWS = 2 * 257  # few, because the interpreter is slow; programs of many rows still get as many as in a real run
+COUNTED_DTYPE = torch.float16  # of the cases that are counted; bfloat16 has as many bytes
+COUNTED_ROWS = 2 * 257  # few, because the interpreter is slow, and enough to fill programs of many rows
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Launch:
         pointers, mask = np.broadcast_arrays(pointers, mask)
         touched = pointers[mask] // np.uint64(SECTOR)
         self.lines[_line()] += touched.size * itemsize
-        if touched.size > 1:  # neighbours mostly share a sector; what is left is sorted out at the end
+        if touched.size > 1:  # drops equal neighbours, which are most; `_close` drops the other repetitions
             touched = touched[np.append(True, touched[1:] != touched[:-1])]
         sectors.append(touched)
 
@@ -71,7 +71,7 @@ class Launch:
 
 
 def _line() -> str:
-    """The innermost line of a kernel file that is running; of the kernel itself where it lies elsewhere."""
+    """The innermost running line in kernels/; for a kernel that is defined elsewhere, its own running line."""
     frame: FrameType | None = sys._getframe(1)
     outside = ""
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Causal attention: its cases, HuggingFace's twin, its calls."""
+"""Causal attention: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZ
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Bounds, dropout and heads of other sizes."""
+    """Documents, a window, dropout, and heads of other sizes."""
     B, T = 4, rows // 4
     documents: dict[str, Callable] = dict(
         cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)

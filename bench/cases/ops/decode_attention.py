@@ -1,4 +1,4 @@
-"""Attention of one new token over the cache: its cases, HuggingFace's twin, its calls."""
+"""Attention of one new token over the cache: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sized(size: Size) -> Iterator[Case]:
 
 
 def _case(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
-    """The last token that a cache of S tokens takes."""
+    """The last token that fits into a cache of S tokens."""
     H, e = C // HEAD_SIZE, dtype.itemsize
 
     def make_inputs(new: New) -> tuple:
@@ -65,7 +65,7 @@ def _case(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
 
 
 def _huggingface(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    """The last token of each row, from a pass over all of them; queries of the others do not matter."""
+    """The last token of each row, from a pass over all its tokens. The queries of the earlier ones do not matter."""
     rows = []
     for row, (new, length) in enumerate(zip(qkv, lengths.tolist(), strict=True)):
         k, v = cache[:, row, :, :length].transpose(1, 2).flatten(2)  # (length, C) each

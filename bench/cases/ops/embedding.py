@@ -1,4 +1,4 @@
-"""Token and position embedding: its cases, HuggingFace's twin, its calls."""
+"""Token and position embedding: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def embedding_case(B: int, T: int, C: int, V: int, dtype: torch.dtype) -> Case:
         ours=embedding.token_position_embedding,
         reference=embedding.token_position_embedding_reference,
         eager=lambda idx, tokens, positions: F.embedding(idx, tokens) + positions[: idx.shape[1]],
-        # Every token differs here. Zeros for the tokens that do not occur are PyTorch's, as is the sort.
+        # All tokens differ here. PyTorch sorts, and writes zeros for tokens that do not occur: neither is counted.
         forward_bytes=8 * N + (2 * N + T) * C * e,
         backward_bytes=(4 + 8) * N + (2 * N + T) * C * e,
         rows=N,
@@ -48,7 +48,7 @@ def embedding_case(B: int, T: int, C: int, V: int, dtype: torch.dtype) -> Case:
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Positions that are given, and dropout."""
+    """Given positions, and dropout."""
     T = rows // 4
     plain = embedding_case(4, T, WIDTHS[0], VOCABULARY, BF16)
     yield asked(plain, "positions, dropout", positions=lambda idx: idx % T, **dropout_of(0.1))
@@ -57,9 +57,6 @@ def variants(rows: int) -> Iterator[Case]:
 def _huggingface(idx: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
     positions = torch.arange(idx.size(1), device=idx.device)
     return F.embedding(idx, token_weight) + F.embedding(positions, position_weight)
-
-
-# Registered op -> how HuggingFace computes it from the case's inputs.
 
 
 def calls() -> Iterator[Call]:

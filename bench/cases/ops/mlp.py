@@ -1,4 +1,4 @@
-"""The MLP as a whole: its cases, HuggingFace's twin, its calls."""
+"""The MLP as a whole: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
