@@ -1,4 +1,4 @@
-"""`fastgpt2 bench`, or `python -m fastgpt2.bench`: what can be measured and how. Each file adds its own command."""
+"""`fastgpt2 bench`, or `python -m fastgpt2.bench`: runs one of the commands in COMMANDS, or the default ones."""
 
 from __future__ import annotations
 

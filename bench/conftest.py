@@ -1,4 +1,4 @@
-"""`pytest bench` measures: plain `pytest` disables benchmarks, here they are what is asked for."""
+"""`pytest bench` runs benchmarks, which plain `pytest` disables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def verify_is_green() -> None:
 
 
 def pytest_configure(config) -> None:
-    """Before pytest-benchmark, which reads the options last."""
+    """Runs before pytest-benchmark reads the options."""
     if config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_disable = False

@@ -180,7 +180,7 @@ def recording(architecture: str) -> Iterator[list[Recorded]]:
 
     if architecture == "gfx942":
         _link_without_rocm()
-    before = dict(vars(driver))  # not driver.active: asking for it fails where there is no GPU
+    before = dict(vars(driver))  # not driver.active: reading it fails without a GPU
     driver.set_active(_Driver(TARGETS[architecture]))
     try:
         with mock.patch.object(triton.JITFunction, "run", compile_only), pretended(architecture):
@@ -245,9 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             if case.op in liger and (case.op, architecture) not in met:  # its first case: bfloat16, width 768
                 met.add((case.op, architecture))
                 launches = audit_case(case, architecture, liger[case.op])
-                others += [
-                    x for i, x in enumerate(launches) if x not in launches[:i]
-                ]  # Liger launches one kernel in a loop
+                others += [x for i, x in enumerate(launches) if x not in launches[:i]]  # one is in a loop
     versions = {"triton": triton.__version__, "torch": torch.__version__, "sources": sources}
     found = versions | {"launches": results, "peers": others}
     Path(options.json).write_text(json.dumps(found), encoding="utf-8")

@@ -4,8 +4,8 @@
         y = layer_norm(x, weight)
     len(log); log[0].name, log[0].grid, log[0].bytes_read, log[0].bytes_written
 
-`bytes_read` and `bytes_written` count each 32-byte sector that a kernel addresses once per launch, as a cache that never
-evicts would fetch it. `lines` counts the bytes of every access, by source line. The interpreter has no bfloat16, so
+`bytes_read` and `bytes_written` count each 32-byte sector that a kernel addresses once per launch, as if a cache never
+evicted it. `lines` counts the bytes of every access, by source line. The interpreter has no bfloat16, so
 bytes of bfloat16 are counted on float16 tensors. PyTorch's matrix products are left out. The audit runs it in a process
 of its own, with TRITON_INTERPRET=1:
 

@@ -1,4 +1,4 @@
-"""`fastgpt2 bench report`: result files -> one HTML page that needs nothing else, and Markdown with its pictures.
+"""`fastgpt2 bench report`: makes one self-contained HTML page, and Markdown with image files, from result files.
 
 fastgpt2 bench report bench-results/*.json --out report
 fastgpt2 bench report --compare before.json after.json     # exits with 1 where something became slower
@@ -30,7 +30,7 @@ img { max-width: 100%; } li { font-size: 13px; }
 
 
 def write(every: Sequence[Results], folder: Path) -> tuple[Path, Path]:
-    """Writes folder/report.html, folder/report.md and the pictures of the latter; -> the two files."""
+    """Writes folder/report.html, folder/report.md and the image files of the latter; -> the first two."""
     page = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>fastgpt2 bench</title>"]
     page += ["<meta name='viewport' content='width=device-width'>", f"<style>{STYLE}</style></head><body>"]
     page += ["<h1>fastgpt2 bench</h1>"]
@@ -99,7 +99,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def show_changes(a: Results, b: Results, threshold: float) -> int:
-    """Prints every change; 1 where a row became slower or was lost."""
+    """Prints every change; returns 1 if a row became slower or has no time any more."""
     from rich.console import Console
     from rich.table import Table
 

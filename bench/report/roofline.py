@@ -1,10 +1,11 @@
-"""A roofline *model*: the least time that a GPU's data sheet allows, per op and per training step. Nothing is measured.
+"""A roofline *model*: the least time that a GPU's data sheet allows, per op and training step; measures nothing.
 
     time >= max(bytes / memory bandwidth, FLOPs / peak dense bf16 FLOP/s)
 
-for each op, and for a training step the sum over its ops, which run one after the other. Bytes are the least that an op
-must move (bench/cases/): every operand once. A training step is forward and backward under bf16 autocast, parameters
-in float32, then clipping and AdamW. No kernel reaches it; it says how far a measurement is from the hardware.
+for each op; for a training step the sum over its ops, which run one after the other. Bytes are the least that an op
+must move (bench/cases/): every operand once. A training step is forward and backward under bf16 autocast with float32
+parameters, then clipping and AdamW. No kernel reaches this time; it shows how far a measurement is from the hardware's
+limits.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.hardware import Gpu, gpu_by_name
 
 SHOWN = ("A100", "H100", "H200", "B200", "RTX 4090", "MI300X")
-B, T = 16, 1024  # of the tables
+B, T = 16, 1024  # sequences and tokens, in the tables
 LABEL = "Roofline model (data sheets, nothing measured)"
 E, P = 2, 4  # bytes of an element in bf16, of a parameter or gradient in fp32
 
 
 @dataclass(frozen=True)
 class Work:
-    """An op of a training step, forward and backward: what it must move and compute, `times` times."""
+    """An op of a training step, forward and backward: the bytes it must move, its FLOPs, and how often it occurs."""
 
     name: str
     bytes: int
@@ -42,7 +43,7 @@ class Work:
 
 
 def least_ms(moved: int, flops: int, gpu: Gpu | None, dtype: torch.dtype) -> float | None:
-    """Of one op; None for an unknown GPU, and for products in another dtype, whose peak is another."""
+    """The least time of one op; None for an unknown GPU, and for matrix products in a dtype whose peak is unknown."""
     if gpu is None or (flops and dtype.itemsize != E):
         return None
     return 1e3 * Work("", moved, flops).least_s(gpu)
@@ -85,7 +86,7 @@ def step_ms(config: GPTConfig, B: int, T: int, gpu: Gpu) -> float:
 
 
 def shown_cases() -> dict[str, Case]:
-    """Every op at GPT-2 124M's sizes: those of a training step as they are there, the rest as the registry has them."""
+    """Every op at GPT-2 124M's sizes. Ops of a training step have its sizes, the others the registry's."""
     step = step_cases(B, T, PRESETS["gpt2"]["n_embd"])
     others = (case for case in all_cases(B * T) if case.dtype == BF16 and case.op not in step)
     first: dict[str, Case] = {}
@@ -102,7 +103,7 @@ def table() -> tuple[list[str], list[list[str]]]:
         for direction in ("forward", "backward", "both") if case.backward_bytes is not None else ("forward",):
             moved, flops = case.work(direction)
             if case.forward_flops and not flops:
-                continue  # cannot be told apart
+                continue  # unknown how they split into forward and backward
             least = (least_ms(moved, flops, gpu, BF16) for gpu in gpus)
             rows.append([f"{op} {direction} ({case.shape})", *(f"{ms:.3f} ms" for ms in least)])
     for size in (name for name in PRESETS if name.startswith("gpt2")):
