@@ -2,8 +2,8 @@
 libraries where they are installed.
 
 GB/s is the least that the op must move (`bench/cases/`) over the time, and TFLOP/s the FLOPs of its matrix products
-over the time, so that all implementations are credited with the same work. The fraction is of the speed of a copy or of a
-large matrix product on this machine, whichever the op is closer to; both are measured at the start. On a CPU, small
+over the time, so that all implementations are credited with the same work. The fraction is of the speed of a copy or of
+a large matrix product on this machine, whichever the op is closer to; both are measured at the start. On a CPU, small
 tensors stay in caches, which are faster than that copy. The roofline model is the least time that the data sheet of a
 known GPU allows (report/roofline.py). Implementations of an op take turns. On a GPU, L2 is flushed before each call and
 the host's time to launch is left out. An implementation whose results differ from PyTorch's is not timed.

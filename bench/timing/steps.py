@@ -115,8 +115,8 @@ class TrainBench:
         """Measures all variants at one setting, one row each. Variants of a stage take turns. Raises Disagreement.
 
         Compiling can take minutes: a run that is stopped keeps the rows of finished stages. In every stage our model
-        with PyTorch's kernels runs too, launched from Python and on the stage's road, so that a speed-up always compares two
-        variants that took turns.
+        with PyTorch's kernels runs too, launched from Python and on the stage's road, so that a speed-up always
+        compares two variants that took turns.
         """
         weights = GPT(setting.config, kernels="torch")
         try:
