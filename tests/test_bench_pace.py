@@ -26,11 +26,17 @@ def clock(monkeypatch, verify_s: float, green: bool = True):
     return now
 
 
+def all_choices(speed: pace.Speed, verify_s: float) -> list[pace.Choice]:
+    return [
+        c for choices in (pace.train_choices, pace.ops_choices, pace.generate_choices) for c in choices(speed, verify_s)
+    ]
+
+
 def lines(monkeypatch, speed: pace.Speed, verify_s: float, slower: float = 1.0) -> list[list[str]]:
     """What runs on a machine whose commands take `slower` times as long as estimated."""
     now = clock(monkeypatch, verify_s)
     monkeypatch.setattr(pace.Speed, "measured", lambda: speed)
-    every = [*pace.train_choices(speed, verify_s), *pace.ops_choices(speed), *pace.generate_choices(speed)]
+    every = all_choices(speed, verify_s)
     seconds = {tuple(choice.line): choice.seconds for choice in every}
     ran = []
     for line in pace.default_lines(CPU):
@@ -65,9 +71,10 @@ def test_the_slowest_one_measures_a_step_and_says_what_is_left_out(monkeypatch, 
 
 
 def test_what_takes_longer_than_estimated_leaves_less_for_the_rest(monkeypatch):
-    train, ops, *_ = lines(monkeypatch, SLOW, verify_s=60)
-    late = lines(monkeypatch, SLOW, verify_s=60, slower=1.7)
-    assert late[0] == train and late[1] != ops
+    usual, late = (lines(monkeypatch, SLOW, verify_s=60, slower=slower) for slower in (1.0, 1.7))
+    seconds = {tuple(choice.line): choice.seconds for choice in all_choices(SLOW, 60)}
+    usual_s, late_s = (sum(seconds[tuple(line)] for line in ran[:-1]) for ran in (usual, late))
+    assert late[0] == usual[0] and late_s < usual_s
 
 
 def test_a_red_verify_measures_nothing(monkeypatch):
@@ -84,7 +91,7 @@ def test_every_line_is_one_that_its_command_takes(monkeypatch):
     ran = []
     for module in bench.COMMANDS:
         monkeypatch.setattr(module, "main", lambda options: ran.append(options) or 0)
-    every = [*pace.train_choices(SLOW, 1.0), *pace.ops_choices(SLOW), *pace.generate_choices(SLOW)]
+    every = all_choices(SLOW, 1.0)
     for choice in every:
         assert bench.main(choice.line) == 0
     assert len(ran) == len(every) and all(options.quick for options in ran)

@@ -17,6 +17,7 @@ WIDTHS = (768, 1024, 1280, 1600)  # gpt2, -medium, -large, -xl
 VOCABULARY = 50257
 HEAD_SIZE = 64
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"float32": FP32, "bfloat16": BF16, "float16": FP16}
 
 # new(*shape, dtype=None, below=None, mean=0, std=1) makes one input of a case, on the scale of GPT-2's activations.
 New = Callable[..., Tensor]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import Case
+from fastgpt2.bench.cases.case import BF16, FP16, FP32, Case
 
 
 class Sizes(NamedTuple):
@@ -22,6 +22,12 @@ class Sizes(NamedTuple):
     rows: int
     widths: tuple[int, ...]
     V: int
+
+    def widths_and_dtypes(self) -> Iterator[tuple[int, torch.dtype]]:
+        """The narrowest model in every dtype, and the widest in bfloat16."""
+        for dtype in (BF16, FP16, FP32):
+            yield self.widths[0], dtype
+        yield self.widths[-1], BF16
 
 
 class Size(NamedTuple):

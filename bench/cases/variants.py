@@ -134,6 +134,13 @@ def nanogpt_module(path: Path) -> ModuleType:
     return module
 
 
+def nanogpt_model(nanogpt: ModuleType, config: GPTConfig) -> Any:
+    """nanoGPT's GPT of our config, with random weights."""
+    fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    with contextlib.redirect_stdout(None):  # it prints its size
+        return nanogpt.GPT(nanogpt.GPTConfig(**{field: getattr(config, field) for field in fields}))
+
+
 class NaiveAttention(CausalSelfAttention):
     """Attention as textbooks compute it: scores, mask, softmax and product, each a tensor in memory."""
 
@@ -271,9 +278,7 @@ def _build(name: str, config: GPTConfig, weights: GPT, nanogpt: ModuleType | Non
     if name == FLASH_ATTN:
         return flash_gpt.build(config, weights)
     assert nanogpt is not None
-    fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    with contextlib.redirect_stdout(None):  # it prints its size
-        model = nanogpt.GPT(nanogpt.GPTConfig(**{field: getattr(config, field) for field in fields}))
+    model = nanogpt_model(nanogpt, config)
     missing, unexpected = model.load_state_dict(weights.state_dict(), strict=False)
     if unexpected or any(not key.endswith("attn.bias") for key in missing):
         raise ValueError(f"nanoGPT's model has other parameters: {[*missing, *unexpected]}")

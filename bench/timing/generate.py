@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.bench.cases import variants
+from fastgpt2.bench.cases.case import DTYPES
 from fastgpt2.bench.report import tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
@@ -34,7 +35,6 @@ from fastgpt2.gpt2.generation.generate import generate
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.train_config import find_device
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINE = "HuggingFace, cache"
 WHOLE_PASSES = ", whole passes"
 NANOGPT = "nanoGPT" + WHOLE_PASSES
@@ -101,9 +101,7 @@ def writers(setting: Setting, quick: bool, nanogpt, results: Results) -> dict[st
         return found
     found[variants.label(model.kernels) + WHOLE_PASSES] = lambda n: _whole_passes(model, idx, n)
     if nanogpt is not None:
-        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-        settings = {name: getattr(config, name) for name in names}
-        theirs = nanogpt.GPT(nanogpt.GPTConfig(**settings)).to(device, dtype).eval()
+        theirs = variants.nanogpt_model(nanogpt, config).to(device, dtype).eval()
         found[NANOGPT] = lambda n: theirs.generate(idx, n, top_k=1)
     return found
 

@@ -27,7 +27,7 @@ Line = list[str]  # the words of a command
 COMPLETE: tuple[Line, ...] = (["train", "--quick"], ["ops", "--quick"], ["generate", "--quick"], ["report"])
 WHOLE_S = 240.0
 MEASURE_S = 1.0
-START_S = 5.0  # of each command, to import, build models and measure peaks
+START_PART = 1 / 8  # of verify's time: what a command takes to import, to build models and to measure peaks
 MEASURED = GPTConfig.preset("baby")
 TOKENS = 128  # of the measured pass
 PROMPT = 32  # tokens, as `bench generate` has them
@@ -59,7 +59,7 @@ class Choice(NamedTuple):
     seconds: float
 
 
-def train_choices(speed: Speed, compile_s: float) -> Iterator[Choice]:
+def train_choices(speed: Speed, verify_s: float) -> Iterator[Choice]:
     """Smaller batches, then without torch.compile. It times three variants launched from Python, and two compiled."""
     for compiled in (True, False):
         for B, T in ((4, 256), (2, 256), (1, 256), (1, 64)):
@@ -68,10 +68,11 @@ def train_choices(speed: Speed, compile_s: float) -> Iterator[Choice]:
             budget_s = max(5.0, 7 * step_s)
             line = ["train", "--quick", "--batch", str(B), "--block", str(T), "--seconds", f"{budget_s:.0f}"]
             line += [] if compiled else ["--road", "launched"]
-            yield Choice(line, START_S + budget_s + calls * step_s + compile_s * compiled)
+            # To compile takes about as long as to verify: both are work of Python and a compiler.
+            yield Choice(line, verify_s * (START_PART + compiled) + budget_s + calls * step_s)
 
 
-def ops_choices(speed: Speed) -> Iterator[Choice]:
+def ops_choices(speed: Speed, verify_s: float) -> Iterator[Choice]:
     """Shorter sequences, then without the loss, whose vocabulary takes most of the time."""
     C = 768
     for T, left_out in ((256, ""), (128, ""), (64, ""), (64, "linear_cross_entropy")):
@@ -80,10 +81,11 @@ def ops_choices(speed: Speed) -> Iterator[Choice]:
         moved, flops = (2 * 10 * sum(2 * case.work("both")[i] for case in some) for i in (0, 1))
         line = ["ops", "--quick", "--shape", f"{T}x{C}"]
         line += ["--op", ",".join(dict.fromkeys(case.op for case in some))] if left_out else []
-        yield Choice(line, START_S + flops / speed.flops + moved / speed.weight_bytes + 0.25 * 3 * len(some))
+        calls_s = flops / speed.flops + moved / speed.weight_bytes + 0.25 * 3 * len(some)
+        yield Choice(line, START_PART * verify_s + calls_s)
 
 
-def generate_choices(speed: Speed) -> Iterator[Choice]:
+def generate_choices(speed: Speed, verify_s: float) -> Iterator[Choice]:
     """Fewer tokens, then the small model."""
     for size in ("gpt2", "baby"):
         config = GPTConfig.preset(size)
@@ -91,8 +93,9 @@ def generate_choices(speed: Speed) -> Iterator[Choice]:
             cached_s = 4 * config.num_params() / speed.weight_bytes * new
             whole_s = config.flops_per_token(PROMPT + new) / 3 * (PROMPT + new) / speed.flops * new
             texts_s = 2 * cached_s + (whole_s if whole_s < 20 else 0)  # longer ones are left out by the command itself
-            line = ["generate", "--quick", "--size", size, "--new", str(new), "--seconds", f"{max(5.0, texts_s):.0f}"]
-            yield Choice(line, START_S + max(5.0, texts_s) + 5 * texts_s)
+            budget_s = max(5.0, texts_s)
+            line = ["generate", "--quick", "--size", size, "--new", str(new), "--seconds", f"{budget_s:.0f}"]
+            yield Choice(line, START_PART * verify_s + budget_s + 5 * texts_s)
 
 
 def default_lines(device: torch.device) -> Iterator[Line]:
@@ -115,11 +118,10 @@ def _fitting(device: torch.device) -> Iterator[Line]:
         f"pass; verify took {verify_s:.0f} s. Sizes are chosen for about {WHOLE_S / 60:.0f} minutes in all.",
         flush=True,
     )
-    # To compile takes about as long as to verify: both are work of Python and a compiler, not of matrix products.
-    parts = (train_choices(speed, verify_s), ops_choices(speed), generate_choices(speed))
+    parts = (train_choices, ops_choices, generate_choices)
     for i, (complete, choices) in enumerate(zip(COMPLETE, parts, strict=False)):
         left_s = WHOLE_S - (time.monotonic() - begin)
-        every = list(choices)
+        every = list(choices(speed, verify_s))
         fits = [choice for choice in every if choice.seconds <= left_s / (len(parts) - i)]
         chosen = fits[0] if fits else None if i else every[-1]  # something is always measured
         command = " ".join(complete)

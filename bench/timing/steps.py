@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.bench.cases import variants
+from fastgpt2.bench.cases.case import DTYPES, FP32
 from fastgpt2.bench.cases.variants import GRAPH, LAUNCHED, OURS, Backward, Family, Variant
 from fastgpt2.bench.report import roofline
 from fastgpt2.bench.report.record import Results
@@ -32,7 +33,6 @@ from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.model import GPT
 
 VOCABULARY = 50304  # GPT-2's 50257 padded as nanoGPT does, for every variant alike
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST_BATCH = 4096
 SHARE_FOR_STATE = 0.4  # of memory: families whose state needs more than this together are measured one by one
 # Root mean square of the gradient's difference over that of the gradient. nanoGPT's GELU is by erf, GPT-2's by tanh.
@@ -73,7 +73,7 @@ class Setting:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         dtype = DTYPES[self.dtype]
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        return contextlib.nullcontext() if dtype == FP32 else torch.autocast(self.device.type, dtype)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """-> (random tokens, the next token of each); the last token of a row has the target -1."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgpt2.bench.cases import flash_gpt, variants
+from fastgpt2.bench.cases.case import DTYPES
 from fastgpt2.bench.cases.variants import (
     CUDAGRAPH_TREES,
     FLASH_ATTN,
@@ -35,7 +36,7 @@ from fastgpt2.bench.cases.variants import (
 from fastgpt2.bench.report import measured, tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing.options import add_device, add_nanogpt, add_out
-from fastgpt2.bench.timing.steps import DTYPES, Disagreement, Setting, TrainBench
+from fastgpt2.bench.timing.steps import Disagreement, Setting, TrainBench
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import PRESETS

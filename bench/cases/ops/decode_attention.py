@@ -9,19 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import BF16, FP16, FP32, HEAD_SIZE, Case, New
+from fastgpt2.bench.cases.case import HEAD_SIZE, Case, New
 from fastgpt2.bench.cases.description import Description, Size, Sizes
 from fastgpt2.bench.cases.ops.attention import huggingface_attention
 from fastgpt2.kernels import decode_attention
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    for C, dtype in (
-        (sizes.widths[0], BF16),
-        (sizes.widths[0], FP16),
-        (sizes.widths[0], FP32),
-        (sizes.widths[-1], BF16),
-    ):
+    for C, dtype in sizes.widths_and_dtypes():
         yield _case(8, min(sizes.rows // 2, 1024), C, dtype)
 
 

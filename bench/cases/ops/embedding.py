@@ -9,19 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import BF16, FP16, FP32, VOCABULARY, WIDTHS, Case, asked, dropout_of
+from fastgpt2.bench.cases.case import BF16, VOCABULARY, WIDTHS, Case, asked, dropout_of
 from fastgpt2.bench.cases.description import Description, Size, Sizes
 from fastgpt2.kernels import embedding
 from fastgpt2.kernels.embedding import token_position_embedding
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    for C, dtype in (
-        (sizes.widths[0], BF16),
-        (sizes.widths[0], FP16),
-        (sizes.widths[0], FP32),
-        (sizes.widths[-1], BF16),
-    ):
+    for C, dtype in sizes.widths_and_dtypes():
         yield embedding_case(4, sizes.rows // 4, C, sizes.V, dtype)
 
 
