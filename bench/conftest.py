@@ -11,7 +11,7 @@ from fastgpt2.gpt2.training.train_config import find_device
 @pytest.fixture(scope="session", autouse=True)
 def verify_is_green() -> None:
     if not gate.verified(find_device("auto")):
-        pytest.exit("fastgpt2 verify is red: nothing is measured", returncode=1)
+        pytest.exit("fastgpt2 verify failed: nothing is measured", returncode=1)
 
 
 def pytest_configure(config) -> None:

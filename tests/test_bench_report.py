@@ -58,7 +58,7 @@ def test_the_machine_and_what_was_left_out_are_there(report):
 
 def test_a_busy_machine_is_told(capsys, report):
     tables.show(bench_results.train_results())
-    assert "busy (load 6.5)" in capsys.readouterr().out and "6.5 (a calm machine" in report[0]
+    assert "busy (load 6.5)" in capsys.readouterr().out and "6.5 (an idle machine" in report[0]
     results = bench_results.train_results()
     results.machine = results.machine | dict(load=0.3)
     tables.show(results)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 UNKNOWN = "unknown"
-CACHED = "more than the peak, less than the least time: data stayed in a cache, which is faster than the measured copy"
+CACHED = "above the peak or below the least time: data stayed in a cache, which is faster than the measured copy"
 BUSY = 0.5  # load a core from which timings suffer
 
 
@@ -138,7 +138,7 @@ def where(results: Results) -> list[tuple[str, str]]:
     machine = results.machine
     found = [("machine", describe(machine)), ("cpu", f"{machine['cpu']}, {machine['cores']} cores")]
     if machine["load"] is not None:
-        found.append(("load when it began", f"{machine['load']:g} (a calm machine has about 0)"))
+        found.append(("load at the start", f"{machine['load']:g} (an idle machine has about 0)"))
     for name in ("cuda", "rocm"):
         if machine.get(name):
             found.append((name, machine[name]))

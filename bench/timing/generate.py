@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -132,10 +133,12 @@ def write_once(found: dict[str, Write], setting: Setting, results: Results) -> d
     """The ids that each variant generates. One that fails is removed from `found` and recorded in `results`."""
     written = {}
     for label, write in list(found.items()):
+        start = time.perf_counter()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="the decode step was not captured")
                 written[label] = write(setting.new)
+            print(f"  {label}: {time.perf_counter() - start:.1f} s for the first text", flush=True)
         except Exception as error:  # errors of compilers and drivers have no common class
             if label == BASELINE:
                 raise
@@ -162,6 +165,7 @@ def measure_all(setting: Setting, quick: bool, nanogpt, budget_s: float, copy_sp
     for label, write in found.items():
         calls[label] = partial(write, setting.new)
         calls[label + FIRST] = partial(write, 1)
+    print(f"  timing {len(found)} variants in turns, for {budget_s:.0f} s or three rounds", flush=True)
     times = timing.measure(calls, setting.device, budget_s=budget_s, warmup=1, min_rounds=3)
     baseline = times[BASELINE]
     for label in found:
@@ -234,7 +238,7 @@ def main(options: argparse.Namespace) -> int:
                 print(f"measuring {setting.name}", flush=True)
                 measure_all(setting, options.quick, nanogpt, options.seconds, copy_speed, results)
         except Disagreement as error:
-            print(f"red: {error}", file=sys.stderr)
+            print(f"failed: {error}", file=sys.stderr)
             return 1
     tables.show(results)
     file = results.save(options.out)

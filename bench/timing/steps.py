@@ -247,6 +247,7 @@ class TrainBench:
             p.step()  # makes the optimizer's state
             peaks[p.label] = p.peak_bytes(setting.device)
         steps = {p.label: p.step for p in prepared}
+        print(f"  timing {len(steps)} variants in turns, for {setting.budget_s:.0f} s or three rounds", flush=True)
         times = timing.measure(steps, setting.device, budget_s=setting.budget_s, warmup=1, min_rounds=3)
         labels = {p.variant: p.label for p in prepared}
 

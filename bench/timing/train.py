@@ -159,7 +159,7 @@ def main(options: argparse.Namespace) -> int:
                 if options.sweep:
                     bench.sweep(setting)
         except Disagreement as error:
-            print(f"red: {error}", file=sys.stderr)
+            print(f"failed: {error}", file=sys.stderr)
             return 1
     tables.show(results)
     file = results.save(options.out, part)

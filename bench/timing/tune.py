@@ -248,7 +248,7 @@ def main(options: argparse.Namespace) -> int:
                 results.add(f"{case.name} {row}", what="best configuration found", time_ms=None, **figures)
                 if ms < before:
                     best[row] = config
-    print(f"figures are in {results.save(options.out)}")
+    print(f"written: {results.save(options.out)}")
     path = Path(_tuning.__file__)
     tuned_on = f"{torch.cuda.get_device_name(device)}, {datetime.date.today()}"
     source = rewrite(path.read_text("utf-8"), best, _device.architecture(device), tuned_on)

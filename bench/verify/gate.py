@@ -21,7 +21,7 @@ def verified(device: torch.device) -> bool:
     print("verify:", end=" ", flush=True)
     green, said = (_here if device.type == "cuda" else _interpreted)(["--device", str(device)])
     if not green:
-        print(f"red, so nothing is measured\n{said}", file=sys.stderr)
+        print(f"failed, so nothing is measured\n{said}", file=sys.stderr)
         return False
     print(said.strip().splitlines()[-1], flush=True)
     return True
