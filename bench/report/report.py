@@ -120,7 +120,5 @@ def show_changes(a: Results, b: Results, threshold: float) -> int:
     for line in missing:
         console.print(f"not compared: {line}", highlight=False)
     slower = [c for c in changes if c.verdict == "slower"]
-    console.print(
-        f"{len(slower)} of {len(changes)} rows are slower by more than {threshold:.0%} and than noise"
-    )
+    console.print(f"{len(slower)} of {len(changes)} rows are slower by more than {threshold:.0%} and than noise")
     return 1 if slower or lost else 0
