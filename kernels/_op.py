@@ -78,7 +78,7 @@ def op(
         the place of one that nobody asked for: the operator then has an empty tensor (0,) there.
     fake: same arguments, returns empty tensors with the launcher's shapes, dtypes and strides.
     toggle: the field of `Kernels` that switches this operator off; named in errors.
-    mutates: names of tensor arguments that the kernels write to.
+    mutates: names of tensor arguments that the kernels write to, where they are given.
     opaque: torch.compile calls the launcher, and does not look into it.
     strided: names of tensor arguments that the launcher takes with any strides; the others it gets contiguous.
     differentiable: of how many outputs, the first ones, there are gradients; of all by default. The others are for
@@ -110,7 +110,8 @@ def op(
         index = args[tensor_places[0]].get_device()
         args = contiguous(args)
         for place in mutated:  # so that autograd refuses a backward that needs what was there before
-            torch.autograd.graph.increment_version(args[place])
+            if args[place] is not None:
+                torch.autograd.graph.increment_version(args[place])
         if index < 0 or index == torch.cuda.current_device():
             return launcher(*args)
         with torch.cuda.device(index):  # Triton launches on the current device

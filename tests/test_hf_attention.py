@@ -199,7 +199,7 @@ WAYS = {
 def test_greedy_text_is_eagers(kernels, way, monkeypatch):
     eager, ours = pair(kernels)
     expected = written(eager, **WAYS[way])
-    decoded = spied(monkeypatch, "decode_attention")
+    decoded = spied(monkeypatch, "cached_attention")
     assert torch.equal(written(ours, **WAYS[way]), expected)
     assert len(decoded) == (2 * 3 if kernels == "triton" and way != "no-cache" else 0)  # layers, tokens after a prompt
 

@@ -23,7 +23,8 @@ class Context(NamedTuple):
     """How one call of the model is computed, the same in every block.
 
     documents: of `ops.document_mask`, for rows without a past. seen: of `visible.py`, for tokens behind those in the
-    cache; alone: there are none.
+    cache; alone: there are none. lengths, starts: of `visible.lengths_and_starts`, where one token a row can go to the
+    kernel of decoding.
     """
 
     kernels: Kernels
@@ -31,6 +32,8 @@ class Context(NamedTuple):
     alone: bool = True
     documents: Tensor | None = None
     seen: Tensor | None = None
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
 
 
 def weights(layer: Any, theirs: Theirs) -> Any:
@@ -82,6 +85,8 @@ class Block(StandIn):
         if context.cache is not None:
             q, k, v = (t.unflatten(2, (H, D)).transpose(1, 2) for t in qkv.split(H * D, dim=2))  # (B, H, T, D)
             keys, values = context.cache.update(k, v, attn.layer_idx)
+            if context.lengths is not None and dropout_p == 0:
+                return ops.cached_attention(qkv, keys, values, context.lengths, context.starts, H, attn.scaling)
             if not context.alone:
                 return attend(q, keys, values, context.seen, attn.scaling, dropout_p, kernels)
         return ops.causal_attention(qkv, H, attn.scaling, dropout_p, kernels, context.documents)
