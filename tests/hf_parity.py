@@ -9,6 +9,7 @@ import torch
 from hf_models import DEVICE, hf_gpt2
 from numerics import compare
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2 import hf
 
@@ -69,6 +70,22 @@ def same_as(
             except AssertionError as failure:
                 failures.append(f"{what}: {failure}")
     assert not failures, "\n".join(failures)
+
+
+class Copies(TorchDispatchMode):
+    """Names of operators that write floating-point inputs elsewhere. (`copy_` is how Triton's interpreter works.)"""
+
+    NAMES = ("clone", "cat", "stack", "_to_copy", "constant_pad_nd", "repeat", "index", "gather")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.NAMES and result.is_floating_point():
+            self.found.append(function.overloadpacket.__name__)
+        return result
 
 
 def written(model: nn.Module, new: int = 4, **more: Any) -> Tensor:

@@ -16,9 +16,10 @@ def test_opcheck(device, multiprocessors):
     qkv, cache = token_and_cache(2, 2, 270, 16, torch.float32, device)
     lengths = lengths_of(3, 69, device=device)
     with mock.patch.object(_device, "sm_count", lambda device: multiprocessors):
-        torch.library.opcheck(
-            torch.ops.fastgpt2.decode_attention_fwd.default, (qkv, cache, None, lengths, None, 2, 0.25)
-        )
+        for caches, starts in (((cache, None), None), (tuple(cache.clone()), lengths_of(0, 5, device=device))):
+            keys, values = caches
+            arguments = (qkv, keys, values, lengths, starts, 2, 0.25)
+            torch.library.opcheck(torch.ops.fastgpt2.decode_attention_fwd.default, arguments)
 
 
 def test_compiled_whole(device):
