@@ -91,4 +91,5 @@ class Copies(TorchDispatchMode):
 def written(model: nn.Module, new: int = 4, **more: Any) -> Tensor:
     """Greedy ids after IDS."""
     model.eval()
-    return model.generate(IDS, max_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=True, **more)
+    settings = dict(max_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=True) | more
+    return model.generate(IDS, **settings)

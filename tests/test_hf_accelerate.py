@@ -9,7 +9,7 @@ import torch
 from hf_models import DEVICE, hf_gpt2
 from hf_parity import BATCHES, IDS, LEFT, Copies, labels_of, pair, results, same_as, written
 from torch import nn
-from transformers import DynamicCache, GPT2Config, GPT2ForSequenceClassification, StaticCache
+from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2ForSequenceClassification, StaticCache
 
 from fastgpt2 import hf
 from fastgpt2.gpt2 import ops
@@ -243,6 +243,40 @@ def test_a_cache_is_filled_and_read_as_theirs(kernels):
         for one, other in zip(*(cache.layers for cache in caches), strict=True):
             torch.testing.assert_close(one.keys[real, :, 3:], other.keys[real, :, 3:])
             torch.testing.assert_close(one.values[real, :, 3:], other.values[real, :, 3:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("kernels", KERNELS)
+@torch.no_grad()
+def test_compiled_steps_over_a_static_cache_are_the_same(kernels, registered):
+    """The prompt and the tokens after it, each one graph."""
+    eager, ours = pair(kernels, n_layer=1)
+    if registered:
+        hf.register(kernels)
+        hf.restore(ours).set_attn_implementation("fastgpt2")
+    try:
+        compiled = torch.compile(ours.forward, backend="aot_eager", fullgraph=True)
+        cache = StaticCache(config=ours.config, max_cache_len=16)
+        for first, last in ((0, 7), (7, 8), (8, 9)):
+            logits = compiled(IDS[:, first:last], cache=cache, attention_mask=LEFT[:, :last], use_cache=True).logits
+            expected = eager(IDS[:, :last], attention_mask=LEFT[:, :last], use_cache=False).logits
+            torch.testing.assert_close(logits[:, -1], expected[:, -1])
+    finally:
+        hf.unregister()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_generate_compiles_a_static_cache(kernels, monkeypatch):
+    """As transformers does by itself on a GPU."""
+    eager, ours = pair(kernels, n_layer=1)
+    expected, compiled, graphs = written(eager), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: graphs.append(args) or compiled(*args, **more))
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    found = written(ours, cache_implementation="static", compile_config=config, disable_compile=False)
+    assert graphs and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("static", [False, True])

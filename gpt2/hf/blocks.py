@@ -2,7 +2,8 @@
 
 Modules stay modules, as everywhere in this package: what is not exactly transformers' or PyTorch's class, or has
 hooks, is called in its place, and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and
-PyTorch read it transposed, by strides.
+PyTorch read it transposed, by strides. The kernel `decode_linear` does not: its programs read whole rows of (out, in),
+and Conv1D's layout would cost a copy of every weight for each token. So a new token's linear layers are PyTorch's.
 """
 
 from __future__ import annotations
