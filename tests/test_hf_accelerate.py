@@ -9,7 +9,16 @@ import torch
 from hf_models import DEVICE, hf_gpt2
 from hf_parity import BATCHES, IDS, LEFT, Copies, labels_of, pair, results, same_as, written
 from torch import nn
-from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2ForSequenceClassification, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2Model,
+    StaticCache,
+)
 
 from fastgpt2 import hf
 from fastgpt2.gpt2 import ops
@@ -410,6 +419,36 @@ def test_copies_and_pickles_are_accelerated_too():
         assert torch.equal(other(IDS).logits, expected)
         hf.restore(other)
     assert type(ours) is not type(other)
+
+
+@pytest.mark.parametrize(
+    "kind", [GPT2Model, GPT2DoubleHeadsModel, GPT2ForTokenClassification], ids=lambda k: k.__name__
+)
+@torch.no_grad()
+def test_other_models_of_transformers(kind):
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=61, n_positions=24, num_labels=3)
+    model = kind(config).eval().to(DEVICE)
+    two_choices = kind is GPT2DoubleHeadsModel
+    call = dict(input_ids=IDS[:, None].repeat(1, 2, 1)) if two_choices else dict(input_ids=IDS)
+    call |= dict(mc_token_ids=torch.full((2, 2), 8, device=DEVICE)) if two_choices else {}
+    expected = model(**call, use_cache=False).to_tuple()
+    torch.testing.assert_close(hf.accelerate(model, "torch")(**call, use_cache=False).to_tuple(), expected)
+    assert "hf.accelerate(model) was not called" not in str(hf.report(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_that_grow_or_part_after_accelerate(tied):
+    """Everything is read from the modules anew at every call."""
+    models = pair("triton", training_logits=False, n_layer=1)
+    for model in models:
+        model.resize_token_embeddings(64, mean_resizing=False)
+        model.transformer.wte.weight.data[61:] = 0.01
+        model.tie_weights()
+        assert model.lm_head.weight is model.transformer.wte.weight
+        if not tied:
+            model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
+    eager, ours = models
+    same_as([ours], eager, ids=IDS.clamp(min=30) + 3)  # rows of the new part too
 
 
 def test_other_heads_other_models_and_wrong_arguments():
