@@ -448,7 +448,7 @@ def test_tables_that_grow_or_part_after_accelerate(tied):
         if not tied:
             model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
     eager, ours = models
-    same_as([ours], eager, ids=IDS.clamp(min=30) + 3)  # rows of the new part too
+    same_as([ours], eager, ids=IDS.clamp(min=30) + 8)  # rows of the new part too
 
 
 def test_other_heads_other_models_and_wrong_arguments():
