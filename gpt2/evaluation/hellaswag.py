@@ -1,15 +1,15 @@
 """HellaSwag: which of four endings does a text have? Answered by the loss of each ending after the context.
 
     examples = read_examples("hellaswag_val.jsonl")             # the official file; without it, from the network
-    hellaswag(model, tokenizer, examples, device=device).acc_norm
+    hellaswag(model, tokenizer, examples, device=device).harness_acc_norm
 
 Two conventions are in use, and their numbers do not compare:
 
-    acc, acc_norm                       the text as it is (build-nanogpt, llm.c): smallest sum, smallest mean of the
+    nanogpt_acc, nanogpt_acc_norm       build-nanogpt, llm.c: the text as it is; smallest sum, smallest mean of the
                                         losses of an ending's tokens
-    eleuther_acc, eleuther_acc_norm     EleutherAI's harness: the activity before the context, WikiHow's marks taken
-                                        out; smallest sum, smallest sum over the ending's length in UTF-8 bytes (the
-                                        harness counts characters, which are bytes in all but a few endings)
+    harness_acc, harness_acc_norm,      EleutherAI's harness (lm_eval 0.4), where they are called acc, acc_norm and
+    harness_acc_bytes                   acc_bytes: the activity before the context, WikiHow's marks taken out; smallest
+                                        sum, that over the ending's characters, over its UTF-8 bytes
 
 Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; github.com/rowanz/hellaswag.
 """
@@ -57,10 +57,11 @@ class HellaSwag:
     """Parts of the examples that were answered right; a quarter is chance."""
 
     examples: int
-    acc: float
-    acc_norm: float
-    eleuther_acc: float
-    eleuther_acc_norm: float
+    nanogpt_acc: float
+    nanogpt_acc_norm: float
+    harness_acc: float
+    harness_acc_norm: float
+    harness_acc_bytes: float
 
 
 def hellaswag(
@@ -72,16 +73,17 @@ def hellaswag(
     device: torch.device,
     watch: Watch = iter,
 ) -> HellaSwag:
-    """All four scores, from batch_size endings at once."""
-    acc, acc_norm = plain_scores(model, tokenizer, examples, batch_size=batch_size, device=device, watch=watch)
-    pairs = [(_eleuther_context(e), _eleuther_text(ending)) for e in examples for ending in e.endings]
+    """All scores, from batch_size endings at once."""
+    plain = nanogpt_scores(model, tokenizer, examples, batch_size=batch_size, device=device, watch=watch)
+    pairs = [(_harness_context(e), _harness_text(ending)) for e in examples for ending in e.endings]
     rows = [_joint_row(tokenizer, *pair) for pair in pairs]
     losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
-    size = np.array([len(ending.encode()) for _, ending in pairs])
-    return HellaSwag(len(examples), acc, acc_norm, _right(losses, examples), _right(losses / size, examples))
+    characters, size = (np.array([len(form(ending)) for _, ending in pairs]) for form in (str, str.encode))
+    scores = (_right(each, examples) for each in (losses, losses / characters, losses / size))
+    return HellaSwag(len(examples), *plain, *scores)
 
 
-def plain_scores(
+def nanogpt_scores(
     model: GPT,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
@@ -90,7 +92,7 @@ def plain_scores(
     device: torch.device,
     watch: Watch = iter,
 ) -> tuple[float, float]:
-    """`acc` and `acc_norm` only."""
+    """`nanogpt_acc` and `nanogpt_acc_norm` only."""
     rows = [_plain_row(tokenizer, e.context, ending) for e in examples for ending in e.endings]
     losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
     tokens = np.array([n for _, n in rows])
@@ -114,11 +116,11 @@ def _joint_row(tokenizer: Tokenizer, context: str, ending: str) -> tuple[np.ndar
     return whole, len(whole) - len(tokenizer.encode(context.rstrip()))
 
 
-def _eleuther_context(example: Example) -> str:
-    return _eleuther_text(f"{example.activity}: {example.context_a} {example.context_b.capitalize()}")
+def _harness_context(example: Example) -> str:
+    return _harness_text(f"{example.activity}: {example.context_a} {example.context_b.capitalize()}")
 
 
-def _eleuther_text(text: str) -> str:
+def _harness_text(text: str) -> str:
     """Without WikiHow's marks, such as [header]."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 

@@ -17,7 +17,7 @@ FORMATS = (".pdf", ".png", ".svg")
 # The largest unit of time in which the longest run is at least 2: not "0.02 hours" for a minute.
 UNITS = {"days": 24.0, "hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}
 SMOOTHING_WINDOWS = 50  # a running mean over a 50th of a run
-# acc_norm of OpenAI's weights, as build-nanogpt reports it; the same examples for every model, so always comparable.
+# OpenAI's weights, acc_norm as build-nanogpt reports it; the same examples for every model, so always comparable.
 HELLASWAG_REFERENCES = {"chance": 0.25, "OpenAI's GPT-2 124M (build-nanogpt)": 0.2955}
 
 
@@ -77,7 +77,7 @@ def plot_runs(runs: Sequence[Path], picture: Path, references: Mapping[str, floa
             color = f"C{curves.index(curve)}"
             axes.plot(curve.tokens[there], curve.hellaswag[there], color=color, marker="o", label=curve.name)
         _references(axes, HELLASWAG_REFERENCES)
-        axes.set(xlabel="tokens trained on", ylabel="HellaSwag, acc_norm")
+        axes.set(xlabel="tokens trained on", ylabel="HellaSwag, build-nanogpt's acc_norm")
     _finish([by_tokens, by_time, *rest], [by_time])
     _save(figure, picture)
 

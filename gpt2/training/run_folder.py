@@ -30,7 +30,7 @@ class Record:
 
     tokens: trained on so far. loss: mean over the step's passes, before its update. mfu: FLOPs of the model, by
     `GPTConfig.flops_per_token`, over the peak of all GPUs, None where that is unknown. peak_memory_bytes: of this
-    process. val_loss: after the update. hellaswag: acc_norm after it. left_out: why the step made no update.
+    process. val_loss: after the update. hellaswag: `nanogpt_acc_norm` after it. left_out: why the step made no update.
     """
 
     step: int
