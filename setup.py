@@ -34,7 +34,7 @@ TEST = [
     "pytest-xdist>=3.5",
     "accelerate>=1",  # an example
     "build>=1.2",
-    "kernels>=0.4",  # HuggingFace's, beside which ours must live
+    "kernels>=0.17",  # HuggingFace's, beside which ours must live, and which reads what `bench/hub` writes
     "setuptools>=77",
     "tensorboard>=2.14",
     "wheel",
@@ -72,6 +72,7 @@ setup(
         "clients": CLIENTS,
         "data": DATA,
         "watch": WATCH,
+        "hub": ["transformers[kernels]"],  # each transformers enables one short range of versions only
         "dev": [*TEST, *CLIENTS, *DATA, *WATCH, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["fastgpt2=fastgpt2.gpt2.cli:main"]},

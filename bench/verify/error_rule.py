@@ -70,7 +70,8 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.allowed
+        """Never where even eager is infinitely far off: what overflowed, or was not a number, shows nothing."""
+        return self.error <= self.allowed < float("inf")
 
     @property
     def ratio(self) -> float:
@@ -82,7 +83,7 @@ class Row:
 
 def worst(rows: Sequence[Row]) -> Row:
     """The one that comes nearest to what the rule allows, or exceeds it most."""
-    return max(rows, key=lambda row: row.error / row.allowed)
+    return max(rows, key=lambda row: row.error / row.allowed if row.allowed < float("inf") else row.allowed)
 
 
 def largest(t: Tensor) -> float:
