@@ -39,7 +39,15 @@ TEST = [
     "tensorboard>=2.14",
     "wheel",
 ]
-CLIENTS = ["opacus>=1.5", "peft>=0.15", "torchao>=0.10", "torchinfo>=1.8"]  # tools that tests put on the model
+CLIENTS = [  # tools that tests put on the model
+    "lightning>=2.4",
+    "lm_eval>=0.4.8",
+    "opacus>=1.5",
+    "peft>=0.15",
+    "torchao>=0.10",
+    "torchinfo>=1.8",
+    "trl>=0.20",
+]
 
 setup(
     name="fastgpt2",

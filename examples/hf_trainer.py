@@ -24,10 +24,16 @@ class Model(torch.nn.Module):
     def forward(self, input_ids, labels):
         return {"loss": self.gpt(input_ids, labels)[1]}
 
+    # What the Trainer asks of a model that it saves and loads. The head is the token table under a second name, and
+    # safetensors takes no weight twice.
+    _keys_to_ignore_on_save = ("gpt.lm_head.weight",)
+
     def state_dict(self, *args, **kwargs):
-        """Without the head, which is the token table under a second name: the Trainer's format takes no weight twice."""
         state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.endswith("lm_head.weight")}
+        return {name: value for name, value in state.items() if name not in self._keys_to_ignore_on_save}
+
+    def tie_weights(self):
+        self.gpt.tie_weights()
 
 
 class Rows(torch.utils.data.IterableDataset):

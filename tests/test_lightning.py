@@ -14,7 +14,7 @@ def test_two_steps_and_a_checkpoint(tmp_path):
         def __init__(self):
             super().__init__()
             torch.manual_seed(1)
-            self.gpt = tiny()
+            self.gpt = tiny(n_embd=32)
             self.gpt.kernels = "triton"
 
         def training_step(self, batch, index):
