@@ -34,13 +34,21 @@ TEST = [
     "pytest-xdist>=3.5",
     "accelerate>=1",  # an example
     "build>=1.2",
-    "kernels>=0.4",  # HuggingFace's, beside which ours must live
+    "kernels>=0.17",  # HuggingFace's, beside which ours must live, and which reads what `bench/hub` writes
     "setuptools>=77",
     "tensorboard>=2.14",
     "wheel",
 ]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
-CLIENTS = ["opacus>=1.5", "peft>=0.15", "torchao>=0.10", "torchinfo>=1.8"]  # tools that tests put on the model
+CLIENTS = [  # tools that tests put on the model
+    "lightning>=2.4",
+    "lm_eval>=0.4.8",
+    "opacus>=1.5",
+    "peft>=0.15",
+    "torchao>=0.10",
+    "torchinfo>=1.8",
+    "trl>=0.20",
+]
 
 setup(
     name="fastgpt2",
@@ -86,6 +94,7 @@ setup(
         "data": DATA,
         "watch": WATCH,
         "docs": DOCS,
+        "hub": ["transformers[kernels]"],  # each transformers enables one short range of versions only
         "dev": [*TEST, *CLIENTS, *DATA, *WATCH, *DOCS, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["fastgpt2=fastgpt2.gpt2.cli:main"]},

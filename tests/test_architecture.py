@@ -29,6 +29,7 @@ BENCH_FOLDERS = {
     "audit": {"report", "cases"},
     "report": {"cases"},
     "verify": {"report", "cases"},
+    "hub": set(),
     "cases": set(),
 }
 # nanoGPT's and HuggingFace's interfaces are methods of the model, which import what they call when they are called.

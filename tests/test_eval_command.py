@@ -55,7 +55,10 @@ def test_all_of_it_at_once(tmp_path, capsys, model, checkpoint, prepared, file):
     assert [line.split()[0] for line in lines] == ["data", "text", "hellaswag"]
     assert f"val loss {loss:.4f} nats a token, 64 tokens" in lines[0]
     assert f"perplexity {expected.perplexity:.2f}, {expected.bits_per_byte:.4f} bits a byte" in lines[1]
-    assert f"acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f};" in lines[2] and "3 examples" in lines[2]
+    harness, nanogpt = lines[2].split("; ")[:2]
+    assert "EleutherAI's harness: " in harness and "build-nanogpt: " in nanogpt and "3 examples" in lines[2]
+    assert f"acc_norm {score.harness_acc_norm:.4f}, acc_bytes {score.harness_acc_bytes:.4f}" in harness
+    assert f"acc {score.nanogpt_acc:.4f}, acc_norm {score.nanogpt_acc_norm:.4f}" in nanogpt
 
 
 def test_a_limit_takes_the_first_examples(capsys, checkpoint, file):

@@ -1,6 +1,7 @@
 """`fastgpt2 verify`: green on what stands, red on a kernel that is wrong by little."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def shown(monkeypatch) -> list[error_rule.Row]:
     """The rows that `main` shows."""
     rows: list[error_rule.Row] = []
     show = verify.show
-    monkeypatch.setattr(verify, "show", lambda found: (rows.extend(found), show(found)))
+    monkeypatch.setattr(verify, "show", lambda found, layers: (rows.extend(found), show(found)))
     return rows
 
 
@@ -111,6 +112,19 @@ def test_the_ratio_is_to_eagers_error_and_says_where_that_is_rounding():
     far = row(3000 * eps, 1000 * eps)
     assert not far.ok and not far.at_rounding and far.ratio == pytest.approx(3.0)
     assert row(0.0, 0.0).ratio == 1.0 and row(eps, 0.0).ratio == float("inf")
+
+
+def test_the_rule_is_stated_as_it_is_computed(capsys):
+    for eps, eager_error in ((2**-10, 0.0), (2**-10, 1.0), (2**-23, 0.0), (2**-23, 3e-5)):
+        dtype = torch.float16 if eps == 2**-10 else torch.float32
+        one = torch.ones((), dtype=torch.float64)
+        stated = max(2 * eager_error, eps / 2) + 1e-5
+        found = error_rule.allowed_error(eager_error * one, one, dtype).item()
+        assert found == pytest.approx(stated, rel=2e-3)
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    with pytest.raises(SystemExit):
+        verify.main(["--help"])
+    assert error_rule.RULE in readme and error_rule.RULE in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_device_that_is_not_here_is_named():

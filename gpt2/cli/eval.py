@@ -103,8 +103,9 @@ def main(argv: Sequence[str]) -> int:
             results["hellaswag"] = dataclasses.asdict(score)
             line(
                 console,
-                f"hellaswag  acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}; as EleutherAI's harness asks: "
-                f"acc {score.eleuther_acc:.4f}, acc_norm {score.eleuther_acc_norm:.4f}; {score.examples:,} examples",
+                f"hellaswag  EleutherAI's harness: acc {score.harness_acc:.4f}, acc_norm {score.harness_acc_norm:.4f}, "
+                f"acc_bytes {score.harness_acc_bytes:.4f}; build-nanogpt: acc {score.nanogpt_acc:.4f}, "
+                f"acc_norm {score.nanogpt_acc_norm:.4f}; {score.examples:,} examples",
             )
     line(console, json.dumps(results))
     return 0

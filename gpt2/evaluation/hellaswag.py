@@ -1,16 +1,16 @@
 """HellaSwag: choosing the right one of four endings of a text by the loss of each ending after the context.
 
     examples = read_examples("hellaswag_val.jsonl")             # the official file; by default it is downloaded
-    hellaswag(model, tokenizer, examples, device=device).acc_norm
+    hellaswag(model, tokenizer, examples, device=device).harness_acc_norm
 
 Two conventions are in use, and their numbers cannot be compared:
 
-    acc, acc_norm                       unchanged texts (build-nanogpt, llm.c). The ending with the smallest sum or the
+    nanogpt_acc, nanogpt_acc_norm       unchanged texts (build-nanogpt, llm.c). The ending with the smallest sum or the
                                         smallest mean of its tokens' losses is chosen.
-    eleuther_acc, eleuther_acc_norm     EleutherAI's harness: the activity is put before the context and WikiHow's
-                                        markup is removed. The ending with the smallest sum, or the smallest sum divided
-                                        by its length in UTF-8 bytes, is chosen. (The harness counts characters, which
-                                        differ from bytes in a few endings only.)
+    harness_acc, harness_acc_norm,      EleutherAI's harness (lm_eval 0.4: acc, acc_norm and acc_bytes):
+    harness_acc_bytes                   the activity is put before the context and WikiHow's markup is removed. The
+                                        ending with the smallest sum, the smallest sum divided by its length in
+                                        characters, or in UTF-8 bytes, is chosen.
 
 Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; github.com/rowanz/hellaswag.
 """
@@ -58,10 +58,11 @@ class HellaSwag:
     """The scores of a model: the fraction of the examples that it answers correctly. Chance is 0.25."""
 
     examples: int
-    acc: float
-    acc_norm: float
-    eleuther_acc: float
-    eleuther_acc_norm: float
+    nanogpt_acc: float
+    nanogpt_acc_norm: float
+    harness_acc: float
+    harness_acc_norm: float
+    harness_acc_bytes: float
 
 
 def hellaswag(
@@ -73,16 +74,17 @@ def hellaswag(
     device: torch.device,
     watch: Watch = iter,
 ) -> HellaSwag:
-    """Computes all four scores. batch_size: endings in a batch. watch: shows progress over batches."""
-    acc, acc_norm = plain_scores(model, tokenizer, examples, batch_size=batch_size, device=device, watch=watch)
-    pairs = [(_eleuther_context(e), _eleuther_text(ending)) for e in examples for ending in e.endings]
+    """Computes all scores. batch_size: endings in a batch. watch: shows progress over batches."""
+    plain = nanogpt_scores(model, tokenizer, examples, batch_size=batch_size, device=device, watch=watch)
+    pairs = [(_harness_context(e), _harness_text(ending)) for e in examples for ending in e.endings]
     rows = [_joint_row(tokenizer, *pair) for pair in pairs]
     losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
-    size = np.array([len(ending.encode()) for _, ending in pairs])
-    return HellaSwag(len(examples), acc, acc_norm, _right(losses, examples), _right(losses / size, examples))
+    characters, size = (np.array([len(form(ending)) for _, ending in pairs]) for form in (str, str.encode))
+    scores = (_right(each, examples) for each in (losses, losses / characters, losses / size))
+    return HellaSwag(len(examples), *plain, *scores)
 
 
-def plain_scores(
+def nanogpt_scores(
     model: GPT,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
@@ -91,7 +93,7 @@ def plain_scores(
     device: torch.device,
     watch: Watch = iter,
 ) -> tuple[float, float]:
-    """Computes (acc, acc_norm) only. Arguments as for `hellaswag`."""
+    """Computes `nanogpt_acc` and `nanogpt_acc_norm` only. Arguments as for `hellaswag`."""
     rows = [_plain_row(tokenizer, e.context, ending) for e in examples for ending in e.endings]
     losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
     tokens = np.array([n for _, n in rows])
@@ -116,11 +118,11 @@ def _joint_row(tokenizer: Tokenizer, context: str, ending: str) -> tuple[np.ndar
     return whole, len(whole) - len(tokenizer.encode(context.rstrip()))
 
 
-def _eleuther_context(example: Example) -> str:
-    return _eleuther_text(f"{example.activity}: {example.context_a} {example.context_b.capitalize()}")
+def _harness_context(example: Example) -> str:
+    return _harness_text(f"{example.activity}: {example.context_a} {example.context_b.capitalize()}")
 
 
-def _eleuther_text(text: str) -> str:
+def _harness_text(text: str) -> str:
     """`text` without WikiHow's markup, such as [header]."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 

@@ -79,7 +79,7 @@ def plot_runs(runs: Sequence[Path], picture: Path, references: Mapping[str, floa
             color = f"C{curves.index(curve)}"
             axes.plot(curve.tokens[there], curve.hellaswag[there], color=color, marker="o", label=curve.name)
         _references(axes, HELLASWAG_REFERENCES)
-        axes.set(xlabel="tokens trained on", ylabel="HellaSwag, acc_norm")
+        axes.set(xlabel="tokens trained on", ylabel="HellaSwag, build-nanogpt's acc_norm")
     _finish([by_tokens, by_time, *rest], [by_time])
     _save(figure, picture)
 

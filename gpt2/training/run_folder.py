@@ -30,8 +30,8 @@ class Record:
 
     tokens: all tokens trained on so far. loss: the mean over the step's passes, before its update. mfu: the model's
     FLOP/s by `GPTConfig.flops_per_token` divided by the peak of all GPUs; None if the peak is unknown.
-    peak_memory_bytes: of this process. val_loss, hellaswag (acc_norm): after the update. left_out: the reason if the
-    step's update was left out.
+    peak_memory_bytes: of this process. val_loss, hellaswag (`nanogpt_acc_norm`): after the update. left_out: the reason
+    if the step's update was left out.
     """
 
     step: int

@@ -43,7 +43,7 @@ class Settings:
     eval_interval: int = 250  # steps between two validation losses, each with a checkpoint
     keep: int = 2  # checkpoints that stay, the newest ones
     eval_tokens: int = 327_680  # tokens in one validation loss, always the same ones
-    hellaswag: str | None = None  # HellaSwag's .jsonl, or download: acc_norm at each validation
+    hellaswag: str | None = None  # HellaSwag's .jsonl, or download: build-nanogpt's acc_norm at each validation
     seed: int = 1337  # of weights, dropout and the order of the data
 
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one

@@ -17,7 +17,7 @@ from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.shards import Tokens
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.evaluation.evaluate import total_loss
-from fastgpt2.gpt2.evaluation.hellaswag import Example, plain_scores
+from fastgpt2.gpt2.evaluation.hellaswag import Example, nanogpt_scores
 from fastgpt2.gpt2.generation.sample import generate_text
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.graphed import graphed
@@ -170,7 +170,7 @@ class Trainer:
         return total / tokens
 
     def hellaswag(self, examples: Sequence[Example]) -> float:
-        """The `acc_norm` of `plain_scores`. The ranks share the examples, except with FSDP2, where only rank 0 has the
+        """The `nanogpt_acc_norm`. The ranks share the examples, except with FSDP2, where only rank 0 has the
         whole model and scores all examples."""
         model, ranks = self.whole_model(), self.ranks
         if ranks.size > 1 and self.config.parallel == "fsdp":
@@ -180,7 +180,7 @@ class Trainer:
         right = 0.0
         if mine:
             with self.autocast():
-                _, acc_norm = plain_scores(model.to(self.device), self.tokenizer, mine, device=self.device)
+                _, acc_norm = nanogpt_scores(model.to(self.device), self.tokenizer, mine, device=self.device)
             right = acc_norm * len(mine)
         (total,) = ranks.all_reduce(torch.tensor([right], dtype=torch.float64))
         return total / len(examples)
