@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYER_NORM_EPS = 1e-5
+ACTIVATIONS = ("gelu_tanh", "gelu_erf")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class GPTConfig:
     n_layer, n_head, n_embd: blocks, heads per block (H), channels (C = H * D).
     dropout: probability after the embedding, in attention and after each residual projection.
     bias: biases in linear layers and LayerNorms, as GPT-2 has them.
+    activation: of the MLP; "gelu_tanh", GELU by its tanh approximation, as GPT-2 has it, or "gelu_erf", GELU exactly, as
+        nanoGPT has it: no kernel has it, so PyTorch computes that.
     vocab_multiple: the token table has vocab_size rounded up to a multiple of this; the rows beyond take no part in
         loss, sampling or exported checkpoints. 128 makes 50304 of 50257, which matrix products like better.
     scale_attn_weights: scores are divided by sqrt(D).
@@ -41,6 +44,7 @@ class GPTConfig:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
+    activation: str = "gelu_tanh"
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
@@ -50,6 +54,8 @@ class GPTConfig:
         for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"GPTConfig.{name} is {getattr(self, name)!r}, allowed are True and False")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"GPTConfig.activation is {self.activation!r}, allowed are {', '.join(ACTIVATIONS)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig.n_embd is {self.n_embd}, it must be divisible by n_head ({self.n_head})")
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:

@@ -76,12 +76,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.activation = config.activation
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, h: Tensor, context: Context) -> Tensor:
         """h (B, T, C) -> (B, T, C)."""
-        y, bias = ops.mlp(h, self.c_fc, self.c_proj, context.kernels)
+        y, bias = ops.mlp(h, self.c_fc, self.c_proj, context.kernels, self.activation)
         return y if bias is None else y + bias
 
 
@@ -122,7 +123,7 @@ class Block(nn.Module):
         """(mlp(h), None), or without c_proj's bias, and the bias."""
         mlp = self.mlp
         if is_stock(mlp, MLP):
-            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels)
+            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels, mlp.activation)
         return called(mlp, h, context), None
 
 
@@ -233,11 +234,11 @@ class GPT(nn.Module):
     def kernels(self) -> Kernels:
         """How each op is computed. Assign "auto", "triton", "torch", "attention,mlp" or a Kernels; "auto" is Triton
         where the parameters are on a CUDA or ROCm device and PyTorch elsewhere."""
-        return ops.kernels_for(self._kernels, self.device)
+        return ops.kernels_for(self._kernels, self.device, self.config.activation)
 
     @kernels.setter
     def kernels(self, spec: str | Kernels) -> None:
-        self._kernels = ops.requested_kernels(spec)
+        self._kernels = ops.requested_kernels(spec, self.config.activation)
 
     @contextlib.contextmanager
     def use_kernels(self, spec: str | Kernels | None = None, **toggles: str) -> Iterator[GPT]:
@@ -284,7 +285,7 @@ class GPT(nn.Module):
             cache.make_room(idx, targets, self.training)
         if documents is not None:
             inputs.check_documents(documents, idx, cache)
-        kernels = ops.kernels_for(self._kernels, idx.device)
+        kernels = ops.kernels_for(self._kernels, idx.device, self.config.activation)
         x = self.transformer(idx, Context(kernels, cache, documents))
         V = self.config.vocab_size
         if targets is None:

@@ -133,13 +133,26 @@ def kernels_digest() -> str:
 # Made once, so that torch.compile meets constants in `kernels_for`. Without Triton "auto" is PyTorch everywhere.
 ALL_TORCH = Kernels.all("torch")
 ALL_TRITON = Kernels.all("triton") if TRITON_INSTALLED else ALL_TORCH
+TRITON_BUT_MLP = dataclasses.replace(ALL_TRITON, mlp="torch")
 
 
-def requested_kernels(spec: str | Kernels) -> str | Kernels:
+def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh") -> str | Kernels:
     """Checks a user's `kernels=` argument: "auto", which the device decides later, or a Kernels.
 
-    The environment variable FASTGPT2_KERNELS, read here, sets what "auto" means.
+    The environment variable FASTGPT2_KERNELS, read here, sets what "auto" means. Raises ValueError for `mlp` on Triton
+    where the model's activation is not the kernel's.
     """
+    requested = _requested(spec)
+    if isinstance(requested, Kernels) and requested.mlp == "triton" and activation != "gelu_tanh":
+        others = ",".join(op for op in Kernels.names() if op != "mlp")
+        raise ValueError(
+            f"kernels has mlp on Triton, which computes GELU by tanh, and the model's activation is {activation!r}: "
+            f"leave mlp to PyTorch, as kernels={others!r} does"
+        )
+    return requested
+
+
+def _requested(spec: str | Kernels) -> str | Kernels:
     if spec != "auto":
         return Kernels.parse(spec)
     spec = os.environ.get("FASTGPT2_KERNELS") or "auto"
@@ -167,9 +180,10 @@ def graph_road() -> Iterator[None]:
         _in_graph = before
 
 
-def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
+def kernels_for(spec: str | Kernels, device: torch.device, activation: str = "gelu_tanh") -> Kernels:
     """What `requested_kernels` returned, settled for a device and for how kernels are launched now: "auto" is Triton on
-    CUDA and ROCm, but where that was measured slower, and PyTorch elsewhere."""
+    CUDA and ROCm, but where that was measured slower, and PyTorch elsewhere and for an MLP of another activation than
+    the kernel's."""
     if isinstance(spec, Kernels):
         return spec
     if device.type != "cuda":
@@ -178,4 +192,4 @@ def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
         road = "compile" if torch.compiler.is_compiling() else "graph" if _in_graph else "launched"
         if road in SLOWER.get(torch.cuda.get_device_capability(device), ()):
             return ALL_TORCH
-    return ALL_TRITON
+    return ALL_TRITON if activation == "gelu_tanh" else TRITON_BUT_MLP

@@ -47,6 +47,7 @@ OURS_ALONE = ("bias", "vocab_multiple", "dropout")  # no such setting there: kep
 LARGEST_MULTIPLE = 2**16  # of a small vocabulary in a file: a few bytes there shall not take gigabytes here
 OVERRIDES = ("dropout", "vocab_multiple")
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")  # one function
+ERF_GELUS = ("gelu", "gelu_python")
 
 
 # ------------------------------------------------------------------------------------------------- configurations
@@ -79,6 +80,8 @@ def config_from_huggingface(
         if found:
             fields[ours] = found[0]
     fields |= {name: settings[name] for name in SWITCHES if name in settings}
+    if settings.get("activation_function") in ERF_GELUS:
+        fields["activation"] = "gelu_erf"
     extra = settings.get("fastgpt2", {})
     if not isinstance(extra, Mapping) or not set(extra) <= set(OURS_ALONE):
         refuse("fastgpt2", extra, f"a dictionary of {', '.join(OURS_ALONE)}")
@@ -95,7 +98,7 @@ def config_from_huggingface(
         raise ValueError(f"override_args: {error}") from None
 
     implemented: dict[str, tuple] = {
-        "activation_function": TANH_GELUS,
+        "activation_function": TANH_GELUS + ERF_GELUS,
         "n_inner": (None, 4 * config.n_embd),
         "layer_norm_epsilon": (LAYER_NORM_EPS,),
         "add_cross_attention": (False,),
@@ -116,7 +119,7 @@ def config_to_huggingface(config: GPTConfig, dtype: torch.dtype) -> dict[str, An
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in (*SIZES, *SWITCHES, *OURS_ALONE) and value != field.default:
+        if field.name not in (*SIZES, *SWITCHES, *OURS_ALONE, "activation") and value != field.default:
             raise ValueError(
                 f"GPTConfig.{field.name} is {value!r}, HuggingFace's GPT-2 is what {field.default!r} says: this model "
                 "cannot be saved or converted as one"
@@ -129,7 +132,7 @@ def config_to_huggingface(config: GPTConfig, dtype: torch.dtype) -> dict[str, An
         **{theirs[0]: getattr(config, ours) for ours, theirs in SIZES.items()},
         **{name: getattr(config, name) for name in SWITCHES},
         "n_inner": None,
-        "activation_function": TANH_GELUS[0],
+        "activation_function": (TANH_GELUS if config.activation == "gelu_tanh" else ERF_GELUS)[0],
         "layer_norm_epsilon": LAYER_NORM_EPS,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
