@@ -23,8 +23,8 @@ class GPTConfig:
     n_layer, n_head, n_embd: blocks, heads per block (H), channels (C = H * D).
     dropout: probability after the embedding, in attention and after each residual projection.
     bias: biases in linear layers and LayerNorms, as GPT-2 has them.
-    activation: of the MLP; "gelu_tanh", GELU by its tanh approximation, as GPT-2 has it, or "gelu_erf", GELU exactly, as
-        nanoGPT has it: no kernel has it, so PyTorch computes that.
+    activation: of the MLP: "gelu_tanh", GELU by its tanh approximation, as GPT-2 has it, or "gelu_erf", GELU exactly,
+        as nanoGPT has it, which PyTorch computes.
     vocab_multiple: the token table has vocab_size rounded up to a multiple of this; the rows beyond take no part in
         loss, sampling or exported checkpoints. 128 makes 50304 of 50257, which matrix products like better.
     scale_attn_weights: scores are divided by sqrt(D).

@@ -45,7 +45,7 @@ SIZES = {
 SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
 OURS_ALONE = ("bias", "vocab_multiple", "dropout")  # no such setting there: kept under "fastgpt2" in config.json
 LARGEST_MULTIPLE = 2**16  # of a small vocabulary in a file: a few bytes there shall not take gigabytes here
-OVERRIDES = ("dropout", "vocab_multiple")
+OVERRIDES = ("dropout", "vocab_multiple", "activation")
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")  # one function
 ERF_GELUS = ("gelu", "gelu_python")
 

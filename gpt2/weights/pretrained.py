@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgpt2.gpt2.files import replace, temporary_beside, write_atomically
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.weights.checkpoints import folder_to_read, saved_checkpoints
+from fastgpt2.gpt2.weights.formats import FORMATS, Checkpoint, read_foreign
 from fastgpt2.gpt2.weights.huggingface import (
     StoredTensor,
     build,
@@ -30,6 +30,7 @@ from fastgpt2.gpt2.weights.huggingface import (
     huggingface_state,
     unwrap,
 )
+from fastgpt2.gpt2.weights.reading import pickled_tensors, read_json
 
 CONFIG = "config.json"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -58,19 +59,31 @@ def from_pretrained(
 ) -> GPT:
     """GPT-2's weights from a local folder or from the hub, on the CPU, in float32 whatever the files hold.
 
-    name_or_folder: an existing folder, or a name on the hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
-        "distilgpt2", "organisation/name". What was downloaded before is found without a network. Of a run of
-        `fastgpt2 train` it is the newest whole checkpoint.
-    override_args: dropout (0 by default), vocab_multiple; as in nanoGPT, the rest is the checkpoint's.
+    name_or_folder: an existing folder, a checkpoint in another project's format (see `formats.FORMATS`), or a name on
+        the hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "organisation/name". What was downloaded
+        before is found without a network. Of a run of `fastgpt2 train` it is the newest whole checkpoint.
+    override_args: dropout (0 by default), vocab_multiple, activation; as in nanoGPT, the rest is the checkpoint's.
     check: compare the files of a run's checkpoint with what the run wrote (reads them once more).
     The model is in train mode, as a new one is.
     Raises FileNotFoundError for a folder that is no checkpoint, OSError when a download fails, ValueError naming file
     and tensor or setting for one that is damaged or is not a GPT-2 that this is.
     """
+    config, tensors, source = open_checkpoint(name_or_folder, override_args, check=check)
+    return build(config, tensors, source, dtype=torch.float32, kernels=kernels)
+
+
+def open_checkpoint(
+    name_or_folder: str | Path, override_args: Mapping[str, Any] | None = None, *, check: bool = True
+) -> Checkpoint:
+    """What `from_pretrained` builds, with the same arguments and errors: no weight is read yet."""
+    path = Path(name_or_folder)
+    ours = not str(name_or_folder) or (path / CONFIG).exists() or saved_checkpoints(path)
+    if not ours and (foreign := read_foreign(path, override_args)) is not None:
+        return foreign
     folder = _find(name_or_folder, check)
     weights = _weights_file(folder)
-    config = config_from_huggingface(_read_json(folder / CONFIG), str(folder / CONFIG), override_args)
-    return build(config, _stored(weights), str(weights), dtype=torch.float32, kernels=kernels)
+    config = config_from_huggingface(read_json(folder / CONFIG), str(folder / CONFIG), override_args)
+    return Checkpoint(config, list(_stored(weights)), str(weights))
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
@@ -119,7 +132,10 @@ def _find(name_or_folder: str | Path, check: bool) -> Path:
     if folder.is_dir() and meant:
         return folder_to_read(folder, check)
     if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, pass the folder that holds {CONFIG} and the weights")
+        known = ", ".join(format.name for format in FORMATS)
+        raise NotADirectoryError(
+            f"{folder} is a file, and none of {known}: pass the folder that holds {CONFIG} and the weights"
+        )
     if isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_folder):
         return _download(name_or_folder)
     raise FileNotFoundError(f"{folder} is neither a folder that exists nor a name on the hub, such as 'gpt2'")
@@ -164,23 +180,13 @@ def _weights_file(folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------------- reading files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, is it cut short? ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
 def _stored(weights: Path) -> Iterator[StoredTensor]:
     """The tensors of a weights file or of the shards that an index names."""
-    read = _safetensors if weights.name in SAFETENSORS else _pickled
+    read = _safetensors if weights.name in SAFETENSORS else pickled_tensors
     if weights.suffix != ".json":
         yield from read(weights)
         return
-    shard_of = _read_json(weights).get("weight_map")
+    shard_of = read_json(weights).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise ValueError(f"{weights} has no weight_map from tensors to shards")
     for shard in sorted(set(shard_of.values())):
@@ -212,26 +218,3 @@ def _safetensors(path: Path) -> Iterator[StoredTensor]:
             SAFETENSORS_DTYPES.get(dtype, dtype),
             partial(file.get_tensor, name),
         )
-
-
-def _pickled(path: Path) -> Iterator[StoredTensor]:
-    try:
-        # Mapped, not read, where the format allows it (PyTorch's own before 1.6 was no zip file).
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (PermissionError, FileNotFoundError):
-        raise
-    except Exception as error:  # damaged files raise anything, among it OSError (a seek to before the beginning)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a whole PyTorch file of tensors, is it cut short? ({reason})") from None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    for name, tensor in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{path} holds a tensor under {name!r}, expected names")
-        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
-            raise ValueError(f"{path}: tensor {name!r} is {tensor.layout}, expected a dense one")
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: tensor {name!r} has fewer numbers than its shape {tuple(tensor.shape)}")
-        yield StoredTensor(str(path), name, tuple(tensor.shape), tensor.dtype, partial(lambda t: t, tensor))
