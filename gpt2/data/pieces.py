@@ -8,9 +8,10 @@ from fastgpt2.gpt2.data.tokenizer import Tokenizer
 
 
 class Pieces:
-    """One text. What `add` and `finish` return makes up `text`.
+    """The text that follows a prompt. What `add` and `finish` return makes up `text`.
 
     stop: the text ends before this string, wherever tokens split it. It also ends before the tokenizer's end of text.
+    prompt: the tokens before the text: a vocabulary may leave out the space before a text's first word.
     tokens: how many were added before it ended, with the one that ended it. ended: None, "end_of_text" or "stop".
     """
 
