@@ -14,7 +14,7 @@ from typing import Any
 from fastgpt2.gpt2.data.sources import SURROGATE
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.windows import MAX_SEED
-from fastgpt2.gpt2.generation.sample import load_checkpoint, stream_text, write_texts
+from fastgpt2.gpt2.generation.sample import load_checkpoint, prompt_tokens, stream_text, write_texts
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import visible
@@ -43,7 +43,12 @@ def main(argv: Sequence[str]) -> int:
     model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=not args.no_check)
     model.to(device, DTYPES[args.dtype]).eval()
     settings = dict(
-        max_new_tokens=args.max_new_tokens, stop=args.stop, crop=not args.refuse_long, compile=args.compile, **sampling
+        max_new_tokens=args.max_new_tokens,
+        stop=args.stop,
+        special_tokens=args.special_tokens,
+        crop=not args.refuse_long,
+        compile=args.compile,
+        **sampling,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="a prompt has")  # one that is typed twice is told about twice
@@ -86,7 +91,7 @@ def _decoded(name: str, content: bytes) -> str:
 
 def _check_length(model: GPT, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> None:
     """Raises ValueError, in the words of the command line, for a long prompt where --refuse-long was given."""
-    length, most = len(tokenizer.encode(prompt)), model.config.block_size
+    length, most = len(prompt_tokens(tokenizer, prompt, settings["special_tokens"])), model.config.block_size
     if not settings["crop"] and length > most:
         raise ValueError(f"the prompt has {length} tokens, block_size is {most}, and --refuse-long is given")
 
@@ -143,6 +148,8 @@ def parser() -> argparse.ArgumentParser:
     add("--num", type=int, default=1, metavar="N", help="texts (%(default)s)")
     add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens after the prompt (%(default)s)")
     add("--stop", metavar="TEXT", help="a text ends before this (also before the tokenizer's end of text)")
+    add("--special-tokens", action="store_true", help="a special token's name in the prompt, such as <|endoftext|>, "
+        "which may be all of it, is that token")  # fmt: skip
     add("--temperature", type=float, default=0.8, metavar="X", help="above 0; small: likely tokens (%(default)s)")
     add("--top-k", type=int, metavar="N", help="only the N likeliest tokens (all)")
     add("--top-p", type=float, metavar="X", help="only the likeliest tokens that hold X of the probability (all)")

@@ -28,6 +28,7 @@ from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data.shards import Manifest
 from fastgpt2.gpt2.data.sources import Piece, Position, Source
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.vocabularies import FILES as TOKENIZER_FILES
 from fastgpt2.gpt2.data.windows import encode
 from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 
@@ -118,7 +119,7 @@ def _begun(out: Path, settings: dict[str, Any], source: Source) -> Manifest | No
         if spec not in ("char", "byte", "gpt2") and tokenizers.from_spec(spec, []) != tokenizers.load(out):
             raise ValueError(f"{out} was begun with another vocabulary than {spec} holds now: choose another folder")
         return manifest
-    ours = (INPUTS, "tokenizer.json", "tokenizer_config.json", LOCK)
+    ours = (INPUTS, *TOKENIZER_FILES, LOCK)
     if out.exists() and any(f.name not in ours and f.suffix != ".tmp" for f in out.iterdir()):
         raise FileExistsError(f"out is {str(out)!r}, which is not an empty folder: choose another")
     return None
