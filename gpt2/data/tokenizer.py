@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.gpt2.data.nanogpt import META, KnownCharTokenizer, read_meta
 from fastgpt2.gpt2.data.vocabularies import (
     ADDED_TOKENS,
     END_OF_TEXT,
@@ -52,6 +53,7 @@ __all__ = [
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_SAYS = {"Hello world": [15496, 995], ", the": [11, 262]}  # no other vocabulary of that size does
+OPENAI_VOCAB, OPENAI_MERGES = "encoder.json", "vocab.bpe"  # what became vocab.json and merges.txt
 CHANGES_MERGES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # of a BPE model, else GPT-2's
 OFFLINE_HELP = (
     "give a local copy: --tokenizer FOLDER with HuggingFace's vocab.json and merges.txt (or tokenizer.json), "
@@ -60,7 +62,7 @@ OFFLINE_HELP = (
 
 
 def from_spec(spec: str, texts: Iterable[str]) -> Tokenizer:
-    """ "char" (made from `texts`), "byte", "gpt2", or a path: a folder with a vocabulary, or a file of ranks."""
+    """ "char" (made from `texts`), "byte", "gpt2", or a path: a folder with a vocabulary, a file of ranks, meta.pkl."""
     if spec == "char":
         return CharTokenizer.from_text(texts)
     if spec == "byte":
@@ -71,7 +73,7 @@ def from_spec(spec: str, texts: Iterable[str]) -> Tokenizer:
     if path.is_dir():
         return load(path)
     if path.is_file():
-        return from_ranks_file(path)
+        return read_meta(path) if path.name == META else from_ranks_file(path)
     raise ValueError(f"tokenizer is {spec!r}, allowed are char, byte, gpt2, or the path of a vocabulary")
 
 
@@ -143,24 +145,29 @@ def download(name: str) -> Tokenizer:
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: tokenizer.json, or vocab.json and merges.txt as older GPT-2 folders have them.
+    """The tokenizer of a checkpoint: tokenizer.json, or vocab.json and merges.txt as older GPT-2 folders have them, or
+    under the names that OpenAI gave them, or nanoGPT's meta.pkl.
 
     Saved again, its files are the same. Raises FileNotFoundError for a folder with neither, ValueError for a file that
     cannot be used; both name it.
     """
     folder = Path(folder)
     path, vocab, merges = (folder / name for name in (TOKENIZER_JSON, VOCAB, MERGES))
+    if (folder / OPENAI_VOCAB).is_file() and not vocab.is_file():
+        vocab, merges = folder / OPENAI_VOCAB, folder / OPENAI_MERGES
     if path.is_file():
         what = f"{path} is no tokenizer that can be used here"
     elif vocab.is_file() and merges.is_file():
         what = f"{vocab} and {merges.name} are no GPT-2 vocabulary"
+    elif (folder / META).is_file():
+        return read_meta(folder / META)
     else:
         raise FileNotFoundError(f"{folder} holds no tokenizer.json, and no vocab.json with merges.txt")
     names = _special_names(folder)
     content = _read_json(path if path.is_file() else vocab)
     try:
         if not path.is_file():
-            content = json.loads(_from_merges(folder, [*names.values(), END_OF_TEXT]).to_str())
+            content = json.loads(_from_merges(vocab, merges, [*names.values(), END_OF_TEXT]).to_str())
         made = _special_case(content) or _by_library(content, names.get("eos_token", END_OF_TEXT))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{what}: {error}") from None
@@ -177,8 +184,11 @@ def _special_case(content: dict[str, Any]) -> Tokenizer | None:
     if model["type"] == "WordLevel" and split.get("type") == "Split" and not added:
         tokens = sorted(model["vocab"], key=model["vocab"].get)
         numbered = [model["vocab"][token] for token in tokens] == list(range(len(tokens)))
-        single = tokens[:1] == [UNKNOWN] and all(len(token) == 1 for token in tokens)
-        return CharTokenizer("".join(tokens[1:])) if numbered and single else None
+        if not numbered or any(len(token) != 1 for token in tokens):
+            return None
+        if tokens[:1] == [UNKNOWN]:
+            return CharTokenizer("".join(tokens[1:]))
+        return KnownCharTokenizer("".join(tokens)) if model.get("unk_token") == UNKNOWN not in tokens else None
     if model["type"] != "BPE" or split.get("type") != "ByteLevel" or split.get("add_prefix_space"):
         return None
     if not model["merges"] and not added and model["vocab"] == {name: b for b, name in printable().items()}:
@@ -220,14 +230,15 @@ def _by_library(content: dict[str, Any], end_of_text: str) -> LibraryTokenizer:
     return LibraryTokenizer(library, end_of_text if library.token_to_id(end_of_text) is not None else None)
 
 
-def _from_merges(folder: Path, special: Iterable[str]) -> tokenizers.Tokenizer:
-    """The tokenizer of vocab.json and merges.txt, with the added and special tokens that the folder names."""
+def _from_merges(vocab: Path, merges: Path, special: Iterable[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of vocab.json and merges.txt, with the added and special tokens that their folder names."""
     from tokenizers import models
 
     try:
-        library = byte_level(models.BPE.from_file(str(folder / VOCAB), str(folder / MERGES)), use_regex=True)
+        library = byte_level(models.BPE.from_file(str(vocab), str(merges)), use_regex=True)
     except Exception as error:  # it raises nothing more special
         raise ValueError(str(error)) from None
+    folder = vocab.parent
     added = _read_json(folder / ADDED_TOKENS) if (folder / ADDED_TOKENS).is_file() else {}
     for name in sorted(added, key=lambda name: added[name]):
         library.add_special_tokens([name])

@@ -209,10 +209,16 @@ def _is_padded(vocab_size: int, rows: int) -> bool:
     return any(rows == -(-vocab_size // multiple) * multiple for multiple in (1, *PADDED_TO))
 
 
+def _brought_tokenizer(checkpoint: str | Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder, or in that of a checkpoint that is a file. FileNotFoundError for none."""
+    path = Path(checkpoint)
+    return tokenizers.load(path.parent if path.is_file() else path)
+
+
 def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
     """The tokenizer that `spec` names. Raises ValueError for a folder with tokenizer files of another one."""
     try:
-        own = tokenizers.load(checkpoint)
+        own = _brought_tokenizer(checkpoint)
     except FileNotFoundError:
         return tokenizers.from_spec(spec, [])
     if not tokenizers.is_named(spec, own):
@@ -224,7 +230,8 @@ def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in a checkpoint's folder or repository; GPT-2's if there is none and its size fits vocab_size."""
     if str(checkpoint) not in HUB_NAMES or (Path(checkpoint) / CONFIG).is_file():
         try:
-            return tokenizers.load(checkpoint) if Path(checkpoint).is_dir() else tokenizers.download(str(checkpoint))
+            here = Path(checkpoint).exists()
+            return _brought_tokenizer(checkpoint) if here else tokenizers.download(str(checkpoint))
         except FileNotFoundError as error:
             if not _is_padded(tokenizers.GPT2_VOCAB_SIZE, vocab_size):
                 raise FileNotFoundError(f"{error}, and its {vocab_size} tokens are not GPT-2's vocabulary") from None
