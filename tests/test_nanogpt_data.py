@@ -103,7 +103,7 @@ def test_a_flipped_or_lost_byte_is_an_error_or_another_character(tmp_path):
     """A pickle has no checksum: where both dictionaries share a character's text, a flip makes it another one."""
     path = prepare(tmp_path) / "meta.pkl"
     content, right = path.read_bytes(), read_meta(path)
-    for place in range(len(content)):
+    for place in range(0, len(content), 5):
         for damaged in (content[:place], content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]):
             path.write_bytes(damaged)
             try:
