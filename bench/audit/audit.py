@@ -15,7 +15,6 @@ bytes over minimum bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -27,11 +26,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastgpt2.bench.audit import asm
 from fastgpt2.bench.cases import registry as cases
 from fastgpt2.bench.report import roofline
+from fastgpt2.gpt2.options import CommandOptions, File, Names, Word, about
 
 ARCHITECTURES = (*asm.LIMITS, "gfx942")
 AMD_SHARED_PER_BLOCK = 65536
@@ -338,32 +338,26 @@ def _cell(figures: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "audit",
-        help="compile every kernel for every architecture and check it, without a GPU",
-        description="Compiles every kernel for every architecture, counts launches and bytes in the interpreter, "
-        "prints the kernel card and what breaks a gate. Needs no GPU and some minutes.",
-    )
-    command.add_argument("--arch", help="comma-separated, from " + ",".join(ARCHITECTURES) + "; all by default")
-    command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
-    command.add_argument("--jobs", type=int, help="processes at a time; one a CPU core by default")
-    command.add_argument(
-        "--triton",
-        type=Path,
-        metavar="FOLDER",
-        help="compile with the Triton in this folder, made by: pip install --no-deps --target FOLDER triton==3.4.0",
-    )
-    command.add_argument("--json", help="also write the card to this file")
-    command.add_argument(
-        "--write",
-        action="store_true",
-        help="write the card to bench/results, to be committed; with --op, the entries of these functions alone",
-    )
-    command.set_defaults(run=main)
+HELP = "compile every kernel for every architecture and check it, without a GPU"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Compiles every kernel for every architecture, counts launches and bytes in the interpreter, and prints the kernel
+    card and what breaks a gate. Needs no GPU and some minutes.
+    """
+
+    arch: Annotated[Names | None, about(f"comma-separated, from {','.join(ARCHITECTURES)}; None: all")] = None
+    op: Names | None = None  # comma-separated public kernel functions, such as layer_norm; None: all
+    jobs: int | None = None  # processes at a time; None: one for each CPU core
+    # compile with the Triton in this folder, made by: pip install --no-deps --target FOLDER triton==3.4.0
+    triton: Annotated[Path, Word("FOLDER")] | None = None
+    json: File | None = None  # also write the card to this file
+    # write the card to bench/results, to be committed; with --op, the entries of these functions alone
+    write: bool = False
+
+
+def main(options: Options) -> int:
     """Prints the card; returns 1 where a gate is broken or a figure is worse than the committed one."""
     architectures = options.arch.split(",") if options.arch else ARCHITECTURES
     for name in architectures:

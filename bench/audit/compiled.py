@@ -13,14 +13,14 @@ process without TRITON_INTERPRET. From outside, in a process of its own because 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ from fastgpt2.bench.audit import asm
 from fastgpt2.bench.audit.cases_to_compile import audited_cases
 from fastgpt2.bench.cases import peers
 from fastgpt2.bench.cases import registry as cases
+from fastgpt2.gpt2.cli.cli import in_a_process
 from fastgpt2.gpt2.ops import kernels_digest
+from fastgpt2.gpt2.options import CommandOptions, File, Names, parse
 from fastgpt2.kernels import _device
 
 TARGETS = {name: GPUTarget("cuda", int(name), 32) for name in asm.LIMITS} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -220,13 +222,19 @@ def audit_case(case: cases.Case, architecture: str, function: Callable | None = 
     return results
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastgpt2.bench.audit.compiled", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", required=True, help="file to write the figures to")
-    parser.add_argument("--arch", default=",".join(TARGETS), help="comma-separated, from %(default)s")
-    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
-    parser.add_argument("--peers", action="store_true", help="compile Liger's kernels too, where it is installed")
-    options = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Compiled code without a GPU: what the kernels of a callable become on a given architecture."""
+
+    json: File  # where the figures go
+    arch: Names = ",".join(TARGETS)  # comma-separated
+    op: Names = ""  # comma-separated kernel functions; by default all
+    peers: bool = False  # compile Liger's kernels too, where it is installed
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the figures; returns 0."""
+    options = parse(Options, argv, "python -m fastgpt2.bench.audit.compiled")
     wanted = set(filter(None, options.op.split(",")))
     liger = peers.liger() if options.peers else {}
     results, others, met = [], [], set()
@@ -244,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     versions = {"triton": triton.__version__, "torch": torch.__version__, "sources": sources}
     found = versions | {"launches": results, "peers": others}
     Path(options.json).write_text(json.dumps(found), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_a_process(main))

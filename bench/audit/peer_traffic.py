@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +25,10 @@ import triton.language as tl
 
 from fastgpt2.bench.audit.compiled import pretended
 from fastgpt2.bench.audit.dispatch import count_traffic
-from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_arguments
+from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_options
 from fastgpt2.bench.cases.peers import PEERS, installed
 from fastgpt2.bench.cases.registry import Case, cases
+from fastgpt2.gpt2.cli.cli import in_a_process
 
 OURS, PYTORCH, LIGER = "ours", "PyTorch", "Liger"
 
@@ -77,8 +79,9 @@ def foreign_kernels() -> Iterator[None]:
         yield
 
 
-def main(argv: list[str] | None = None) -> None:
-    options, wanted = counting_arguments("fastgpt2.bench.audit.peer_traffic", __doc__, argv)
+def main(argv: Sequence[str]) -> int:
+    """Writes the counts; returns 0."""
+    options, wanted = counting_options(argv, "fastgpt2.bench.audit.peer_traffic")
     results = []
     with foreign_kernels():
         for case in cases(COUNTED_ROWS):
@@ -87,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
                     for direction, figures in count(case, function).items():
                         results.append(dict(op=case.op, direction=direction, label=label, **figures))
     Path(options.json).write_text(json.dumps(results), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_a_process(main))

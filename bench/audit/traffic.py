@@ -14,13 +14,12 @@ products by PyTorch are left out. As a process of its own, with TRITON_INTERPRET
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +28,9 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+
+from fastgpt2.gpt2.cli.cli import in_a_process
+from fastgpt2.gpt2.options import CommandOptions, File, Names, parse
 
 SECTOR = 32  # bytes: what a GPU's memory moves at least
 # As it was imported and as it lies: by way of a link these differ.
@@ -141,24 +143,29 @@ def _record_compiled(log: list[Launch], patches: contextlib.ExitStack) -> None:
     patches.enter_context(mock.patch.object(triton.JITFunction, "run", recorded_run))
 
 
-def counting_arguments(module: str, doc: str, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """Of a process that counts in the interpreter, for the audit: options with `json`, and the ops asked for, all where
-    there are none."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
-    parser.add_argument("--json", required=True, help="file to write the counts to")
-    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
-    options = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class CountingOptions(CommandOptions):
+    """Counts launches and bytes in Triton's interpreter, for the audit."""
+
+    json: File  # where the counts go
+    op: Names = ""  # comma-separated kernel functions; by default all
+
+
+def counting_options(argv: Sequence[str], module: str) -> tuple[CountingOptions, set[str]]:
+    """Of a process that counts in the interpreter: (its options, the ops asked for, none where it counts all)."""
+    options = parse(CountingOptions, argv, f"python -m {module}")
     if not triton.knobs.runtime.interpret:
-        parser.error("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
+        raise ValueError("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
     return options, set(filter(None, options.op.split(",")))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Writes the counts; returns 0."""
     from fastgpt2.bench.audit.compiled import pretended
     from fastgpt2.bench.cases.registry import cases
     from fastgpt2.gpt2.ops import kernels_digest
 
-    options, wanted = counting_arguments("fastgpt2.bench.audit.traffic", __doc__, argv)
+    options, wanted = counting_options(argv, "fastgpt2.bench.audit.traffic")
     results = []
     sources = kernels_digest()
     for case in cases(COUNTED_ROWS):
@@ -181,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
                 dict(op=case.op, case=case.name, direction=direction, minimum_bytes=minimum, launches=launches)
             )
     Path(options.json).write_text(json.dumps({"sources": sources, "passes": results}), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_a_process(main))

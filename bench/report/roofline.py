@@ -9,7 +9,6 @@ in float32, then clipping and AdamW. No kernel reaches it; it says how far a mea
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from fastgpt2.bench.cases import registry as cases
 from fastgpt2.bench.report import tables
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.hardware import Gpu, gpu_by_name
+from fastgpt2.gpt2.options import CommandOptions
 
 SHOWN = ("A100", "H100", "H200", "B200", "RTX 4090", "MI300X")
 B, T = 16, 1024  # of the tables
@@ -119,15 +119,14 @@ def as_markdown() -> str:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "roofline",
-        help="a model: the least time that data sheets allow, per op and training step; measures nothing",
-        description="Prints a roofline model: the least time that data sheets allow. Nothing is measured.",
-    )
-    command.set_defaults(run=main)
+HELP = "a model: the least time that data sheets allow, per op and training step; measures nothing"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Prints a roofline model: the least time that data sheets allow. Nothing is measured."""
+
+
+def main(options: Options) -> int:
     print(as_markdown())
     return 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.bench.report.record import Results, describe, short
+from fastgpt2.gpt2.output import plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,10 +150,9 @@ def where(results: Results) -> list[tuple[str, str]]:
 
 def show(results: Results) -> None:
     """Prints the card."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = plain_console()
     console.print(f"{describe(results.machine)}; commit {short(results.commit)}", highlight=False)
     if (results.machine["load"] or 0) > BUSY * results.machine["cores"]:
         console.print(f"The machine was busy (load {results.machine['load']:g}): expect wide spreads.", style="bold")

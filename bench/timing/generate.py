@@ -12,13 +12,13 @@ longer a token takes than reading only the weights at that speed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ from fastgpt2.bench.cases import variants
 from fastgpt2.bench.report import tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
-from fastgpt2.bench.timing.options import add_device, add_nanogpt, add_out
+from fastgpt2.bench.timing.options import DeviceOption, NanogptOption, OutOption
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.generation.generate import generate
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.options import Name, Names, about
 from fastgpt2.gpt2.training.train_config import find_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -192,27 +193,27 @@ def compare(setting: Setting, quick: bool, nanogpt, budget_s: float, copy_speed:
         )
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "generate",
-        help="time to the first token, tokens and bytes a second of writing text",
-        description="Times ours beside HuggingFace's generate and whole passes a token, greedily and in turns. "
-        "`fastgpt2 verify` runs first; a red one prints no numbers.",
-    )
-    command.add_argument("--quick", action="store_true", help="one row, float32 on a CPU, without torch.compile")
-    command.add_argument("--size", default="gpt2", choices=tuple(PRESETS), help="of the model; default: %(default)s")
-    command.add_argument("--batch", help="comma-separated numbers of rows; default: 1,8,32")
-    command.add_argument("--prompt", type=int, default=32, help="tokens of a prompt; default: %(default)s")
-    command.add_argument("--new", type=int, default=64, help="tokens that are written; default: %(default)s")
-    command.add_argument("--dtype", help=f"comma-separated, from {', '.join(DTYPES)}; of the weights")
-    command.add_argument("--seconds", type=float, default=30.0, help="for one setting, about; default: %(default)s")
-    add_nanogpt(command)
-    add_device(command)
-    add_out(command)
-    command.set_defaults(run=main)
+HELP = "time to the first token, tokens and bytes a second of writing text"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(OutOption, DeviceOption, NanogptOption):
+    """Times ours beside HuggingFace's generate and whole passes for each token, greedily and in turns. `fastgpt2
+    verify` runs first; where it finds an error, no numbers are printed.
+    """
+
+    quick: bool = False  # one row, float32 on a CPU, without torch.compile
+    size: Annotated[Name, about(f"of the model, from {', '.join(PRESETS)}")] = "gpt2"
+    batch: Names | None = None  # comma-separated numbers of rows; None: 1,8,32, and 1 with --quick
+    prompt: int = 32  # tokens of a prompt
+    new: int = 64  # tokens that are written
+    dtype: Annotated[
+        Names | None, about(f"of the weights, comma-separated, from {', '.join(DTYPES)}; None: by the device")
+    ] = None
+    seconds: float = 30.0  # about how long one setting is timed
+
+
+def main(options: Options) -> int:
     """Prints the card and writes the file; returns 1 and prints no number where something computed is wrong."""
     device = find_device(options.device)
     settings = list(_settings(options, device))
@@ -244,12 +245,14 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace, device: torch.device) -> Iterator[Setting]:
+def _settings(options: Options, device: torch.device) -> Iterator[Setting]:
     """Raises ValueError for an option that is not allowed."""
     usual = "1" if options.quick else "1,8,32"
     batches = [int(b) if b.isdigit() else 0 for b in (options.batch or usual).split(",")]
     fast = ("bfloat16",) if device.type == "cuda" else ("float32",) if options.quick else ("float32", "bfloat16")
     dtypes = options.dtype.split(",") if options.dtype else fast
+    if options.size not in PRESETS:
+        raise ValueError(f"--size is {options.size!r}, allowed are {', '.join(PRESETS)}")
     S = GPTConfig.preset(options.size).block_size
     if min(batches) < 1:
         raise ValueError(f"--batch is {options.batch!r}, expected numbers of rows such as 1,8,32")

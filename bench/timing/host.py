@@ -10,7 +10,6 @@ compare with each other, and no speeds of a GPU.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -33,11 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt2.bench.audit import audit
 from fastgpt2.bench.cases import variants
 from fastgpt2.bench.timing import no_device
-from fastgpt2.bench.timing.options import add_nanogpt
+from fastgpt2.bench.timing.options import NanogptOption
 from fastgpt2.gpt2 import linear, ops
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, ALL_TRITON, Kernels, Stream
+from fastgpt2.gpt2.options import File
 
 LAYERS = 12
 B, T, C, HEADS, VOCABULARY = 2, 16, 32, 2, 64
@@ -243,23 +243,21 @@ def processor() -> str:
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "host",
-        help="count what the host does in a step, without a GPU",
-        description="Runs our ops, a block and a model of 12 layers forward and backward with nothing on the device, "
-        "and prints microseconds on this CPU, calls and allocations: ours, our SDPA road, nanoGPT, HuggingFace.",
-    )
-    add_nanogpt(command)
-    command.add_argument("--rounds", type=int, default=ROUNDS, help="of timing, the best of which counts; %(default)s")
-    command.add_argument("--json", help="also write the figures to this file")
-    command.add_argument(
-        "--write", action="store_true", help="write the tables to bench/results, into its kernel card too"
-    )
-    command.set_defaults(run=main)
+HELP = "count what the host does in a step, without a GPU"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(NanogptOption):
+    """Runs our ops, a block and a model of 12 layers forward and backward with nothing on the device, and prints
+    microseconds on this CPU, calls and allocations: ours, our SDPA road, nanoGPT, HuggingFace.
+    """
+
+    rounds: int = ROUNDS  # of timing, the best of which counts
+    json: File | None = None  # also write the figures to this file
+    write: bool = False  # write the tables to bench/results, and into its kernel card too
+
+
+def main(options: Options) -> int:
     if options.rounds < 1:
         raise ValueError(f"bench host: --rounds is {options.rounds}, allowed is at least 1")
     nanogpt = variants.nanogpt_module(options.nanogpt) if options.nanogpt else None

@@ -10,13 +10,12 @@ are not PyTorch's is not timed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -28,9 +27,10 @@ from fastgpt2.bench.cases.peers import first_line, peers, version
 from fastgpt2.bench.report import roofline, tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
-from fastgpt2.bench.timing.options import add_device, add_out
+from fastgpt2.bench.timing.options import DeviceOption, OutOption
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import hardware, ops
+from fastgpt2.gpt2.options import Names, Word
 from fastgpt2.gpt2.training.train_config import find_device
 
 PYTORCH, COMPILED, OURS = "PyTorch", "torch.compile", "Triton"
@@ -211,19 +211,19 @@ class OpsBench:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "ops",
-        help="time, GB/s or TFLOP/s and memory of each op, ours beside PyTorch, torch.compile, Liger, flash-attn, ...",
-        description="Times each op forward, backward and both over GPT-2's widths and sequence lengths. "
-        "`fastgpt2 verify` runs first; a red one prints no numbers.",
-    )
-    command.add_argument("--quick", action="store_true", help="fewer shapes; on a CPU without torch.compile")
-    command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
-    command.add_argument("--shape", help="comma-separated lengths and widths, TxC, such as 1024x768,4096x768")
-    add_device(command)
-    add_out(command)
-    command.set_defaults(run=main)
+HELP = "time, GB/s or TFLOP/s and memory of each op, ours beside PyTorch, torch.compile, Liger, flash-attn, ..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OutOption, DeviceOption):
+    """Times each op forward, backward and both over GPT-2's widths and sequence lengths. `fastgpt2 verify` runs first;
+    where it finds an error, no numbers are printed.
+    """
+
+    quick: bool = False  # fewer shapes; on a CPU without torch.compile
+    op: Names | None = None  # comma-separated public kernel functions, such as layer_norm; None: all
+    # comma-separated lengths and widths, such as 1024x768,4096x768; None: by the device
+    shape: Annotated[str, Word("TxC,...")] | None = None
 
 
 def chosen(scope: Scope, wanted: str | None) -> Iterator[tuple[Case, int, int]]:
@@ -246,7 +246,7 @@ def shapes(wanted: str) -> tuple[tuple[int, int], ...]:
     return pairs
 
 
-def main(options: argparse.Namespace) -> int:
+def main(options: Options) -> int:
     """Prints the card and writes the file; returns 1 and prints no number where verify is red."""
     device = find_device(options.device)
     scope = Scope.of(device, options.quick)

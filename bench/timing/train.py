@@ -13,10 +13,10 @@ times tokens a second over the data sheet's dense bf16 peak, and unknown in othe
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -34,11 +34,12 @@ from fastgpt2.bench.cases.variants import (
 )
 from fastgpt2.bench.report import measured, tables
 from fastgpt2.bench.report.record import Results, summary_line
-from fastgpt2.bench.timing.options import add_device, add_nanogpt, add_out
+from fastgpt2.bench.timing.options import DeviceOption, NanogptOption, OutOption
 from fastgpt2.bench.timing.steps import DTYPES, Disagreement, Setting, TrainBench
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import PRESETS
+from fastgpt2.gpt2.options import Names, about
 from fastgpt2.gpt2.training.train_config import find_device
 
 MFU_FORMULA = "(6 N + 12 L H D T) * tokens/s / peak dense bf16 FLOP/s of the data sheet; N without positions"
@@ -112,33 +113,38 @@ def select(
     return chosen
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "train",
-        help="tokens a second, MFU and memory of a training step, ours by every switch beside the baselines",
-        description="Times one training step of every variant, in turns: ours by every switch and PyTorch's, launched "
-        "from Python, as CUDA graphs and compiled; HuggingFace, nanoGPT, flash-attn's GPT. `fastgpt2 verify` runs "
-        "first; a red one prints no numbers.",
-    )
-    command.add_argument("--quick", action="store_true", help="an answer in about two minutes on 2 CPU cores")
-    command.add_argument("--size", help=f"comma-separated, from {', '.join(PRESETS)}, or all for GPT-2's four")
-    command.add_argument("--batch", type=int, help="sequences a step")
-    command.add_argument("--block", type=int, help="tokens a sequence")
-    command.add_argument("--dtype", help=f"comma-separated, from {', '.join(DTYPES)}; of autocast where not float32")
-    command.add_argument("--seconds", type=float, help="to time the variants of one setting for, about")
-    command.add_argument(
-        "--sweep", action="store_true", help="also each variant alone at 1, 2, 4, ... sequences until memory ends"
-    )
-    command.add_argument(
-        "--road", help=f"only these ways to launch kernels, comma-separated, from {', '.join(ROADS)}; a file of its own"
-    )
-    add_nanogpt(command)
-    add_device(command)
-    add_out(command)
-    command.set_defaults(run=main)
+HELP = "tokens a second, MFU and memory of a training step, ours by every switch beside the baselines"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(OutOption, DeviceOption, NanogptOption):
+    """Times one training step of every variant, in turns: ours by every switch and PyTorch's, launched from Python, as
+    CUDA graphs and compiled; HuggingFace, nanoGPT, flash-attn's GPT. `fastgpt2 verify` runs first; where it finds an
+    error, no numbers are printed.
+    """
+
+    quick: bool = False  # an answer in about two minutes on 2 CPU cores
+    size: Annotated[
+        Names | None, about(f"comma-separated, from {', '.join(PRESETS)}, or all for GPT-2's four; None: by the device")
+    ] = None
+    batch: int | None = None  # sequences a step; None: by the device
+    block: int | None = None  # tokens a sequence; None: by the device
+    dtype: Annotated[
+        Names | None,
+        about(f"comma-separated, from {', '.join(DTYPES)}; of autocast where it is not float32; None: by the device"),
+    ] = None
+    seconds: float | None = None  # about how long the variants of one setting are timed; None: by the device
+    sweep: bool = False  # also time each variant alone at 1, 2, 4, ... sequences until memory ends
+    road: Annotated[
+        Names | None,
+        about(
+            f"time only these ways to launch kernels, comma-separated, from {', '.join(ROADS)}; they get a file of "
+            "their own; None: all"
+        ),
+    ] = None
+
+
+def main(options: Options) -> int:
     """Prints the card and writes the file; returns 1 and prints no number where something computed is wrong."""
     device = find_device(options.device)
     settings = list(_settings(options, device))
@@ -180,7 +186,7 @@ def _roads(wanted: str | None) -> tuple[str, ...] | None:
     return roads
 
 
-def _settings(options: argparse.Namespace, device: torch.device) -> Iterator[Setting]:
+def _settings(options: Options, device: torch.device) -> Iterator[Setting]:
     """Raises ValueError for an option that is not allowed."""
     scope = Scope.of(device, options.quick)
     sizes = GPT2_SIZES if options.size == "all" else options.size.split(",") if options.size else scope.sizes

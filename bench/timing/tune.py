@@ -9,7 +9,6 @@ changes the results beyond rounding, is passed over.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import datetime
@@ -18,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,9 +28,10 @@ import triton
 from fastgpt2.bench.cases import registry as cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import timing
-from fastgpt2.bench.timing.options import add_out
+from fastgpt2.bench.timing.options import OutOption
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.options import Names
 from fastgpt2.kernels import _device, _tuning
 from fastgpt2.kernels._configurations import Key
 
@@ -200,20 +201,19 @@ def _source(value: object) -> str:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "tune",
-        help="search block sizes, warps and stages on this GPU and rewrite the table of kernels/_tuning.py",
-        description="Improves every row of the table that GPT-2 uses, by measurements on this GPU, and writes it back.",
-    )
-    command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
-    command.add_argument("--seconds", type=float, default=math.inf, help="begin no row of the table after so many")
-    command.add_argument("--dry-run", action="store_true", help="print what was found and leave the table as it is")
-    add_out(command)
-    command.set_defaults(run=main)
+HELP = "search block sizes, warps and stages on this GPU and rewrite the table of kernels/_tuning.py"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(OutOption):
+    """Improves every row of the table that GPT-2 uses, by measurements on this GPU, and writes it back."""
+
+    op: Names | None = None  # comma-separated public kernel functions, such as layer_norm; None: all
+    seconds: float = math.inf  # after so many seconds no further row of the table is begun
+    dry_run: bool = False  # print what was found and leave the table as it is
+
+
+def main(options: Options) -> int:
     """Prints and saves what was found, rewrites the table; 1 where verify is red. Raises RuntimeError without a GPU."""
     if not torch.cuda.is_available():
         raise RuntimeError("bench tune measures on a GPU, and there is none here")

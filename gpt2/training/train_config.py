@@ -13,6 +13,7 @@ import torch
 
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.data.windows import MAX_SEED
+from fastgpt2.gpt2.options import read_file
 from fastgpt2.gpt2.training.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,63 +121,8 @@ def find_device(name: str) -> torch.device:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a YAML file gives: {name: value}, each of its setting's type.
-
-    What stands there is read as the setting's type has it, so that `cuda_graph: off` is the choice "off" and `lr: 1e-3`
-    a number, which by themselves are no such things in YAML 1.1.
-    Raises FileNotFoundError where there is no such file, ValueError naming it for one that is no YAML, has a setting
-    that is unknown or twice there, or a value of another type.
-    """
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config is {str(path)!r}, there is no such file")
-    try:
-        content = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if content is not None and not isinstance(content, yaml.MappingNode):
-        raise ValueError(f"{path} holds no settings, expected lines such as 'lr: 0.001'")
-    hints, settings = get_type_hints(Settings), {}
-    for key, value in [] if content is None else content.value:
-        name = str(key.value)
-        where = f"{path}, line {key.start_mark.line + 1}"
-        if name not in hints:
-            raise ValueError(f"{where}: setting {name!r} is unknown, there are {', '.join(hints)}")
-        if name in settings:
-            raise ValueError(f"{where}: setting {name!r} is there twice")
-        if not isinstance(value, yaml.ScalarNode):
-            raise ValueError(f"{where}: {name} holds more than one value, expected one")
-        kind = value.tag.removeprefix("tag:yaml.org,2002:")
-        try:
-            settings[name] = _typed(hints[name], kind, value.value)
-        except ValueError as error:
-            raise ValueError(f"{where}: {name} is {value.value!r}, {error}") from None
-    return settings
-
-
-def _typed(hint: Any, kind: str, text: str) -> Any:
-    """What `text`, which YAML takes for a `kind`, is for a setting of type `hint`. Raises ValueError."""
-    options = get_args(hint)
-    choices = [option for option in options if isinstance(option, str)]
-    if choices:
-        if text not in choices:
-            raise ValueError(f"allowed are {', '.join(choices)}")
-        return text
-    if kind == "null":
-        if type(None) not in options:
-            raise ValueError("which is nothing: leave it out, or give a value")
-        return None
-    wanted = next((option for option in options if option is not type(None)), hint)
-    if wanted is bool:
-        if kind != "bool":
-            raise ValueError("allowed are true and false")
-        return text.lower() in ("true", "yes", "on")
-    try:
-        return wanted(text)
-    except ValueError:
-        raise ValueError(f"expected {'a whole number' if wanted is int else 'a number'}") from None
+    """The settings that a YAML file gives: {name: value}, each of its setting's type. Raises as `options.read_file`."""
+    return read_file(path, Settings)
 
 
 def settings_text(config: TrainConfig) -> str:
