@@ -168,6 +168,8 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with a language-model head. `kernels` says how it is computed: see `Kernels` and `kernels` below."""
 
+    origin: Any = None  # settings and files that it was read with: see `fastgpt2.gpt2.weights.origin`
+
     def __init__(self, config: GPTConfig, kernels: str | Kernels = "auto"):
         super().__init__()
         if not isinstance(config, GPTConfig):
@@ -330,11 +332,12 @@ class GPT(nn.Module):
 
         return from_pretrained(name_or_folder, override_args, kernels=kernels)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` reads."""
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` reads, and what the model was read
+        with. tokenizer: one of `fastgpt2.gpt2.data.tokenizer`, saved too; its end of text ends what is generated."""
         from fastgpt2.gpt2.weights.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, tokenizer)
 
     @classmethod
     def from_huggingface(cls, hf_model: GPT2LMHeadModel, *, kernels: str | Kernels = "auto") -> GPT:
@@ -385,10 +388,7 @@ class GPT(nn.Module):
 
 
 def unwrap(model: nn.Module) -> GPT:
-    """The GPT inside the wrappers of torch.compile, DistributedDataParallel and peft.
-
-    Raises TypeError where there is none.
-    """
+    """The GPT inside the wrappers of torch.compile, DistributedDataParallel and peft; TypeError where there is none."""
     inner: Any = model
     while not isinstance(inner, GPT):
         base = getattr(inner, "get_base_model", None)

@@ -234,7 +234,7 @@ def test_a_huggingface_folder_stays_one_whatever_lies_beside(tmp_path, hf):
 def test_a_file_in_no_format_is_told_what_there_is(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"\0" * 2000)
     with pytest.raises(
-        NotADirectoryError, match="none of llm.c's .bin, OpenAI's TensorFlow checkpoint, nanoGPT's ckpt"
+        NotADirectoryError, match="files that are read are llm.c's .bin, OpenAI's TensorFlow checkpoint, nanoGPT's ckpt"
     ):
         GPT.from_pretrained(tmp_path / "weights.bin")
     (tmp_path / "config.json").write_text(json.dumps({}))

@@ -48,8 +48,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, stat
     for leftover in final.parent.glob(f"*{UNFINISHED}"):
         shutil.rmtree(leftover)
     folder.mkdir(parents=True)
-    tokenizer.save(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, tokenizer)
     _save_state(folder / STATE, {"step": step, **state})
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     write_atomically(folder / FILES, json.dumps(files, indent=1) + "\n")

@@ -23,11 +23,15 @@ FORMATS = tuple(Format(module.NAME, module.find, module.read) for module in (llm
 
 
 class Checkpoint(NamedTuple):
-    """A model that is known and not read yet. source: the file, for errors."""
+    """A model that is known and not read yet.
+
+    source: the file, for errors. folder: where it lies, if that is one of HuggingFace's.
+    """
 
     config: GPTConfig
     tensors: list[StoredTensor]
     source: str
+    folder: Path | None = None
 
 
 def read_foreign(path: Path, override_args: Mapping[str, Any] | None = None) -> Checkpoint | None:
