@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def load_corpus(
     val_fraction: float,
     block_size: int,
     *,
-    text_tokenizer: str = "char",
+    text_tokenizer: str | Callable[[], Tokenizer] = "char",
     rank: int = 0,
     world_size: int = 1,
 ) -> Corpus:
@@ -38,6 +39,7 @@ def load_corpus(
 
     source: see `data.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
     tokenizer: see `tokenizers.from_spec`; None: the one that shards bring, and `text_tokenizer` for text and others.
+    text_tokenizer: a name, or makes that of the model which is trained; "char" is then that one, if it is one.
     rank, world_size: of this process, among those that read the same shards.
     Raises OSError or ValueError for data that cannot be used, naming the file, for a tokenizer that is not the one that
     shards bring, and for tokens that the tokenizer does not have.
@@ -48,7 +50,7 @@ def load_corpus(
         )
     if source is None or not shards.holds_tokens(source):
         text = data.read_text(source)
-        made = tokenizers.from_spec(tokenizer or text_tokenizer, text.documents)
+        made = _named(tokenizer, text_tokenizer, text.documents)
         tokens = data.encode(((document, True) for document in text.documents), made)
         train, val = data.split(tokens, val_fraction, block_size)
         return Corpus(text.name, len(text.documents), train, val, made, _known(text.prompt, train, made))
@@ -60,14 +62,23 @@ def load_corpus(
     return Corpus(source, documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
 
 
-def shards_tokenizer(folder: str, spec: str | None, otherwise: str = "char") -> Tokenizer:
+def _named(spec: str | None, otherwise: str | Callable[[], Tokenizer], texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `spec` names, where it names none `otherwise`."""
+    if isinstance(otherwise, str):
+        return tokenizers.from_spec(spec or otherwise, texts)
+    if spec is None or (spec == "char" and tokenizers.is_named(spec, otherwise())):
+        return otherwise()
+    return tokenizers.from_spec(spec, texts)
+
+
+def shards_tokenizer(folder: str, spec: str | None, otherwise: str | Callable[[], Tokenizer] = "char") -> Tokenizer:
     """The tokenizer that lies beside the shards of `folder`; where there is none, the one that `spec` names, or
     `otherwise`. Raises ValueError where there is one and `spec` names another."""
     try:
         made = tokenizers.load(folder)
     except FileNotFoundError:
-        if (spec or otherwise) != "char":
-            return tokenizers.from_spec(spec or otherwise, [])
+        if not isinstance(otherwise, str) or (spec or otherwise) != "char":
+            return _named(spec, otherwise, [])
         raise ValueError(
             f"{folder} holds tokens without their tokenizer, and tokenizer is 'char', which is made from text: "
             "name the one they were made with, such as gpt2"

@@ -23,7 +23,7 @@ from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.generation.generate import Generation
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.weights.checkpoints import folder_to_read
+from fastgpt2.gpt2.weights.checkpoints import FILES, folder_to_read
 from fastgpt2.gpt2.weights.pretrained import CONFIG, HUB_NAMES, from_pretrained
 
 PADDED_TO = (64, 128, 256, 512)  # multiples that people round the rows of a token table up to
@@ -197,8 +197,10 @@ def load_checkpoint(
         tokenizer = checkpoint_tokenizer(checkpoint, V)
     else:
         tokenizer = _named_tokenizer(checkpoint, tokenizer_spec)
-    # A folder's own tokenizer of words may be smaller by any number: a [PAD] was added to the table alone, say.
-    own = bool(tokenizer.files and tokenizer.special_tokens) and tokenizer.vocab_size <= V
+    # A folder's own tokenizer of words may be smaller by any number: a [PAD] was added to the table alone, say. A run's
+    # too, where it began with weights of another vocabulary.
+    of_run = (Path(checkpoint) / FILES).is_file()
+    own = (of_run or bool(tokenizer.files and tokenizer.special_tokens)) and tokenizer.vocab_size <= V
     if not own and not _is_padded(tokenizer.vocab_size, V):
         raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens, the model {V}")
     return model, tokenizer

@@ -128,6 +128,7 @@ def announce(
         f"vocabulary {corpus.tokenizer.vocab_size}",
         "model": f"{model.get_num_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"width {c.n_embd}, block {c.block_size}",
+        **({} if config.init_from is None else {"from": config.init_from}),
         "run": f"{config.steps} steps of {config.tokens_per_step(processes):,} tokens on {config.device} in "
         f"{config.dtype}, {f'{processes} processes with {config.parallel}, ' if processes > 1 else ''}"
         f"kernels {same.pop() if len(same) == 1 else kernels}{', compiled' if config.compile else ''}"

@@ -32,6 +32,7 @@ from fastgpt2.gpt2.evaluation.hellaswag import read_examples
 from fastgpt2.gpt2.files import exclusive
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import run_console
+from fastgpt2.gpt2.training.begin import beginning
 from fastgpt2.gpt2.training.log import LOG, read_log
 from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample
 from fastgpt2.gpt2.training.ranks import Ranks
@@ -67,10 +68,10 @@ class TrainResult:
 def train(
     config: TrainConfig | None = None, *, resume: str | Path | None = None, console: Console | None = None
 ) -> TrainResult:
-    """Trains one model from scratch and writes its run folder; reports to `console` (default: standard output).
+    """Trains one model and writes its run folder; reports to `console` (default: standard output).
 
     config: default: baby on a GPU, baby-smoke without one; with `resume`, the run's own.
-    resume: the folder of a run that did not reach its end: goes on from its newest whole checkpoint.
+    resume: the folder of a run: goes on from its newest whole checkpoint, to its end or, with more `steps`, beyond.
     A first SIGINT, SIGTERM or SIGHUP ends the run after its step and saves what stands; a second leaves at once.
     Sets PyTorch's global seed. Under torchrun every rank calls this; rank 0 writes.
     A folder is one run's at a time: BlockingIOError where another process has it.
@@ -108,14 +109,20 @@ def _train(
     if resumed is not None:
         ranks.broadcast(lambda: held.enter_context(exclusive(resumed)))
     check_trackers(config)
+    saved = None if resumed is None else newest_whole(resumed, lambda text: line(console, text))
+    begun = ranks.on_all(lambda: beginning(config, saved))
     text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
     place: dict[str, Any] = dict(rank=ranks.rank, world_size=ranks.size)
-    corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=config.text_tokenizer(), **place))
+    otherwise = config.text_tokenizer() if begun is None else begun.tokenizer
+    corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=otherwise, **place))
+    if begun is not None:
+        begun.check_tokenizer(corpus.tokenizer)
     examples = ranks.broadcast(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks)
+    model = None if begun is None else begun.model
+    trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks, model)
     held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
-    done = 0 if resumed is None else _restore(trainer, resumed, held_out, console)
+    done = 0 if resumed is None else _restore(trainer, resumed, saved, held_out, console)
     val_loss = trainer.validation_loss()  # also meets what a kernel refuses, before anything is written
 
     new = resumed is None
@@ -124,8 +131,11 @@ def _train(
     else:
         folder = RunFolder(resumed)
         ranks.broadcast(lambda: _rewind(folder, done, config.steps, console))
+        ranks.broadcast(lambda: folder.set_steps(config.steps))
     trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
     announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
+    if begun is not None and new and (note := begun.note(corpus.tokenizer)):
+        line(console, f"note    {note}")
 
     record, stopped_by = None, None
     with stop, Progress(console, config.steps, done) as progress:
@@ -204,6 +214,8 @@ def _config_of(run: Path, config: TrainConfig | None) -> TrainConfig:
     saved = TrainConfig(**read_settings(run / CONFIG))
     if config is None:
         return saved
+    if config.out is not None and Path(config.out).resolve() != run.resolve():
+        raise ValueError(f"out is {config.out!r}, and {run} goes on where it is: leave out out")
     _check_same(config.on_this_machine(), dataclasses.asdict(saved), run)
     return config
 
@@ -213,6 +225,8 @@ def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
     for name, value in dataclasses.asdict(config).items():
         if name == "total_batch_tokens" and before[name] is None:
             continue  # what it was then depends on the ranks: see `_check_step`
+        if name == "steps" and value > before[name]:
+            continue
         if name not in FREE_TO_CHANGE and value != before[name]:
             raise ValueError(
                 f"{name} is {value!r}, the run {run} was begun with {before[name]!r}: leave it out, or begin a new run"
@@ -230,17 +244,17 @@ def _check_step(trainer: Trainer, state: dict[str, Any], run: Path) -> None:
         )
 
 
-def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Console) -> int:
-    """Loads the newest whole checkpoint; returns its step, 0 for a run that was killed before its first one.
+def _restore(trainer: Trainer, run: Path, folder: Path | None, held_out: dict[str, int], console: Console) -> int:
+    """Loads the checkpoint in `folder`; returns its step, 0 for a run that was killed before its first one.
 
-    Raises ValueError where there are checkpoints and none is whole, and for data that is not the run's.
+    Raises ValueError for data that is not the run's.
     """
-    folder = newest_whole(run, lambda text: line(console, text))
     if folder is None:
         line(console, f"resumes {run} from the beginning, it has no checkpoint yet")
         return 0
     state = load_checkpoint_state(folder)
-    _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
+    before = dataclasses.asdict(TrainConfig(**state["config"]))  # which an older version wrote, perhaps
+    _check_same(trainer.config, before, run)  # config.yaml may have been edited
     _check_step(trainer, state, run)
     if tokenizers.load(folder) != trainer.tokenizer:
         raise ValueError(f"{folder} was trained on tokens of another tokenizer than the data's")
