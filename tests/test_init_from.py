@@ -86,7 +86,7 @@ def test_every_kind_of_checkpoint_is_one_to_begin_with(settings, tmp_path, hf, s
     kinds = {"run": first.folder, "checkpoint": first.folder / "checkpoint", "nanogpt": nanogpt, "llmc": llmc}
     for name, path in kinds.items():
         more = {"tokenizer": "byte"} if path in (nanogpt, llmc) else {}
-        weights, (result, _, _) = begun_with(settings, init_from=str(path), out=str(tmp_path / name), **more)
+        weights, (result, _, _) = begun_with(settings, init_from=str(path), out=str(tmp_path / f"from {name}"), **more)
         expected = GPT.from_pretrained(path)
         assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], expected.transformer.h[1].mlp.c_fc.weight)
         assert result.model.config.activation == expected.config.activation

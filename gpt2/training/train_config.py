@@ -172,9 +172,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         steps=2000, batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, lr=3e-3,
         eval_tokens=15_360,
     ),
-    # For weights that exist: nanoGPT's finetune_shakespeare trains some steps at a thirtieth of GPT-2's rate.
-    "finetune": _FINETUNE,
-    "finetune-smoke": _FINETUNE | dict(steps=20, batch_size=1, eval_interval=10, eval_tokens=4096),
     "gpt2": _GPT2,
     "gpt2-smoke": _GPT2 | _SMOKE,
     "gpt2-medium": _GPT2 | _MEDIUM,
@@ -183,6 +180,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large-smoke": _GPT2 | _LARGE | _SMOKE,
     "gpt2-xl": _GPT2 | _XL,
     "gpt2-xl-smoke": _GPT2 | _XL | _SMOKE,
+    # For weights that exist: nanoGPT's finetune_shakespeare trains some steps at a thirtieth of GPT-2's rate.
+    "finetune": _FINETUNE,
+    "finetune-smoke": _FINETUNE | dict(steps=20, batch_size=1, eval_interval=10, eval_tokens=4096),
 }  # fmt: skip
 
 
