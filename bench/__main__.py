@@ -16,7 +16,8 @@ from fastgpt2.bench.audit import audit  # noqa: E402
 from fastgpt2.bench.report import measured, report, roofline  # noqa: E402
 from fastgpt2.bench.timing import generate, host, ops, train, tune  # noqa: E402
 from fastgpt2.gpt2.cli.cli import in_a_process  # noqa: E402
-from fastgpt2.gpt2.options import Positional, Word, choose, parse  # noqa: E402
+from fastgpt2.gpt2.command_line import choose, parse  # noqa: E402
+from fastgpt2.gpt2.options import Positional, Word  # noqa: E402
 from fastgpt2.gpt2.training.train_config import find_device  # noqa: E402
 
 PROG = "fastgpt2 bench"

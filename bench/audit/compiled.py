@@ -38,8 +38,9 @@ from fastgpt2.bench.audit.cases_to_compile import audited_cases
 from fastgpt2.bench.cases import peers
 from fastgpt2.bench.cases import registry as cases
 from fastgpt2.gpt2.cli.cli import in_a_process
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.ops import kernels_digest
-from fastgpt2.gpt2.options import CommandOptions, File, Names, parse
+from fastgpt2.gpt2.options import CommandOptions, File, Names
 from fastgpt2.kernels import _device
 
 TARGETS = {name: GPUTarget("cuda", int(name), 32) for name in asm.LIMITS} | {"gfx942": GPUTarget("hip", "gfx942", 64)}

@@ -30,7 +30,8 @@ import torch
 import triton
 
 from fastgpt2.gpt2.cli.cli import in_a_process
-from fastgpt2.gpt2.options import CommandOptions, File, Names, parse
+from fastgpt2.gpt2.command_line import parse
+from fastgpt2.gpt2.options import CommandOptions, File, Names
 
 SECTOR = 32  # bytes: what a GPU's memory moves at least
 # As it was imported and as it lies: by way of a link these differ.

@@ -21,10 +21,11 @@ from fastgpt2.bench.cases.registry import sized_cases
 from fastgpt2.bench.report.tables import print_whole
 from fastgpt2.bench.verify.error_rule import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
 from fastgpt2.bench.verify.kernel_errors import verify_case
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
-from fastgpt2.gpt2.options import CommandOptions, Name, Source, parse
+from fastgpt2.gpt2.options import CommandOptions, Name, Source
 from fastgpt2.gpt2.output import plain_console
 from fastgpt2.gpt2.training.train_config import find_device
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import fastgpt2
-from fastgpt2.gpt2.options import Positional, Switch, Word, choose
+from fastgpt2.gpt2.command_line import choose
+from fastgpt2.gpt2.options import Positional, Switch, Word
 from fastgpt2.gpt2.output import give_up_stdout, use_any_encoding, visible
 
 PROG = "fastgpt2"

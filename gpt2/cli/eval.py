@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data import shards
 from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data import windows as data
@@ -20,7 +21,7 @@ from fastgpt2.gpt2.evaluation.evaluate import Watch, mean_loss, text_loss, windo
 from fastgpt2.gpt2.evaluation.hellaswag import DOWNLOAD, hellaswag, read_examples
 from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.options import Checkpoint, CommandOptions, Folder, Name, Word, parse
+from fastgpt2.gpt2.options import Checkpoint, CommandOptions, Folder, Name, Word
 from fastgpt2.gpt2.output import plain_console
 from fastgpt2.gpt2.training.progress import line, watched
 from fastgpt2.gpt2.training.settings import DtypeName

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fastgpt2.gpt2.options import CommandOptions, File, Positional, Repeated, Word, parse
+from fastgpt2.gpt2.command_line import parse
+from fastgpt2.gpt2.options import CommandOptions, File, Positional, Repeated, Word
 from fastgpt2.gpt2.training.plot import plot_runs
 
 

@@ -10,10 +10,11 @@ from typing import Annotated
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data import sources
 from fastgpt2.gpt2.data.prepare import SHARD_TOKENS, prepare
 from fastgpt2.gpt2.data.shards import Manifest
-from fastgpt2.gpt2.options import CommandOptions, Folder, Source, about, parse
+from fastgpt2.gpt2.options import CommandOptions, Folder, Source, about
 from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training.progress import line, shell_word
 

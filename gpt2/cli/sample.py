@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data.sources import SURROGATE
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.windows import MAX_SEED
 from fastgpt2.gpt2.generation.sample import load_checkpoint, prompt_tokens, stream_text, write_texts
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, Source, Text, parse
+from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, Source, Text
 from fastgpt2.gpt2.output import visible
 from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 

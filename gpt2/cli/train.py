@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastgpt2.gpt2.options import CommandLine, CommandOptions, Folder
+from fastgpt2.gpt2.command_line import CommandLine
+from fastgpt2.gpt2.options import CommandOptions, Folder
 from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training import train
 from fastgpt2.gpt2.training.pace import fitted
