@@ -13,7 +13,7 @@ from fastgpt2.gpt2.data import sources
 from fastgpt2.gpt2.data.prepare import SHARD_TOKENS, prepare
 from fastgpt2.gpt2.data.shards import Manifest
 from fastgpt2.gpt2.output import run_console
-from fastgpt2.gpt2.training.progress import line, shell_word
+from fastgpt2.gpt2.training.progress import LINE_EVERY_S, QUIET_S, line, shell_word
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
             shard_tokens=args.shard_tokens,
             processes=args.processes,
             report=bar.show,
+            say=bar.say,
         )
     train, val = (sum(shard.tokens for shard in part) for part in (manifest.train, manifest.val))
     line(console, f"folder  {args.out}: {manifest.documents:,} documents, vocabulary {manifest.vocab_size}")
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Bar:
-    """Documents and tokens so far: a bar on a terminal, a line a shard elsewhere."""
+    """Documents and tokens so far: a bar on a terminal, lines elsewhere, one a shard and now and then one between."""
 
     def __init__(self, console: Console, source: sources.Source):
         self._console, self._source = console, source
@@ -80,6 +81,7 @@ class _Bar:
         self._task = self._bar.add_task("prepare", total=None, tokens="-", rate="-", shard="-")
         self._start: tuple[float, int] | None = None
         self._shards = 0
+        self._due = time.monotonic() + QUIET_S
 
     def __enter__(self) -> _Bar:
         self._bar.start()
@@ -97,6 +99,16 @@ class _Bar:
         self._bar.update(
             self._task, completed=documents, total=total, tokens=f"{tokens:,}", rate=rate, shard=str(shards)
         )
-        if shards > self._shards and not self._console.is_terminal:
-            line(self._console, f"shard {shards:>5}: {documents:,} documents, {tokens:,} tokens so far")
+        if not self._console.is_terminal:
+            so_far = f"{documents:,} documents, {tokens:,} tokens so far"
+            if shards > self._shards:
+                line(self._console, f"shard {shards:>5}: {so_far}")
+            else:
+                self.say(so_far)
         self._shards = shards
+
+    def say(self, stage: str) -> None:
+        """A line about what is being done, the first after two seconds, then one every ten."""
+        if (now := time.monotonic()) >= self._due:
+            line(self._console, f"at      {stage}")
+            self._due = now + LINE_EVERY_S

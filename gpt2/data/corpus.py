@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastgpt2.gpt2.data import shards
 from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.shards import Tokens
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.windows import Say, silent
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ def load_corpus(
     text_tokenizer: str = "char",
     rank: int = 0,
     world_size: int = 1,
+    say: Say = silent,
 ) -> Corpus:
     """Token shards where `source` is a folder of them, else text, encoded here.
 
     source: see `data.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
     tokenizer: see `tokenizers.from_spec`; None: the one that shards bring, and `text_tokenizer` for text and others.
     rank, world_size: of this process, among those that read the same shards.
+    say: hears what is being done, for somebody who waits.
     Raises OSError or ValueError for data that cannot be used, naming the file, for a tokenizer that is not the one that
     shards bring, and for tokens that the tokenizer does not have.
     """
@@ -47,13 +51,16 @@ def load_corpus(
             f"{source} is a file of tokens: give its folder, whose files have train and val in their names"
         )
     if source is None or not shards.holds_tokens(source):
-        text = data.read_text(source)
+        text = data.read_text(source, say)
+        say("finding the tokenizer")
         made = tokenizers.from_spec(tokenizer or text_tokenizer, text.documents)
-        tokens = data.encode(((document, True) for document in text.documents), made)
+        tokens = data.encode_text(text, made, say)
         train, val = data.split(tokens, val_fraction, block_size)
         return Corpus(text.name, len(text.documents), train, val, made, _known(text.prompt, train, made))
     made = shards_tokenizer(source, tokenizer, text_tokenizer)
-    parts = {split: shards.open_tokens(source, split, rank=rank, world_size=world_size) for split in shards.SPLITS}
+    place: dict[str, Any] = dict(rank=rank, world_size=world_size, say=say)
+    parts = {split: shards.open_tokens(source, split, **place) for split in shards.SPLITS}
+    say("looking at every token")  # of shards without a manifest
     for part in parts.values():
         data.check_tokens(part, made.vocab_size)
     documents = shards.read_manifest(source).documents if (Path(source) / shards.MANIFEST).is_file() else None

@@ -29,7 +29,7 @@ from fastgpt2.gpt2.data.shards import Manifest
 from fastgpt2.gpt2.data.sources import Piece, Position, Source
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.vocabularies import FILES as TOKENIZER_FILES
-from fastgpt2.gpt2.data.windows import encode
+from fastgpt2.gpt2.data.windows import Say, counted, encode, silent
 from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 
 SHARD_TOKENS = 100_000_000
@@ -47,6 +47,7 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     processes: int | None = None,
     report: Callable[[Manifest, int, int], None] = lambda manifest, documents, tokens: None,
+    say: Say = silent,
 ) -> Manifest:
     """Writes shards, tokenizer and manifest into `out`; goes on where the same call was killed.
 
@@ -54,6 +55,7 @@ def prepare(
     val_tokens: held out, from the beginning. Default: the source's own number, or a tenth of its first shard.
     processes: that encode; default: one a core. The files do not depend on it.
     report: called with the manifest so far, and the documents and tokens encoded so far.
+    say: hears what is being done before that.
     Raises ValueError for a number out of range, a source too short for both splits, or a folder that was begun with
     other settings; FileExistsError for a folder with other files in it; BlockingIOError where another process is
     writing into it; and what the source raises.
@@ -70,7 +72,7 @@ def prepare(
     if manifest is not None and manifest.position is None:
         return manifest
     with exclusive(out):
-        return _prepare(source, out, settings, processes, report)
+        return _prepare(source, out, settings, processes, report, say)
 
 
 def _prepare(
@@ -79,13 +81,14 @@ def _prepare(
     settings: dict[str, Any],
     processes: int,
     report: Callable[[Manifest, int, int], None],
+    say: Say,
 ) -> Manifest:
     tokenizer, val_tokens, shard_tokens = (settings[name] for name in ("tokenizer", "val_tokens", "shard_tokens"))
     manifest = _begun(out, settings, source)
     for half_written in out.glob(".*.tmp"):  # by a call that was killed
         half_written.unlink()
     if manifest is None:
-        made = tokenizers.from_spec(tokenizer, source.texts())
+        made = tokenizers.from_spec(tokenizer, counted(source.texts(), say))
         made.save(out)
         write_atomically(out / INPUTS, json.dumps(source.inputs(), indent=1) + "\n")
         start = {"source": None, "skip": 0, "documents": 0}

@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,10 +174,18 @@ def holds_tokens(path: str | Path) -> bool:
     return bool(tokens) and (len(tokens) == len(files) or any(_split(f) for f in tokens))
 
 
-def open_tokens(folder: str | Path, split: str, *, rank: int = 0, world_size: int = 1) -> Shards:
+def open_tokens(
+    folder: str | Path,
+    split: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Callable[[str], None] = lambda stage: None,
+) -> Shards:
     """The tokens of one split, memory-mapped. Reads every shard of a manifest once, to compare its checksum.
 
     rank, world_size: each process compares its own part of the shards; the tokens are all of them.
+    say: hears how many shards were compared.
     Raises FileNotFoundError for a folder, a split or a shard that is missing, ValueError for a shard that is cut
     short, changed or in no known format, and for a folder that is not finished; each names the file.
     """
@@ -197,8 +205,10 @@ def open_tokens(folder: str | Path, split: str, *, rank: int = 0, world_size: in
     if not shards:
         raise FileNotFoundError(f"{folder / MANIFEST} lists no {split} shard")
     parts = [_listed(folder, shard) for shard in shards]
+    mine = shards[rank::world_size]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda shard: _compare_checksum(folder, shard), shards[rank::world_size]))
+        for done, _ in enumerate(threads.map(lambda shard: _compare_checksum(folder, shard), mine)):
+            say(f"{done} of {len(mine)} {split} shards compared with their checksums")
     names = [str(folder / shard.file) for shard in shards]
     return Shards(parts, names, [shard.max_token for shard in shards], [shard.sha256 for shard in shards])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from fastgpt2.gpt2.data.shards import Shards, Tokens, array_content
-from fastgpt2.gpt2.data.sources import HUB, Piece, find_source
+from fastgpt2.gpt2.data.sources import HUB, Piece, cut, find_source
 from fastgpt2.gpt2.data.tokenizer import Tokenizer, token_dtype
 from fastgpt2.gpt2.ops import IGNORED_TARGET
 
 MAX_SEED = 2**31 - 1
+Say = Callable[[str], None]  # hears what a long computation is at
+
+
+def silent(stage: str) -> None:
+    """A `Say` for those who do not want to know."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +32,38 @@ class Text:
     prompt: str = "\n"
 
 
-def read_text(source: str | Path | None = None) -> Text:
+def read_text(source: str | Path | None = None, say: Say = silent) -> Text:
     """The documents of a file, of every file below a folder, or of Python's standard library, in memory.
 
-    See `sources.find_source`; the library's own sources are the text that every machine has: some megabytes.
+    source: see `sources.find_source`. None: the library's own sources, the text that every machine has, some megabytes.
+    say: hears how many documents were read.
     Raises FileNotFoundError for a source that is missing, ValueError for one that is empty or cannot be read.
     """
     if source in HUB:
         raise ValueError(f"data is {source!r}, which is large: give the folder that `fastgpt2 prepare` made of it")
     found = find_source(source)
-    documents = list(found.texts())
+    documents = list(counted(found.texts(), say))
     if not documents:
         raise ValueError(f"{found.name} holds no text: give a text, JSONL or Parquet file, or a folder of them")
     return Text(found.name, documents, found.prompt)
+
+
+def counted(documents: Iterable[str], say: Say) -> Iterator[str]:
+    """Passes documents on and says how many there were so far."""
+    for number, document in enumerate(documents, start=1):
+        say(f"{number:,} documents read")
+        yield document
+
+
+def encode_text(text: Text, tokenizer: Tokenizer, say: Say = silent) -> np.ndarray:
+    """`encode` of all documents, long ones in pieces, as `prepare` has them. say: hears how much of it is done."""
+    total, done = sum(map(len, text.documents)), 0
+    parts = [encode([], tokenizer)]
+    for piece in (piece for document in text.documents for piece in cut([document])):
+        parts.append(encode([piece], tokenizer))
+        done += len(piece[0])
+        say(f"{done / total:.0%} of {total:,} characters encoded")
+    return np.concatenate(parts)
 
 
 def encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from rich.progress import Progress as RichProgress
 
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.data.corpus import Corpus
+from fastgpt2.gpt2.data.windows import Say
 from fastgpt2.gpt2.evaluation.evaluate import Watch
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import visible
@@ -94,6 +97,33 @@ def _said_now_and_then(items: Sequence[Any], what: str, unit: str) -> Iterator[A
             left = (now - begin) / done * (len(items) - done)
             print(f"{what}: {done:,} of {len(items):,} {unit}, about {left:.0f} s left", file=sys.stderr, flush=True)
             due = now + LINE_EVERY_S
+
+
+@contextlib.contextmanager
+def stages(console: Console, what: str) -> Iterator[Say]:
+    """Shows what a computation of unknown length is at: the argument of the last call of what the `with` is given.
+
+    On a terminal beside a spinner; elsewhere, from two seconds on, as a line on standard error now and then.
+    """
+    if console.is_terminal or console.quiet:
+        with console.status(what) as status:
+            yield lambda stage: status.update(f"{what}: {stage}")
+        return
+    begin, ended, latest = time.monotonic(), threading.Event(), ["begun"]
+
+    def tell() -> None:
+        wait = QUIET_S
+        while not ended.wait(wait):
+            print(f"{what}: {latest[0]}, {time.monotonic() - begin:.0f} s so far", file=sys.stderr, flush=True)
+            wait = LINE_EVERY_S
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield lambda stage: latest.__setitem__(0, stage)
+    finally:
+        ended.set()
+        teller.join()
 
 
 def cost(record: Record) -> str:

@@ -33,7 +33,7 @@ from fastgpt2.gpt2.files import exclusive
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training.log import LOG, read_log
-from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample
+from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample, stages
 from fastgpt2.gpt2.training.ranks import Ranks
 from fastgpt2.gpt2.training.run_folder import CONFIG, Record, RunFolder, check_run, versions
 from fastgpt2.gpt2.training.stop_signals import StopSignals
@@ -110,13 +110,18 @@ def _train(
     check_trackers(config)
     text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
     place: dict[str, Any] = dict(rank=ranks.rank, world_size=ranks.size)
+    starting = held.enter_context(contextlib.ExitStack())
+    place["say"] = say = starting.enter_context(stages(console, "start"))
     corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=config.text_tokenizer(), **place))
     examples = ranks.broadcast(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
+    say("preparing the model")
     torch.manual_seed(config.seed)
     trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks)
     held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
     done = 0 if resumed is None else _restore(trainer, resumed, held_out, console)
+    say("computing the validation loss")
     val_loss = trainer.validation_loss()  # also meets what a kernel refuses, before anything is written
+    starting.close()
 
     new = resumed is None
     if resumed is None:
