@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
             say=bar.say,
         )
     train, val = (sum(shard.tokens for shard in part) for part in (manifest.train, manifest.val))
-    line(console, f"folder  {args.out}: {manifest.documents:,} documents, vocabulary {manifest.vocab_size}")
+    line(console, f"folder  {args.out}: {manifest.n_documents:,} documents, vocabulary {manifest.vocab_size}")
     line(console, f"tokens  {train:,} in {len(manifest.train)} training shards, {val:,} for validation")
     line(console, f"next    fastgpt2 train --data {shell_word(args.out)}")
     return 0
@@ -90,17 +90,17 @@ class _Bar:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def show(self, manifest: Manifest, documents: int, tokens: int) -> None:
+    def show(self, manifest: Manifest, n_documents: int, tokens: int) -> None:
         now = time.perf_counter()
         started, before = self._start = self._start or (now, tokens)
         rate = f"{(tokens - before) / (now - started):,.0f}" if now > started else "-"
         shards = len(manifest.val) + len(manifest.train)
-        total = self._source.documents
+        total = self._source.n_documents
         self._bar.update(
-            self._task, completed=documents, total=total, tokens=f"{tokens:,}", rate=rate, shard=str(shards)
+            self._task, completed=n_documents, total=total, tokens=f"{tokens:,}", rate=rate, shard=str(shards)
         )
         if not self._console.is_terminal:
-            so_far = f"{documents:,} documents, {tokens:,} tokens so far"
+            so_far = f"{n_documents:,} documents, {tokens:,} tokens so far"
             if shards > self._shards:
                 line(self._console, f"shard {shards:>5}: {so_far}")
             else:

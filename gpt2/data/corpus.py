@@ -16,10 +16,10 @@ from fastgpt2.gpt2.data.windows import Say, silent
 
 @dataclass(frozen=True)
 class Corpus:
-    """documents: how many, None where that is not known. prompt: a few words that such a text could begin with."""
+    """n_documents: None where it is not known. prompt: a few words that such a text could begin with."""
 
     name: str
-    documents: int | None
+    n_documents: int | None
     train: Tokens
     val: Tokens
     tokenizer: Tokenizer
@@ -40,11 +40,12 @@ def load_corpus(
     """Token shards where `source` is a folder of them, else text, encoded here.
 
     source: see `data.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
-    tokenizer: see `tokenizers.from_spec`; None: the one that shards bring, and `text_tokenizer` for text and others.
+    tokenizer: see `tokenizers.from_spec`. None: the one that lies beside the shards; `text_tokenizer` for text, and for
+        shards without a tokenizer.
     rank, world_size: of this process, among those that read the same shards.
     say: hears what is being done, for somebody who waits.
-    Raises OSError or ValueError for data that cannot be used, naming the file, for a tokenizer that is not the one that
-    shards bring, and for tokens that the tokenizer does not have.
+    Raises OSError or ValueError, naming the file, for data that cannot be used, for another tokenizer than the one that
+    lies beside the shards, and for tokens outside its vocabulary.
     """
     if source is not None and Path(source).is_file() and Path(source).suffix in shards.SUFFIXES:
         raise ValueError(
@@ -63,13 +64,14 @@ def load_corpus(
     say("looking at every token")  # of shards without a manifest
     for part in parts.values():
         data.check_tokens(part, made.vocab_size)
-    documents = shards.read_manifest(source).documents if (Path(source) / shards.MANIFEST).is_file() else None
-    return Corpus(source, documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
+    n_documents = shards.read_manifest(source).n_documents if (Path(source) / shards.MANIFEST).is_file() else None
+    return Corpus(source, n_documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
 
 
 def shards_tokenizer(folder: str, spec: str | None, otherwise: str = "char") -> Tokenizer:
-    """The tokenizer that lies beside the shards of `folder`; where there is none, the one that `spec` names, or
-    `otherwise`. Raises ValueError where there is one and `spec` names another."""
+    """The tokenizer that lies beside the shards of `folder`. If none lies there, the one that `spec` or else
+    `otherwise` names. Raises ValueError if one lies there and `spec` names another.
+    """
     try:
         made = tokenizers.load(folder)
     except FileNotFoundError:
@@ -87,5 +89,5 @@ def shards_tokenizer(folder: str, spec: str | None, otherwise: str = "char") -> 
 
 
 def _known(prompt: str, tokens: Tokens, tokenizer: Tokenizer) -> str:
-    """`prompt`, or a first token of the text where the tokenizer lacks some of its characters."""
+    """`prompt`, or the first token of the text if the tokenizer lacks a character of `prompt`."""
     return tokenizer.decode(tokens[:1]) if tokenizer.unknown(prompt) else prompt

@@ -152,7 +152,7 @@ def announce(
     c = model.config
     kernels = ", ".join(f"{op} {how}" for op, how in vars(model.kernels).items())
     same = set(vars(model.kernels).values())
-    documents = "" if corpus.documents is None else f"{corpus.documents:,} documents, "
+    documents = "" if corpus.n_documents is None else f"{corpus.n_documents:,} documents, "
     rows = {
         "text": f"{corpus.name}: {documents}{len(corpus.train):,} tokens and {len(corpus.val):,} held out, "
         f"vocabulary {corpus.tokenizer.vocab_size}",

@@ -76,8 +76,8 @@ def from_pretrained(
     override_args: dropout (0 by default), vocab_multiple; as in nanoGPT, the rest is the checkpoint's.
     check: compare the files of a run's checkpoint with what the run wrote (reads them once more).
     The model is in train mode, as a new one is.
-    Raises FileNotFoundError for a folder that is no checkpoint, OSError when a download fails, ValueError naming file
-    and tensor or setting for one that is damaged or is not a GPT-2 that this is.
+    Raises FileNotFoundError for a folder that is no checkpoint, OSError if a download fails, ValueError for a
+    checkpoint that is damaged or of a model that is not implemented here; it names the file, and the tensor or setting.
     """
     folder = _find(name_or_folder, check)
     weights = _weights_file(folder)
