@@ -60,7 +60,7 @@ class Source(ABC):
         """What identifies this source, in values that JSON can hold."""
 
     def inputs(self) -> dict[str, list[int]]:
-        """Each local file that is read: [its size in bytes, the time of its last change in ns]. {} for the hub's data."""
+        """Each local file that is read: [size in bytes, time of its last change in ns]. {} for the hub's data."""
         return {}
 
     @abstractmethod

@@ -25,7 +25,7 @@ def silent(stage: str) -> None:
 
 @dataclass(frozen=True)
 class Text:
-    """documents: the texts. name: what the console calls them. prompt: a few words that such a text could begin with."""
+    """documents: texts. name: what the console calls them. prompt: a few words that such a text could begin with."""
 
     name: str
     documents: list[str]
