@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
 from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data.sources import SURROGATE
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
@@ -20,6 +22,7 @@ from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, Source, Text
 from fastgpt2.gpt2.output import visible
+from fastgpt2.gpt2.training.progress import stages
 from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 
 RULE = "-" * 80
@@ -76,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     sampling = {name: getattr(args, name) for name in names}
     Sampling(**sampling)  # wrong settings are told before the model is loaded
     device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=args.check)
+    with stages(Console(stderr=True), "loading the model"):
+        model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=args.check)
     model.to(device, DTYPES[args.dtype]).eval()
     settings = dict(
         max_new_tokens=args.max_new_tokens,

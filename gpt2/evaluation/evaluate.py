@@ -91,15 +91,18 @@ def text_loss(
     batch_size: int = 8,
     device: torch.device,
     watch: Watch = iter,
+    tokens: np.ndarray | None = None,
 ) -> TextLoss:
     """How well the model predicts every token of a text.
 
     A document follows the end of text, as in training; without such a token the very first one cannot be predicted and
     is not counted. stride: see `data.strided`; default: block_size. batch_size: windows at once.
+    tokens: `data.encode_text` of the text, where that was done before.
     Raises ValueError for a stride that is not in 1..block_size, or a text of one token.
     """
     T = model.config.block_size
-    tokens = data.encode(((document, True) for document in text.documents), tokenizer)
+    if tokens is None:
+        tokens = data.encode_text(text, tokenizer)
     if tokenizer.end_of_text is not None:
         tokens = np.roll(tokens, 1)  # the end of each document stands before it, not after it
     batches = list(data.strided(tokens, T, T if stride is None else stride, batch_size))

@@ -100,7 +100,7 @@ class RunFolder:
             "kernels": dataclasses.asdict(model.kernels),
             "text": {
                 "name": corpus.name,
-                "documents": corpus.documents,
+                "documents": corpus.n_documents,
                 "tokens": len(corpus.train),
                 "held_out": len(corpus.val),
             },

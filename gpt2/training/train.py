@@ -34,7 +34,7 @@ from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training.begin import beginning
 from fastgpt2.gpt2.training.log import LOG, read_log
-from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample
+from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample, stages
 from fastgpt2.gpt2.training.ranks import Ranks
 from fastgpt2.gpt2.training.run_folder import CONFIG, Record, RunFolder, check_run, versions
 from fastgpt2.gpt2.training.stop_signals import StopSignals
@@ -109,21 +109,28 @@ def _train(
     if resumed is not None:
         ranks.broadcast(lambda: held.enter_context(exclusive(resumed)))
     check_trackers(config)
-    saved = None if resumed is None else newest_whole(resumed, lambda text: line(console, text))
-    begun = ranks.on_all(lambda: beginning(config, saved))
     text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
     place: dict[str, Any] = dict(rank=ranks.rank, world_size=ranks.size)
+    starting = held.enter_context(contextlib.ExitStack())
+    place["say"] = say = starting.enter_context(stages(console, "start"))
+    saved = None if resumed is None else newest_whole(resumed, lambda text: line(console, text))
+    if config.init_from is not None:
+        say("loading the weights")
+    begun = ranks.on_all(lambda: beginning(config, saved))
     otherwise = config.text_tokenizer() if begun is None else begun.tokenizer
     corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=otherwise, **place))
     if begun is not None:
         begun.check_tokenizer(corpus.tokenizer)
     examples = ranks.broadcast(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
+    say("preparing the model")
     torch.manual_seed(config.seed)
     model = None if begun is None else begun.model
     trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks, model)
     held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
     done = 0 if resumed is None else _restore(trainer, resumed, saved, held_out, console)
+    say("computing the validation loss")
     val_loss = trainer.validation_loss()  # also meets what a kernel refuses, before anything is written
+    starting.close()
 
     new = resumed is None
     if resumed is None:
@@ -134,7 +141,7 @@ def _train(
         ranks.broadcast(lambda: folder.set_steps(config.steps))
     trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
     announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
-    if begun is not None and new and (note := begun.note(corpus.tokenizer)):
+    if ranks.first and begun is not None and new and (note := begun.note(corpus.tokenizer)):
         line(console, f"note    {note}")
 
     record, stopped_by = None, None

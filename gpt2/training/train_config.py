@@ -180,7 +180,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large-smoke": _GPT2 | _LARGE | _SMOKE,
     "gpt2-xl": _GPT2 | _XL,
     "gpt2-xl-smoke": _GPT2 | _XL | _SMOKE,
-    # For weights that exist: nanoGPT's finetune_shakespeare trains some steps at a thirtieth of GPT-2's rate.
+    # For weights that exist: nanoGPT's finetune_shakespeare takes few steps at a twentieth of GPT-2's rate.
     "finetune": _FINETUNE,
     "finetune-smoke": _FINETUNE | dict(steps=20, batch_size=1, eval_interval=10, eval_tokens=4096),
 }  # fmt: skip

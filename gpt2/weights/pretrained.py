@@ -77,8 +77,8 @@ def from_pretrained(
     override_args: dropout (0 by default), vocab_multiple, activation; as in nanoGPT, the rest is the checkpoint's.
     check: compare the files of a run's checkpoint with what the run wrote (reads them once more).
     The model is in train mode, as a new one is.
-    Raises FileNotFoundError for a folder that is no checkpoint, OSError when a download fails, ValueError naming file
-    and tensor or setting for one that is damaged or is not a GPT-2 that this is.
+    Raises FileNotFoundError for a folder that is no checkpoint, OSError if a download fails, ValueError for a
+    checkpoint that is damaged or of a model that is not implemented here; it names the file, and the tensor or setting.
     """
     found = open_checkpoint(name_or_folder, override_args, check=check)
     model = build(found.config, found.tensors, found.source, dtype=torch.float32, kernels=kernels)
