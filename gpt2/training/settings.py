@@ -13,11 +13,9 @@ class Settings:
     """Nothing is checked here: that is `training.train_config.TrainConfig`. Defaults are those of the preset baby."""
 
     preset: str = "baby"  # what is not given: baby, gpt2, -medium, -large, -xl, finetune; each also with -smoke
-    init_from: str | None = None  # weights to begin with: gpt2, a run, a checkpoint of ours, HuggingFace's or nanoGPT's
+    init_from: str | None = None  # weights to begin with: gpt2, a run, a checkpoint of ours, HuggingFace's, nanoGPT's
     data: str | None = None  # text (file or folder), or token shards of `prepare`; None: Python library's sources
-    tokenizer: str | None = (
-        None  # char, byte, gpt2, or a vocabulary's path; None: the data's, init_from's, the preset's
-    )
+    tokenizer: str | None = None  # char, byte, gpt2, or a vocabulary's path; None: that of data, weights or preset
     out: str | None = None  # the run's folder; None: runs/DATE-TIME-PRESET
 
     steps: int = 5000  # optimizer steps; more with --resume: it goes on at the rate of a run of that length
