@@ -332,8 +332,7 @@ class GPT(nn.Module):
         return from_pretrained(name_or_folder, override_args, kernels=kernels)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` reads, and what the model was read
-        with. tokenizer: one of `fastgpt2.gpt2.data.tokenizer`, saved too; its end of text ends what is generated."""
+        """A folder that `GPT2LMHeadModel.from_pretrained` reads, with its tokenizer if one is given. See there."""
         from fastgpt2.gpt2.weights.pretrained import save_pretrained
 
         save_pretrained(self, folder, tokenizer)
