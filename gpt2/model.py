@@ -332,7 +332,7 @@ class GPT(nn.Module):
         return from_pretrained(name_or_folder, override_args, kernels=kernels)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """A folder that `GPT2LMHeadModel.from_pretrained` reads, with its tokenizer if one is given. See there."""
+        """A folder that `GPT2LMHeadModel.from_pretrained` reads: see `fastgpt2.gpt2.weights.pretrained`."""
         from fastgpt2.gpt2.weights.pretrained import save_pretrained
 
         save_pretrained(self, folder, tokenizer)

@@ -131,7 +131,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, special_tokens: bool = Fals
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(
             f"prompt holds {', '.join(map(repr, unknown[:5]))}{more}, which the tokenizer has no token for: "
-            f"its vocabulary is {tokenizer.vocab_size} characters"
+            f"its vocabulary has {tokenizer.vocab_size} tokens"
         )
     return tokens
 
