@@ -1,4 +1,4 @@
-"""Every setting of a training run, as plain values: fields are options of `fastgpt2 train`, comments their help."""
+"""All settings of a training run. The fields are the options of `fastgpt2 train`, and the comments are their help."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Nothing is checked here: that is `training.train_config.TrainConfig`. Defaults are those of the preset baby."""
+    """The settings as plain values; `training.train_config.TrainConfig` checks them. The defaults are preset baby's."""
 
     preset: str = "baby"  # where settings not given come from: baby, gpt2, -medium, -large, -xl; each also -smoke
     data: str | None = None  # text (file or folder), or token shards of `prepare`; None: Python library's sources
