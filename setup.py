@@ -39,6 +39,7 @@ TEST = [
     "tensorboard>=2.14",
     "wheel",
 ]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 CLIENTS = ["opacus>=1.5", "peft>=0.15", "torchao>=0.10", "torchinfo>=1.8"]  # tools that tests put on the model
 
 setup(
@@ -49,6 +50,18 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
+    author="The fastgpt2 authors",
+    keywords=["gpt-2", "triton", "pytorch", "attention", "transformer", "kernels"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     package_dir={"fastgpt2": ""},
     packages=["fastgpt2", *PACKAGES],
@@ -73,7 +86,8 @@ setup(
         "clients": CLIENTS,
         "data": DATA,
         "watch": WATCH,
-        "dev": [*TEST, *CLIENTS, *DATA, *WATCH, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
+        "docs": DOCS,
+        "dev": [*TEST, *CLIENTS, *DATA, *WATCH, *DOCS, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["fastgpt2=fastgpt2.gpt2.cli:main"]},
 )

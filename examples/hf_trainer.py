@@ -1,4 +1,4 @@
-"""A GPT in HuggingFace's Trainer: python examples/hf_trainer.py (needs accelerate)"""
+"""Trains a GPT with HuggingFace's Trainer: python examples/hf_trainer.py (needs accelerate)"""
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -9,7 +9,7 @@ from fastgpt2.gpt2.data.windows import Windows
 
 
 class Model(torch.nn.Module):
-    """The Trainer calls with names and wants a dictionary with the loss."""
+    """Adapts a GPT to the Trainer, which passes inputs by name and expects a dictionary with the loss."""
 
     def __init__(self, gpt: GPT):
         super().__init__()

@@ -43,7 +43,7 @@ def test_all_of_it_at_once(tmp_path, capsys, model, checkpoint, prepared, file):
     assert cli.main(["eval", "--checkpoint", checkpoint, "--batch-size", "2", "--tokens", "64", *options]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    windows = data.evenly(shards.open_tokens(prepared, "val"), test_evaluate.T, 2, 4)
+    windows = data.eval_batches(shards.open_tokens(prepared, "val"), test_evaluate.T, 2, 4)
     loss = mean_loss(model, windows, test_evaluate.CPU)
     assert found["checkpoint"] == checkpoint
     assert found["val"] == {"tokens": 64, "loss": pytest.approx(loss)}

@@ -20,7 +20,7 @@ def losses(name: str, capsys) -> list[float]:
 
 
 def test_a_loop_of_twenty_lines_learns(capsys):
-    no_gpu = pytest.warns(UserWarning, match="the step runs without CUDA graphs, as before: the model is on cpu")
+    no_gpu = pytest.warns(UserWarning, match="the step runs without CUDA graphs: the model is on cpu")
     with contextlib.nullcontext() if torch.cuda.is_available() else no_gpu:
         found = losses("own_loop.py", capsys)
     assert len(found) == 5 and found[-1] < found[0] - 0.2

@@ -94,9 +94,7 @@ def test_a_capture_that_fails(tmp_path, device, replays, monkeypatch, cuda_graph
         with pytest.raises(RuntimeError, match="not permitted"):
             run.step(1)
         return
-    with pytest.warns(
-        UserWarning, match="without CUDA graphs, as before: nothing was captured: operation not permitted"
-    ):
+    with pytest.warns(UserWarning, match="without CUDA graphs: nothing was captured: operation not permitted"):
         assert run.step(1).loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -111,9 +109,9 @@ def test_who_captures(other):
 
 
 def test_what_cannot_be_captured_is_refused_where_it_is_asked_for():
-    with pytest.raises(ValueError, match="cuda_graph is 'on' and device is 'cpu', allowed is a GPU"):
+    with pytest.raises(ValueError, match="cuda_graph is 'on' and device is 'cpu', allowed is a CUDA device"):
         TrainConfig(device="cpu", cuda_graph="on").as_cuda_graph(1)
-    with pytest.raises(ValueError, match="cuda_graph is 'on' and parallel 'fsdp' on 8 ranks, allowed is 'ddp'"):
+    with pytest.raises(ValueError, match="cuda_graph is 'on' and parallel is 'fsdp' on 8 ranks, allowed is 'ddp'"):
         TrainConfig(device="cuda", cuda_graph="on", parallel="fsdp").as_cuda_graph(8)
 
 
@@ -130,18 +128,22 @@ def test_any_number_of_documents_is_replayed(device, replays, kernels):
     graphed(model, idx, targets, starts[0])
     found = []
     for m in (model, plain):
-        for documents in starts:
+        for document_starts in starts:
             m.zero_grad()
-            _, loss = m(idx, targets, documents=documents)
+            _, loss = m(idx, targets, document_starts=document_starts)
             loss.backward()
             found += [loss, m.transformer.wpe.weight.grad]
     torch.testing.assert_close(found[: len(found) // 2], found[len(found) // 2 :])
     assert len(replays) == len(starts) and len({loss.item() for loss in found[::2]}) > 2
     model(idx, targets)  # without documents another graph would be needed
     assert len(replays) == len(starts)
+    with pytest.warns(DeprecationWarning, match="documents is now document_starts"):
+        graphed(model, idx, targets, documents=starts[0])
+    model(idx, targets, documents=starts[1])[1].backward()
+    assert len(replays) == len(starts) + 1
     if device.type == "cpu":
         with pytest.raises(ValueError, match="expected to rise from 0 to 16"):
-            model(idx, targets, documents=starts[0][:-1])
+            model(idx, targets, document_starts=starts[0][:-1])
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -121,11 +121,11 @@ def test_rows_are_read_as_they_are(file):
     ("change", "message"),
     [
         ({"label": 4}, r"label is 4, allowed are 0\.\.3"),
-        ({"label": ""}, "line 2 is no example with a label"),
+        ({"label": ""}, "line 2 is not an example with a label"),
         ({"endings": ["a"]}, "expected 4 texts"),
         ({"endings": ["a", "b", "", "d"]}, "expected 4 texts"),
         ({"ctx": " "}, "ctx is empty"),
-        ({"ctx_a": ...}, "line 2 is no example with a label: no 'ctx_a'"),
+        ({"ctx_a": ...}, "line 2 is not an example with a label: 'ctx_a' is missing"),
     ],
 )
 def test_a_row_that_is_no_example_is_named(tmp_path, change, message):
@@ -138,7 +138,8 @@ def test_a_row_that_is_no_example_is_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no examples"), ("[1]", "line 1 is no"), ("{", "line 1 is no")]
+    ("content", "message"),
+    [("", "has no examples"), ("[1]", "line 1 is not an example"), ("{", "line 1 is not an example")],
 )
 def test_a_file_without_examples_is_named(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)

@@ -88,7 +88,7 @@ def test_a_preset_is_no_tokenizer_that_was_given(byte_shards, tmp_path):
 def test_another_tokenizer_than_the_checkpoints_is_refused(byte_shards, tmp_path):
     settings = {**TINY, "data": str(byte_shards), "out": str(tmp_path / "run"), "steps": 2}
     folder = run(settings)[0].folder
-    with pytest.raises(ValueError, match="tokenizer is 'char', and .*step-00000002 brings another one"):
+    with pytest.raises(ValueError, match="tokenizer is 'char', but .*step-00000002 has another one"):
         load_checkpoint(folder, tokenizer_spec="char")
     assert load_checkpoint(folder, tokenizer_spec="byte")[1] == ByteTokenizer()
 

@@ -188,5 +188,5 @@ def test_alone_nothing_is_spread():
 
 def test_a_gpu_of_its_own_for_each_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device is 'cuda:1', with 2 processes each takes its own: give cuda"):
+    with pytest.raises(ValueError, match="device is 'cuda:1', but each of 2 processes uses another GPU"):
         Ranks.join("cuda:1")

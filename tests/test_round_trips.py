@@ -122,6 +122,16 @@ def test_live_models_keep_their_ends(tmp_path):
     assert again.generation_config.to_dict() == hf.generation_config.to_dict()
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_beside_the_weights_is_kept_and_not_used(tmp_path, content):
+    theirs = their_folder(tmp_path / "theirs")
+    (theirs / "generation_config.json").write_text(content)
+    model = GPT.from_pretrained(theirs)
+    assert model.to_huggingface().generation_config.eos_token_id == 1
+    model.save_pretrained(tmp_path / "ours")
+    assert files_of(tmp_path / "ours") == files_of(theirs)
+
+
 # -------------------------------------------------------------------------------------------- one's own tokenizer
 
 

@@ -104,7 +104,7 @@ def test_characters_without_a_token_are_named(tmp_path, capsys, form):
     assert cli.main([*args, "--prompt", "a€bx€d123"]) == 2
     out, err = capsys.readouterr()
     assert not out and "prompt holds '€', 'x', 'd', '1', '2' and 1 more, which the tokenizer has no token for" in err
-    assert "its vocabulary is 4 characters" in err
+    assert "its vocabulary has 4 tokens" in err
     assert cli.main([*args, "--prompt", "ab\ufffd"]) == 0  # the unknown one itself, as texts are written
 
 

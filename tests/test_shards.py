@@ -177,7 +177,7 @@ def test_a_split_that_is_too_short_is_named(tmp_path):
     for name, tokens in (("train.npy", TOKENS), ("val.npy", TOKENS[:8])):
         np.save(tmp_path / name, tokens)
     with pytest.raises(ValueError, match="val.npy has 8 tokens, one window of block_size 8 needs one more"):
-        next(data.evenly(open_tokens(tmp_path, "val"), 8, 1, 1))
+        next(data.eval_batches(open_tokens(tmp_path, "val"), 8, 1, 1))
 
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):

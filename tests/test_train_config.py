@@ -122,7 +122,7 @@ def test_settings_survive_their_file(name, tmp_path):
     ("content", "message"),
     [
         ("stesp: 3", "setting 'stesp' is unknown, there are preset,"),
-        ("- 3", "holds no settings"),
+        ("- 3", "has no settings"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -133,7 +133,7 @@ def test_files_that_do_not_work_are_named(content, message, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config is '.*none.yaml', there is no such file"):
+    with pytest.raises(FileNotFoundError, match="config is '.*none.yaml', which does not exist"):
         parse(["--config", str(tmp_path / "none.yaml")])
 
 
@@ -142,11 +142,11 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path):
         ("lr: 0.1\nsteps: many", "run.yaml, line 2: steps is 'many', expected a whole number"),
         ("lr: true", "lr is 'true', expected a number"),
         ("steps: 1.5", "steps is '1.5', expected a whole number"),
-        ("steps: null", "steps is 'null', which is nothing"),
+        ("steps: null", "steps is 'null', which YAML reads as null"),
         ("compile: 1", "compile is '1', allowed are true and false"),
         ("bad_steps: no", "bad_steps is 'no', allowed are stop, skip"),
-        ("data: [a, b]", "data holds more than one value"),
-        ("lr: 0.1\nsteps: 3\nlr: 0.2", "line 3: setting 'lr' is there twice"),
+        ("data: [a, b]", "data has several values"),
+        ("lr: 0.1\nsteps: 3\nlr: 0.2", "line 3: setting 'lr' is given twice"),
     ):
         (tmp_path / "run.yaml").write_text(content)
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data import vocabularies
 from fastgpt2.gpt2.data.pieces import Pieces
-from fastgpt2.gpt2.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer
 
 TEXT = "hello, the hello\n  world's 123 -- héllo 日本語 🙂\n\n\tdef f(x):  return x\n"
 END, PAD = "<|endoftext|>", "[PAD]"
@@ -133,6 +134,43 @@ def test_added_tokens_of_an_old_folder(tmp_path):
     (tmp_path / "old" / "added_tokens.json").write_text(json.dumps({PAD: 401}))
     with pytest.raises(ValueError, match=r"added_tokens.json gives '\[PAD\]' id 401, the next is 301"):
         tokenizers.load(tmp_path / "old")
+
+
+# ----------------------------------------------------------------------------------------------- runs of older releases
+
+SPLIT = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+def old_file(folder, model, level=None, added=()):
+    """tokenizer.json as release 0.1.0 wrote it, key by key."""
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    decoder = level or {"type": "Fuse"}
+    rest = {"pre_tokenizer": level or SPLIT, "decoder": decoder, "model": model}
+    content = {"version": "1.0", "added_tokens": list(added), **empty, **rest}
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
+
+
+def test_tokenizers_of_older_runs_are_what_they_were(tmp_path):
+    names = vocabularies.printable()
+    vocab = {"\ufffd": 0, "a": 1, "é": 2, "\n": 3}
+    old_file(tmp_path, {"type": "WordLevel", "vocab": vocab, "unk_token": "\ufffd"})
+    assert tokenizers.load(tmp_path) == CharTokenizer("aé\n")
+
+    model = {"type": "BPE", "vocab": {names[b]: b for b in range(256)}, "merges": []}
+    old_file(tmp_path, model, {**LEVEL, "use_regex": False})
+    assert tokenizers.load(tmp_path) == ByteTokenizer()
+
+    ranks = {bytes([b]): 255 - b for b in range(256)} | {b"he": 256, b" w": 257}
+    model = {"type": "BPE", "vocab": {"".join(names[b] for b in token): i for token, i in ranks.items()}}
+    for merges in ([["h", "e"], [names[32], "w"]], ["h e", f"{names[32]} w"]):
+        end = {"id": 258, "content": END, "special": True, **FLAGS}
+        old_file(tmp_path, {**model, "merges": merges}, {**LEVEL, "use_regex": True}, [end])
+        loaded = tokenizers.load(tmp_path)
+        assert loaded == BPETokenizer(ranks) and loaded.encode("he w\xe9").tolist() == [256, 257, 60, 86]
+        loaded.save(tmp_path / "next")
+        assert contents(tmp_path / "next") == {"tokenizer.json": (tmp_path / "tokenizer.json").read_bytes()}
 
 
 # ---------------------------------------------------------------------------------------------------- special tokens

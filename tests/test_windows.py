@@ -140,16 +140,16 @@ def test_a_rank_out_of_range_is_refused(rank, world_size):
 
 def test_validation_windows_are_fixed_and_spread():
     tokens = np.arange(1000)
-    batches = list(data.evenly(tokens, block_size=10, batch_size=4, windows=12))
+    batches = list(data.eval_batches(tokens, block_size=10, batch_size=4, windows=12))
     starts = torch.cat([idx[:, 0] for idx, _ in batches])
     assert len(starts) == 12 and (starts.diff() >= 10).all()
     assert starts[0] == 0 and starts[-1] >= 900
-    again = torch.cat([idx[:, 0] for idx, _ in data.evenly(tokens, 10, 4, 12)])
+    again = torch.cat([idx[:, 0] for idx, _ in data.eval_batches(tokens, 10, 4, 12)])
     assert torch.equal(starts, again)
 
 
 def test_validation_takes_all_there_is_of_a_short_text():
-    batches = list(data.evenly(np.arange(51), block_size=10, batch_size=4, windows=12))
+    batches = list(data.eval_batches(np.arange(51), block_size=10, batch_size=4, windows=12))
     assert [len(idx) for idx, _ in batches] == [4, 1]
     assert batches[-1][1][-1, -1] == 50
 
@@ -157,8 +157,8 @@ def test_validation_takes_all_there_is_of_a_short_text():
 @given(st.integers(3, 100), st.integers(1, 5), st.integers(1, 30), st.integers(1, 4))
 def test_validation_is_the_same_for_any_batch_and_number_of_ranks(length, batch_size, windows, world_size):
     tokens = np.arange(length)
-    alone = torch.cat([idx for idx, _ in data.evenly(tokens, 2, 1, windows)])
-    ranks = [list(data.evenly(tokens, 2, batch_size, windows, r, world_size)) for r in range(world_size)]
+    alone = torch.cat([idx for idx, _ in data.eval_batches(tokens, 2, 1, windows)])
+    ranks = [list(data.eval_batches(tokens, 2, batch_size, windows, r, world_size)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     in_order = [batch for batches in zip(*ranks, strict=True) for batch in batches]
     assert all((idx >= 0).all() for idx, _ in in_order)

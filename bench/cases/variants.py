@@ -142,7 +142,7 @@ def naive_attention(active: bool) -> Iterator[None]:
         return
 
     def attend(
-        qkv: Tensor, n_head: int, scale: float, dropout_p: float, kernels: Kernels, documents: Tensor | None = None
+        qkv: Tensor, n_head: int, scale: float, dropout_p: float, kernels: Kernels, mask: Tensor | None = None
     ) -> Tensor:
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, D)

@@ -127,7 +127,7 @@ def _validation_loss(
     model: GPT, tokens: shards.Shards, most: int, batch_size: int, device: torch.device, watch: Watch
 ) -> dict[str, Any]:
     T = model.config.block_size
-    batches = list(data.evenly(tokens, T, batch_size, max(1, most // T)))
+    batches = list(data.eval_batches(tokens, T, batch_size, max(1, most // T)))
     return {
         "tokens": sum(targets.numel() for _, targets in batches),
         "loss": mean_loss(model, watch(batches), device),

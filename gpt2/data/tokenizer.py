@@ -148,8 +148,9 @@ def load(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint: tokenizer.json, or vocab.json and merges.txt as older GPT-2 folders have them, or
     under the names that OpenAI gave them, or nanoGPT's meta.pkl.
 
-    Saved again, its files are the same. Raises FileNotFoundError for a folder with neither, ValueError for a file that
-    cannot be used; both name it.
+    Saved again, its files are the same. A vocabulary of GPT-2's form without <|endoftext|> gets it as its last token,
+    to separate documents with. Raises FileNotFoundError for a folder with neither, ValueError for a file that cannot be
+    used; both name it.
     """
     folder = Path(folder)
     path, vocab, merges = (folder / name for name in (TOKENIZER_JSON, VOCAB, MERGES))
@@ -176,7 +177,9 @@ def load(folder: str | Path) -> Tokenizer:
 
 
 def _special_case(content: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of this tokenizer.json where it is one of characters, bytes, or tiktoken's: those are faster."""
+    """The tokenizer of this tokenizer.json if it is one of characters, of bytes or of GPT-2's form, which are faster
+    here than by HuggingFace's library. None for any other.
+    """
     model, split = content["model"], content.get("pre_tokenizer") or {}
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     if content.get("normalizer") or any(model.get(name) for name in CHANGES_MERGES):

@@ -182,7 +182,7 @@ def _check_length(tokens: Tokens, block_size: int) -> None:
 
 def document_starts(idx: Tensor, end_of_text: int) -> Tensor:
     """Where documents begin in idx (B, T): (n + 1,) int32, places in the flattened idx and, as the last number, B*T.
-    GPT takes it as `documents`.
+    GPT takes it as `document_starts`.
 
     An end of text is the first token of the document after it. The first token of each row begins a document, too.
     """
@@ -192,7 +192,7 @@ def document_starts(idx: Tensor, end_of_text: int) -> Tensor:
     return torch.cat([places, places.new_tensor([idx.numel()])]).to(torch.int32)
 
 
-def evenly(
+def eval_batches(
     tokens: Tokens, block_size: int, batch_size: int, windows: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Always the same windows, at most `windows`, spread evenly over `tokens` and not overlapping, in batches.

@@ -1,4 +1,4 @@
-"""Writing text: a prompt becomes tokens, a model goes on from them, its tokens become text.
+"""Generating text: a prompt is encoded, the model continues its tokens, and the new tokens are decoded.
 
     texts = generate_text(model, tokenizer, "Once", num=3, top_k=50)
     for piece in stream_text(model, tokenizer, "Once", stop="\n\n"): print(piece, end="", flush=True)
@@ -31,11 +31,10 @@ PADDED_TO = (64, 128, 256, 512)  # multiples that people round the rows of a tok
 
 @dataclass(frozen=True)
 class Text:
-    """What was written after a prompt.
+    """A text that was generated after a prompt.
 
-    tokens: how many were drawn, with the one that ended it. logprobs: theirs under the model (see `Generation`), None
-    where they were not asked for.
-    ended: "end_of_text", "stop" or "length".
+    tokens: the number of sampled tokens, including the one that ended the text. logprobs: their log-probabilities under
+    the model (see `Generation`), or None without with_logprobs. ended: "end_of_text", "stop" or "length".
     """
 
     prompt: str
@@ -60,13 +59,13 @@ def write_texts(
     special_tokens: bool = False,
     **settings: Any,
 ) -> list[Text]:
-    """`num` texts after `prompt`, written side by side. Same seed, same texts.
+    """Generates `num` texts after `prompt` in one batch. The same seed gives the same texts.
 
     stop: a text ends before this string.
     special_tokens: where `prompt` has the name of a special token, such as <|endoftext|>, that token is meant; a prompt
         may be nothing else. False: the name is read as ordinary characters.
-    settings: max_new_tokens (200), seed (0), the fields of `Sampling`; with_logprobs (False); compile: see `Decoder`;
-        crop: of a prompt longer than block_size the model sees the end, with a warning, or with False it is an error.
+    settings: max_new_tokens (default 200), seed (0), with_logprobs (False), crop (as for `Generation`), compile (as for
+        `Decoder`), and the fields of `Sampling`.
     Raises ValueError naming the argument, its value and what is allowed.
     """
     if num < 1:
@@ -75,7 +74,7 @@ def write_texts(
     rows = [Pieces(tokenizer, stop, tokens.tolist()) for _ in range(num)]
     generation = _begin(model, tokenizer, tokens, num, **settings)
     with contextlib.closing(generation):
-        if stop is None:  # nothing has to be looked at before the end
+        if stop is None:  # no token has to be decoded before the end
             for _ in generation:
                 pass
             drawn = generation.ids[:, generation.T :].tolist()
@@ -106,9 +105,9 @@ def stream_text(
     special_tokens: bool = False,
     **settings: Any,
 ) -> Iterator[str]:
-    """The text after `prompt` in pieces, as it is written: whole characters, and nothing of the stop string.
+    """Yields the text after `prompt` in pieces as it is generated: whole characters, without the stop string.
 
-    Arguments as for `write_texts`, checked before the first piece is asked for.
+    Arguments as for `write_texts`. They are checked before the first piece is requested.
     """
     tokens = prompt_tokens(tokenizer, prompt, special_tokens)
     text = Pieces(tokenizer, stop, tokens.tolist())
@@ -131,7 +130,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, special_tokens: bool = Fals
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(
             f"prompt holds {', '.join(map(repr, unknown[:5]))}{more}, which the tokenizer has no token for: "
-            f"its vocabulary is {tokenizer.vocab_size} characters"
+            f"its vocabulary has {tokenizer.vocab_size} tokens"
         )
     return tokens
 
@@ -184,10 +183,10 @@ def load_checkpoint(
 ) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run's folder, of a folder that `from_pretrained` reads, or of a hub name.
 
-    tokenizer_spec: for a checkpoint without tokenizer files, as `tokenizer.from_spec` takes it.
+    tokenizer_spec: a specification for `tokenizer.from_spec`, for a checkpoint without a tokenizer.
     check: as for `from_pretrained`.
     The token table may have more rows than the tokenizer has tokens: padding, or tokens that were never used.
-    Raises ValueError for a tokenizer that is not the model's.
+    Raises ValueError if model and tokenizer do not fit together.
     """
     if str(checkpoint) and Path(checkpoint).is_dir():
         checkpoint = str(folder_to_read(Path(checkpoint), check))
@@ -218,18 +217,21 @@ def _brought_tokenizer(checkpoint: str | Path) -> Tokenizer:
 
 
 def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names. Raises ValueError for a folder with tokenizer files of another one."""
+    """The tokenizer that `spec` names. Raises ValueError if the folder has a different one."""
     try:
         own = _brought_tokenizer(checkpoint)
     except FileNotFoundError:
         return tokenizers.from_spec(spec, [])
     if not tokenizers.is_named(spec, own):
-        raise ValueError(f"tokenizer is {spec!r}, and {checkpoint} holds another one: leave tokenizer out")
+        raise ValueError(f"tokenizer is {spec!r}, but {checkpoint} has another one: leave tokenizer out")
     return own
 
 
 def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder or repository; GPT-2's if there is none and its size fits vocab_size."""
+    """The checkpoint's tokenizer, or GPT-2's if it has none and vocab_size is that of GPT-2, or that rounded up.
+
+    Raises FileNotFoundError if it has none and vocab_size differs from GPT-2's.
+    """
     if str(checkpoint) not in HUB_NAMES or (Path(checkpoint) / CONFIG).is_file():
         try:
             here = Path(checkpoint).exists()

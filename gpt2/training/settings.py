@@ -1,4 +1,4 @@
-"""Every setting of a training run, as plain values: fields are options of `fastgpt2 train`, comments their help."""
+"""All settings of a training run. The fields are the options of `fastgpt2 train`, and the comments are their help."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Nothing is checked here: that is `training.train_config.TrainConfig`. Defaults are those of the preset baby."""
+    """The settings as plain values; `training.train_config.TrainConfig` checks them. The defaults are preset baby's."""
 
     preset: str = "baby"  # what is not given: baby, gpt2, -medium, -large, -xl, finetune; each also with -smoke
     init_from: str | None = None  # weights to begin with: gpt2, a run, a checkpoint of ours, HuggingFace's, nanoGPT's

@@ -6,8 +6,9 @@
     result.model, result.tokenizer, result.folder
     train(resume=result.folder)                         # after a kill: the same losses and weights, bit for bit
 
-One step: the passes whose mean gradient is clipped and given to AdamW, at a learning rate that rises linearly and falls
-by a cosine or, with `schedule="wsd"`, late and linearly. Same config, same CPU: same losses, bit for bit.
+A step averages the gradients of its passes, clips them and updates the weights with AdamW. The learning rate rises
+linearly and then falls as a cosine or, with `schedule="wsd"`, linearly in the last steps. The same config on the same
+CPU gives the same losses bit for bit.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ from fastgpt2.gpt2.training.trainer import Trainer
 from fastgpt2.gpt2.weights.checkpoints import link_newest, load_checkpoint_state, newest_whole, save_checkpoint
 from fastgpt2.gpt2.weights.pretrained import from_pretrained
 
-# What may differ where a run goes on: where its data lies (what it is, the saved position knows), where and how it is
-# computed, and what is kept of it.
+# The settings that may change when a run is resumed: the path of its data (the saved state checks that the content is
+# the same), how it is computed, and what is reported and kept.
 WATCHING = ("keep", "hellaswag", "tensorboard", "wandb")
 COMPUTING = ("device", "kernels", "compile", "cuda_graph", "recompute", "parallel", "bad_steps", "spike")
 FREE_TO_CHANGE = ("data", "out", *COMPUTING, *WATCHING)
@@ -54,7 +55,8 @@ __all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves. `stopped_by` is the signal that ended it early, if one did."""
+    """The result of a run. steps: the last step. loss, val_loss: the last ones, in nats a token. stopped_by: the signal
+    that ended the run early, if any."""
 
     folder: Path
     model: GPT
@@ -70,13 +72,14 @@ def train(
 ) -> TrainResult:
     """Trains one model and writes its run folder; reports to `console` (default: standard output).
 
-    config: default: baby on a GPU, baby-smoke without one; with `resume`, the run's own.
-    resume: the folder of a run: goes on from its newest whole checkpoint, to its end or, with more `steps`, beyond.
-    A first SIGINT, SIGTERM or SIGHUP ends the run after its step and saves what stands; a second leaves at once.
-    Sets PyTorch's global seed. Under torchrun every rank calls this; rank 0 writes.
-    A folder is one run's at a time: BlockingIOError where another process has it.
-    Raises ValueError or OSError before the first step for data or settings that do not work or, with `resume`, are not
-    the run's, FloatingPointError when the loss is no longer a number: what was saved last then stands.
+    config: by default preset baby on a GPU and baby-smoke without one; with `resume`, the run's own settings.
+    resume: the folder of a run. It continues from the newest complete checkpoint to its end or, with more `steps`, on.
+
+    The first SIGINT, SIGTERM or SIGHUP ends the run after the current step and saves it; a second one ends it at once.
+    Sets PyTorch's global seed. Under torchrun every rank calls this, and rank 0 writes.
+    Raises ValueError or OSError before the first step if data or settings are not usable or, with `resume`, are not
+    those of the run; BlockingIOError if another process uses the folder; FloatingPointError if the loss or gradient
+    becomes NaN, infinite or a spike. The last checkpoint then remains.
     """
     if resume is not None:
         config = _config_of(Path(resume), config)
@@ -86,13 +89,13 @@ def train(
     ranks = Ranks.join(config.device)
     try:
         if config.parallel == "fsdp" and ranks.size == 1 and resume is None:
-            raise ValueError("parallel is 'fsdp' and there is one process: start more with torchrun")
+            raise ValueError("parallel is 'fsdp' and there is one process: start several with torchrun")
         with contextlib.ExitStack() as held:
             return _train(config, None if resume is None else Path(resume), ranks, console or run_console(), held)
     except BaseException as error:
         if ranks.size > 1:
-            # DDP must be freed before its process group is left: freed after it, by the last frame that holds it, it
-            # would wait for a thread that waits for Python.
+            # The frames of the error hold DDP, which must be freed before its process group is destroyed. Freed later,
+            # it would wait for a thread that itself waits for the interpreter's lock.
             traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -102,7 +105,7 @@ def train(
 def _train(
     config: TrainConfig, resumed: Path | None, ranks: Ranks, console: Console, held: contextlib.ExitStack
 ) -> TrainResult:
-    """resumed: the folder of the run that goes on, None for a new one. held: until the end of the run."""
+    """resumed: the folder of the run to resume; None for a new run. held: closed at the end of the run."""
     stop = StopSignals(launched=ranks.size > 1)
     if not ranks.first:
         console = Console(quiet=True)
@@ -129,7 +132,7 @@ def _train(
     held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
     done = 0 if resumed is None else _restore(trainer, resumed, saved, held_out, console)
     say("computing the validation loss")
-    val_loss = trainer.validation_loss()  # also meets what a kernel refuses, before anything is written
+    val_loss = trainer.validation_loss()  # before anything is written, so that an error of a kernel leaves no folder
     starting.close()
 
     new = resumed is None
@@ -148,7 +151,7 @@ def _train(
     with stop, Progress(console, config.steps, done) as progress:
         for step in range(done + 1, config.steps + 1):
             record = trainer.step(step)
-            number = ranks.all_reduce_max(stop.received or 0)  # may come at any moment: looked at once a step
+            number = ranks.all_reduce_max(stop.received or 0)  # read once a step, so that all ranks stop together
             stopped_by = signal.Signals(number) if number else None
             due = step % config.eval_interval == 0 or step == config.steps
             if due and stopped_by is None:
@@ -171,7 +174,7 @@ def _train(
         folder.plot()
         if stopped_by is None:
             show_sample(console, corpus.prompt, trainer.sample(model, corpus.prompt))
-    if record is None:  # resumed at its end
+    if record is None:  # the resumed run had already reached its end
         record = Record(**read_log(folder.path / LOG)[-1])
     show_end(console, folder.path, corpus.prompt, record, stopped_by)
     return TrainResult(folder.path, model, corpus.tokenizer, record.step, record.loss, val_loss, stopped_by)
@@ -184,7 +187,8 @@ def _new_folder(config: TrainConfig, model: GPT, corpus: Corpus, held: contextli
 
 
 def _rewind(folder: RunFolder, done: int, steps: int, console: Console) -> None:
-    """The folder as it was after step `done`. Raises ValueError where that was the last one and the log lacks it."""
+    """Resets the folder to its state after step `done`. Raises ValueError if that is the last step and the log has no
+    line of it."""
     folder.sweep()
     if folder.rewind_log(done) is None and done:
         if done == steps:
@@ -195,7 +199,7 @@ def _rewind(folder: RunFolder, done: int, steps: int, console: Console) -> None:
 
 
 def _begin_tracking(config: TrainConfig, folder: Path, done: int, new: bool) -> list[Tracker]:
-    """A new folder goes where that fails: the same command would find it in its way."""
+    """Opens the trackers. If that fails, deletes a new folder, so that the same command can be repeated."""
     try:
         return open_trackers(config, folder, done)
     except Exception:
@@ -216,7 +220,8 @@ def _save(trainer: Trainer, folder: Path, step: int, held_out: dict[str, int]) -
 
 
 def _config_of(run: Path, config: TrainConfig | None) -> TrainConfig:
-    """The settings of a run that goes on. Raises ValueError naming a setting in which `config` differs from them."""
+    """The settings with which a run is resumed: `config`, or the saved ones if it is None. Raises ValueError naming a
+    setting in which `config` differs and must not."""
     check_run(run)
     saved = TrainConfig(**read_settings(run / CONFIG))
     if config is None:
@@ -228,10 +233,10 @@ def _config_of(run: Path, config: TrainConfig | None) -> TrainConfig:
 
 
 def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
-    """Raises ValueError for a setting that is not what it was and that a run may not change."""
+    """Raises ValueError for a setting that differs from the run's and must not change."""
     for name, value in dataclasses.asdict(config).items():
         if name == "total_batch_tokens" and before[name] is None:
-            continue  # what it was then depends on the ranks: see `_check_step`
+            continue  # its value depended on the number of ranks: `_check_step` compares it
         if name == "steps" and value > before[name]:
             continue
         if name not in FREE_TO_CHANGE and value != before[name]:
@@ -241,7 +246,7 @@ def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
 
 
 def _check_step(trainer: Trainer, state: dict[str, Any], run: Path) -> None:
-    """Raises ValueError where a step would be of other tokens than it was: on another number of ranks, say."""
+    """Raises ValueError if a step would have another number of tokens than before, as with another number of ranks."""
     config, ranks, before = trainer.config, trainer.ranks.size, len(state["random"])
     was = TrainConfig(**state["config"]).tokens_per_step(before)
     if (now := config.tokens_per_step(ranks)) != was:
@@ -252,9 +257,9 @@ def _check_step(trainer: Trainer, state: dict[str, Any], run: Path) -> None:
 
 
 def _restore(trainer: Trainer, run: Path, folder: Path | None, held_out: dict[str, int], console: Console) -> int:
-    """Loads the checkpoint in `folder`; returns its step, 0 for a run that was killed before its first one.
+    """Loads the checkpoint in `folder` and returns its step, or 0 for a run that was killed before its first one.
 
-    Raises ValueError for data that is not the run's.
+    Raises ValueError if the data is not the run's.
     """
     if folder is None:
         line(console, f"resumes {run} from the beginning, it has no checkpoint yet")
@@ -269,7 +274,7 @@ def _restore(trainer: Trainer, run: Path, folder: Path | None, held_out: dict[st
     for name, value in state.get("val", {}).items():
         if held_out[name] != value:
             raise ValueError(f"{name} of the held-out data is {held_out[name]}, the run was validated with {value}")
-    trainer.ranks.broadcast(lambda: link_newest(run, folder))  # a kill may have come before it
+    trainer.ranks.broadcast(lambda: link_newest(run, folder))  # the run may have been killed before it made the link
     line(console, f"resumes {folder}")
     if trainer.config.parallel == "fsdp" and trainer.ranks.size == 1:
         line(console, "note    parallel is fsdp, and this one process has all of the model")

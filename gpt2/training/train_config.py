@@ -1,4 +1,4 @@
-"""How a model is trained: the settings of a run, checked, and the presets."""
+"""The settings of a training run with their checks, settings files, and the presets."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Every setting of one training run: `TrainConfig.from_preset("gpt2", steps=100)`."""
+    """The checked settings of one training run: `TrainConfig.from_preset("gpt2", steps=100)`.
+
+    Raises ValueError for a value that is not allowed.
+    """
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> TrainConfig:
-        """One of `PRESETS` with single settings replaced.
+        """One of `PRESETS` with some settings replaced.
 
         With `init_from` its sizes are those of the checkpoint, which is looked at, and not the preset's.
         Raises ValueError for an unknown name or a value that is not allowed, TypeError for an unknown setting; for
@@ -64,19 +67,20 @@ class TrainConfig(Settings):
         self.grad_accum_steps(1)
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        """The model that is trained."""
+        """The configuration of the model that is trained."""
         names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "vocab_multiple")
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
     def text_tokenizer(self) -> str:
-        """Of text, and of tokens that bring none, where `tokenizer` is None."""
-        small = self.preset.endswith("-smoke")
-        return "char" if not self.preset.startswith("gpt2") else "byte" if small else "gpt2"
+        """The tokenizer if the setting `tokenizer` is None and the data has none."""
+        if not self.preset.startswith("gpt2"):
+            return "char"
+        return "byte" if self.preset.endswith("-smoke") else "gpt2"
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Forward and backward passes of each rank whose mean gradient makes one step.
+        """The number of forward and backward passes that each rank makes in one step.
 
-        Raises ValueError where the tokens of a step are not a whole number of passes of all ranks.
+        Raises ValueError if the tokens of a step are not a whole number of passes of all ranks.
         """
         together = self.batch_size * self.block_size * world_size
         if self.total_batch_tokens is None:
@@ -89,22 +93,27 @@ class TrainConfig(Settings):
         return self.total_batch_tokens // together
 
     def as_cuda_graph(self, world_size: int) -> bool:
-        """Whether forward and backward are CUDA graphs. Raises ValueError where they shall be and cannot."""
+        """Whether forward and backward are CUDA graphs. Raises ValueError if cuda_graph='on' but capture is not
+        possible."""
         cuda, sharded = torch.device(self.device).type == "cuda", self.parallel == "fsdp" and world_size > 1
         if self.cuda_graph == "on" and not cuda:
-            raise ValueError(f"cuda_graph is 'on' and device is {self.device!r}, allowed is a GPU")
+            raise ValueError(f"cuda_graph is 'on' and device is {self.device!r}, allowed is a CUDA device")
         if self.cuda_graph == "on" and sharded:
-            raise ValueError(f"cuda_graph is 'on' and parallel 'fsdp' on {world_size} ranks, allowed is 'ddp'")
+            raise ValueError(f"cuda_graph is 'on' and parallel is 'fsdp' on {world_size} ranks, allowed is 'ddp'")
         return cuda and not sharded and self.cuda_graph != "off"
 
     def tokens_per_step(self, world_size: int = 1) -> int:
-        """Tokens that one optimizer step is trained on, over all ranks."""
+        """The number of tokens of one optimizer step over all ranks."""
         return self.grad_accum_steps(world_size) * self.batch_size * self.block_size * world_size
 
     def on_this_machine(self) -> TrainConfig:
-        """device and dtype settled: "auto" replaced by what it means here."""
-        device = find_device(self.device)
-        dtype = self.dtype if self.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+        """The settings with "auto" in device and dtype replaced by its meaning on this machine.
+
+        Raises ValueError for a device that cannot be used here.
+        """
+        device, dtype = find_device(self.device), self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
         return dataclasses.replace(self, device=str(device), dtype=dtype)
 
 
@@ -115,12 +124,15 @@ def sizes_of(source: str) -> dict[str, int]:
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises ValueError for a device that is not here."""
+    """The device of that name; "auto" is the GPU if there is one, else the CPU.
+
+    Raises ValueError for a device that cannot be used here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        # Under torchrun each process looks at its own GPU: a look at the first one would take memory there.
+        # Under torchrun each process tries its own GPU, because a try of the first one would take memory there.
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else device
         torch.empty(0, device=own)
     except (RuntimeError, AssertionError) as error:
@@ -138,7 +150,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def settings_text(config: TrainConfig) -> str:
-    """Every setting as YAML, which `read_settings` reads. The run's folder is left open: another run has another."""
+    """All settings as YAML for `read_settings`. `out` is None, because another run needs another folder."""
     import yaml
 
     return yaml.safe_dump({**dataclasses.asdict(config), "out": None}, sort_keys=False)
@@ -147,7 +159,7 @@ def settings_text(config: TrainConfig) -> str:
 # -------------------------------------------------------------------------------------------------------- presets
 
 
-# GPT-2's sizes: 524,288 tokens a step over 10B tokens (build-nanogpt), peak learning rates from GPT-3's table 2.1.
+# GPT-2's sizes with 524,288 tokens a step and 10B tokens (build-nanogpt); peak learning rates from GPT-3's table 2.1.
 _GPT2 = dict(
     steps=19073, total_batch_tokens=2**19, batch_size=16, block_size=1024, n_layer=12, n_head=12,
     n_embd=768, dropout=0.0, vocab_multiple=128, lr=6e-4, min_lr=6e-5, warmup=715, beta2=0.95, eval_tokens=10 * 2**20,
@@ -159,15 +171,15 @@ _FINETUNE = dict(
 _MEDIUM = dict(n_layer=24, n_head=16, n_embd=1024, batch_size=8, lr=3e-4, min_lr=3e-5)
 _LARGE = dict(n_layer=36, n_head=20, n_embd=1280, batch_size=4, lr=2.5e-4, min_lr=2.5e-5)
 _XL = dict(n_layer=48, n_head=25, n_embd=1600, batch_size=4, lr=2e-4, min_lr=2e-5)
-# The recipe and depth of a GPT-2 at a width and for a time that a CPU has, with no vocabulary to download; a step's
-# tokens divide by eight processes.
+# A GPT-2 with its own depth, but with a width and number of steps for a CPU, and without a vocabulary to download. The
+# tokens of a step are divisible by eight processes.
 _SMOKE = dict(
     steps=30, total_batch_tokens=512, batch_size=1, block_size=64, n_head=4, n_embd=64, warmup=3,
     eval_interval=10, eval_tokens=2048,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "baby": {},
-    # baby at a size that 2 CPU cores train in about two minutes.
+    # The preset baby at a size that 2 CPU cores train in about two minutes.
     "baby-smoke": dict(
         steps=2000, batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, lr=3e-3,
         eval_tokens=15_360,
@@ -187,7 +199,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def choose_preset(name: str | None, device: torch.device, init_from: str | None = None) -> tuple[str, str]:
-    """(the preset of a run that asked for `name`, or for none; what to say about it)."""
+    """(the preset of a run, what to print about it). name: the preset that the user asked for, or None."""
     usual = "baby" if init_from is None else "finetune"
     if name is not None and not isinstance(name, str):
         raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")

@@ -381,8 +381,8 @@ def to_huggingface(model: nn.Module) -> GPT2LMHeadModel:
     # Their constructor draws random weights: they are replaced, and the caller's random numbers stay as they were.
     with torch.random.fork_rng(devices), gpt.device:
         hf_model = GPT2LMHeadModel(GPT2Config.from_dict(config_to_huggingface(gpt.config, gpt.dtype, gpt.origin)))
-    if gpt.origin is not None and (how := generation_settings(gpt.origin, None)):
-        hf_model.generation_config = GenerationConfig.from_dict(json.loads(how))
+    if how := generation_settings(gpt.origin):
+        hf_model.generation_config = GenerationConfig.from_dict(how)
     state = huggingface_state(gpt)
     parameters = dict(hf_model.named_parameters())
     assert parameters.keys() == state.keys(), sorted(parameters.keys() ^ state.keys())

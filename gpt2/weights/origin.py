@@ -79,15 +79,23 @@ def ends_with(settings: dict[str, Any], end_of_text: int | None) -> dict[str, An
     return {**settings, **dict.fromkeys(END_TOKENS, end_of_text)}
 
 
-def generation_settings(origin: Origin | None, end_of_text: int | None) -> bytes | None:
-    """What generation_config.json holds, so that transformers' `generate` stops; None where there is nothing to say."""
-    before = None if origin is None else origin.files.get(GENERATION)
+def generation_settings(origin: Origin | None) -> dict[str, Any]:
+    """What generation_config.json says; {} if there is none, or one that is no JSON object."""
     try:
-        settings = json.loads(before) if before else {}
-    except ValueError:  # not ours to judge: it is saved as it was read
-        return before
+        settings = json.loads(origin.files[GENERATION]) if origin is not None else {}
+    except (KeyError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def generation_file(origin: Origin | None, end_of_text: int | None) -> bytes | None:
+    """generation_config.json of a model that end_of_text stops, None if it has nothing to say. None as end_of_text: it
+    is as it was."""
+    settings = generation_settings(origin)
     found = ends_with(settings, end_of_text)
-    return before if found == settings else (json.dumps(found, indent=2) + "\n").encode()
+    if found == settings:
+        return None if origin is None else origin.files.get(GENERATION)
+    return (json.dumps(found, indent=2) + "\n").encode()
 
 
 def write_files(

@@ -38,7 +38,7 @@ from fastgpt2.gpt2.weights.origin import (
     GENERATION,
     TOKENIZER_FILES,
     Origin,
-    generation_settings,
+    generation_file,
     other_files,
     write_files,
 )
@@ -139,7 +139,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Tokenizer |
     if origin is not None and settings == origin.settings and origin.text:
         text = origin.text
     files = {} if origin is None else dict(origin.files)
-    if how := generation_settings(origin, end if origin is not None else settings["eos_token_id"]):
+    if how := generation_file(origin, end if origin is not None else settings["eos_token_id"]):
         files[GENERATION] = how
     folder.mkdir(parents=True, exist_ok=True)
     config_path, weights_path = folder / CONFIG, folder / SAFETENSORS[0]
