@@ -30,7 +30,7 @@ def test_a_model_of_the_exact_gelu_is_computed_by_it_and_saved_with_it(tmp_path,
         written = ours.generate(idx[:, :8], 8, greedy=True)  # through the cache, and laid out for few rows
         assert torch.equal(written, hf.generate(idx[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0))
     ours.save_pretrained(tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["activation_function"] == "gelu"
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["activation_function"] == name
     assert GPT.from_pretrained(tmp_path / "ours").config == ours.config
     assert ours.to_huggingface().config.activation_function == "gelu"
 
