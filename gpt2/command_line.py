@@ -197,7 +197,7 @@ def _nearest(word: str, names: Sequence[str]) -> str:
 
 def _in_words(box: str, options: type, prog: str) -> str:
     """What tyro says in a box, in a line."""
-    if lacking := re.search(r"Missing value for argument '--([^']+)'", box):
+    if lacking := re.search(r"Missing value for argument \W*--([\w-]+)", box):
         flag, name = f"--{lacking[1]}", lacking[1].replace("-", "_")
         metavar = form_of(hints(options)[name]).metavar
         return f"{flag} needs {metavar} behind it; a value that begins with - is typed {flag}=VALUE"
