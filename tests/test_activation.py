@@ -32,7 +32,7 @@ def test_a_model_of_the_exact_gelu_is_computed_by_it_and_saved_with_it(tmp_path,
     ours.save_pretrained(tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["activation_function"] == name
     assert GPT.from_pretrained(tmp_path / "ours").config == ours.config
-    assert ours.to_huggingface().config.activation_function == "gelu"
+    assert ours.to_huggingface().config.activation_function == name
 
 
 @pytest.mark.skipif(not ops.TRITON_INSTALLED, reason="Triton is not installed")
