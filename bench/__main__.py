@@ -1,4 +1,4 @@
-"""`fastgpt2 bench`, or `python -m fastgpt2.bench`: what can be measured and how. Each file adds its own command."""
+"""`fastgpt2 bench`, or `python -m fastgpt2.bench`: runs one of the commands in COMMANDS, or the default ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if not TRITON_INSTALLED:
 
 from fastgpt2.bench.audit import audit  # noqa: E402
 from fastgpt2.bench.report import measured, report, roofline  # noqa: E402
-from fastgpt2.bench.timing import generate, host, ops, train, tune  # noqa: E402
+from fastgpt2.bench.timing import generate, host, ops, pace, train, tune  # noqa: E402
 from fastgpt2.gpt2.cli.cli import in_a_process  # noqa: E402
 from fastgpt2.gpt2.command_line import choose, parse  # noqa: E402
 from fastgpt2.gpt2.options import Positional, Word  # noqa: E402
@@ -22,8 +22,6 @@ from fastgpt2.gpt2.training.train_config import find_device  # noqa: E402
 
 PROG = "fastgpt2 bench"
 COMMANDS = (train, generate, ops, host, audit, tune, roofline, report)
-# What runs when no command is named: quick, adapted to the machine by each command, and a page of it all.
-DEFAULT = (["train", "--quick"], ["ops", "--quick"], ["generate", "--quick"], ["report"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command, or the default ones; returns the exit status."""
     modules = {module.__name__.rpartition(".")[2]: module for module in COMMANDS}
     chosen, rest = choose(Options, {name: module.HELP for name, module in modules.items()}, argv, PROG)
-    for name, *words in [[chosen.command, *rest]] if chosen.command else DEFAULT:
+    for name, *words in [[chosen.command, *rest]] if chosen.command else pace.default_lines(find_device("auto")):
         if status := modules[name].main(parse(modules[name].Options, words, f"{PROG} {name}")):
             return status
     if chosen.command is None:

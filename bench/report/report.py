@@ -1,4 +1,4 @@
-"""`fastgpt2 bench report`: result files -> one HTML page that needs nothing else, and Markdown with its pictures.
+"""`fastgpt2 bench report`: makes one self-contained HTML page, and Markdown with image files, from result files.
 
 fastgpt2 bench report bench-results/*.json --out report
 fastgpt2 bench report --compare before.json after.json     # exits with 1 where something became slower
@@ -33,7 +33,7 @@ img { max-width: 100%; } li { font-size: 13px; }
 
 
 def write(every: Sequence[Results], folder: Path) -> tuple[Path, Path]:
-    """Writes folder/report.html, folder/report.md and the pictures of the latter; -> the two files."""
+    """Writes folder/report.html, folder/report.md and the image files of the latter; -> the first two."""
     page = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>fastgpt2 bench</title>"]
     page += ["<meta name='viewport' content='width=device-width'>", f"<style>{STYLE}</style></head><body>"]
     page += ["<h1>fastgpt2 bench</h1>"]
@@ -101,10 +101,10 @@ def main(options: Options) -> int:
 
 
 def show_changes(a: Results, b: Results, threshold: float) -> int:
-    """Prints every change; 1 where a row became slower or was lost."""
+    """Prints every change; returns 1 if a row became slower or has no time any more."""
     from rich.table import Table
 
-    changes, lost, missing = differences.compare(a, b, threshold)
+    changes, lost, missing = differences.list_changes(a, b, threshold)
     console = plain_console()
     for line in differences.differences(a, b):
         console.print(f"the runs differ: {line}", highlight=False)
@@ -121,5 +121,5 @@ def show_changes(a: Results, b: Results, threshold: float) -> int:
     for line in missing:
         console.print(f"not compared: {line}", highlight=False)
     slower = [c for c in changes if c.verdict == "slower"]
-    console.print(f"{len(slower)} of {len(changes)} rows are slower by more than {threshold:.0%} and the noise")
+    console.print(f"{len(slower)} of {len(changes)} rows are slower by more than {threshold:.0%} and than noise")
     return 1 if slower or lost else 0

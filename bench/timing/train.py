@@ -1,14 +1,14 @@
-"""`fastgpt2 bench train`: tokens a second of one training step, ours by every switch beside the baselines.
+"""`fastgpt2 bench train`: tokens per second of a training step: our model with each kernel switch, and baselines.
 
 Every variant starts from the same weights and takes the same step on the same random tokens: forward, backward,
-clipping, fused AdamW. Before anything is timed, `fastgpt2 verify` must be green and every variant's gradient must agree
-with PyTorch's. A step's time is the wall clock's until the device is done: where Python is slower than the GPU, that is
-Python's, unless the kernels are launched in another way. So every variant is measured on a road: launched from Python,
-forward and backward as CUDA graphs, or by torch.compile in one of its three modes. The variants of a road take
-turns, and a speed-up is the median of the ratio, within a round, to PyTorch's kernels on the same road.
+clipping, fused AdamW. Before anything is timed, `fastgpt2 verify` must succeed and every variant's gradient must agree
+with PyTorch's. A step's time is wall-clock time until the device is done. Where Python launches kernels more slowly
+than the GPU runs them, that is Python's time, so every variant is measured on several roads: launched from Python, with
+forward and backward as CUDA graphs, or by torch.compile in one of three modes. Variants on one road take turns, and a
+speed-up is the median, over rounds, of the ratio to PyTorch's kernels on the same road.
 
 MFU is `GPTConfig.flops_per_token` (PaLM's appendix B as nanoGPT counts: 6 N + 12 L H D T, causality not discounted)
-times tokens a second over the data sheet's dense bf16 peak, and unknown in other dtypes and on unknown hardware.
+times tokens per second over the data sheet's dense bf16 peak. It is unknown in other dtypes and on unknown hardware.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Annotated
 import torch
 
 from fastgpt2.bench.cases import flash_gpt, variants
+from fastgpt2.bench.cases.case import DTYPES
 from fastgpt2.bench.cases.variants import (
     CUDAGRAPH_TREES,
     FLASH_ATTN,
@@ -35,7 +36,7 @@ from fastgpt2.bench.cases.variants import (
 from fastgpt2.bench.report import measured, tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing.options import DeviceOption, NanogptOption, OutOption
-from fastgpt2.bench.timing.steps import DTYPES, Disagreement, Setting, TrainBench
+from fastgpt2.bench.timing.steps import Disagreement, Setting, TrainBench
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import PRESETS
@@ -48,7 +49,7 @@ GPT2_SIZES = tuple(name for name in PRESETS if name.startswith("gpt2"))
 
 @dataclass(frozen=True)
 class Scope:
-    """What a run covers unless options say otherwise, by the machine and --quick."""
+    """What a run measures by default; depends on the device and on --quick."""
 
     sizes: tuple[str, ...]
     batch: int
@@ -68,7 +69,7 @@ class Scope:
 def select(
     device: torch.device, quick: bool, roads: tuple[str, ...] | None, with_nanogpt: bool, results: Results
 ) -> list[Variant]:
-    """The variants that run here, on `roads`, by default all; why the others do not goes into `results`."""
+    """The variants that run here on `roads` (by default all). Records in `results` why others do not."""
     no_triton = no_graphs = None
     if not ops.TRITON_INSTALLED:
         no_triton = "the package triton is not installed"
@@ -145,7 +146,7 @@ class Options(OutOption, DeviceOption, NanogptOption):
 
 
 def main(options: Options) -> int:
-    """Prints the card and writes the file; returns 1 and prints no number where something computed is wrong."""
+    """Prints the table and writes the result file; returns 1 and prints no number if something is computed wrongly."""
     device = find_device(options.device)
     settings = list(_settings(options, device))
     roads = _roads(options.road)
@@ -164,7 +165,7 @@ def main(options: Options) -> int:
                 if options.sweep:
                     bench.sweep(setting)
         except Disagreement as error:
-            print(f"red: {error}", file=sys.stderr)
+            print(f"failed: {error}", file=sys.stderr)
             return 1
     tables.show(results)
     file = results.save(options.out, part)
@@ -176,7 +177,7 @@ def main(options: Options) -> int:
 
 
 def _roads(wanted: str | None) -> tuple[str, ...] | None:
-    """What --road names; None without it. Raises ValueError for one that is none."""
+    """The roads that --road names; None without it. Raises ValueError for an unknown one."""
     if wanted is None:
         return None
     roads = tuple(wanted.split(","))

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgpt2.bench.cases.registry import sized_cases
 from fastgpt2.bench.report.tables import print_whole
 from fastgpt2.bench.verify.error_rule import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
-from fastgpt2.bench.verify.kernel_errors import verify_case
+from fastgpt2.bench.verify.kernel_errors import errors_of_case
 from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
@@ -127,7 +127,7 @@ def verify(device: torch.device, dtypes: Sequence[torch.dtype], model: GPT | Non
     B, T, C, H, V = (2, 1000, 768, 12, 50257) if on_gpu else (2, 37, 64, 1, 97)
     for dtype in dtypes:
         for case in sized_cases(T, C, dtype, tokens=B * T, V=V):
-            yield from verify_case(case, device, with_hf)
+            yield from errors_of_case(case, device, with_hf)
     if model is None:
         layers = 12 if on_gpu else 2
         model = random_model(GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H, n_embd=C), device)

@@ -145,7 +145,7 @@ def find_device(name: str) -> torch.device:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a YAML file gives: {name: value}, each of its setting's type. Raises as `options.read_file`."""
+    """Reads settings from a YAML file: {name: value}. Raises as `options.read_file`."""
     return read_file(path, Settings)
 
 
