@@ -80,6 +80,7 @@ setup(
         "triton>=3.4; platform_system == 'Linux'",
         "transformers>=4.45",
         "tiktoken>=0.7",
+        "tokenizers>=0.21",  # comes with transformers; DecodeStream is new in it
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
         "rich>=13",

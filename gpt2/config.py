@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYER_NORM_EPS = 1e-5
+ACTIVATIONS = ("gelu_tanh", "gelu_erf")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class GPTConfig:
     n_layer, n_head, n_embd: blocks, heads per block (H), channels (C = H * D).
     dropout: probability after the embedding, in attention and after each residual projection.
     bias: biases in linear layers and LayerNorms, as GPT-2 has them.
+    activation: of the MLP. "gelu_tanh" is GELU by its tanh approximation, as GPT-2 has it. "gelu_erf" is the exact
+        GELU, as nanoGPT has it; PyTorch computes it.
     vocab_multiple: the number of rows of the token table is vocab_size rounded up to a multiple of this. The padding
         rows take no part in the loss, in sampling or in exported checkpoints. 128 pads 50257 to 50304, with which
         matrix products are faster.
@@ -43,6 +46,7 @@ class GPTConfig:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
+    activation: str = "gelu_tanh"
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
@@ -52,6 +56,8 @@ class GPTConfig:
         for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"GPTConfig.{name} is {getattr(self, name)!r}, allowed are True and False")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"GPTConfig.activation is {self.activation!r}, allowed are {', '.join(ACTIVATIONS)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig.n_embd is {self.n_embd}, it must be divisible by n_head ({self.n_head})")
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:

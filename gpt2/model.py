@@ -76,12 +76,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.activation = config.activation
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, h: Tensor, context: Context) -> Tensor:
         """h (B, T, C) -> (B, T, C)."""
-        y, bias = ops.mlp(h, self.c_fc, self.c_proj, context.kernels)
+        y, bias = ops.mlp(h, self.c_fc, self.c_proj, context.kernels, self.activation)
         return y if bias is None else y + bias
 
 
@@ -122,7 +123,7 @@ class Block(nn.Module):
         """mlp(h) (B, T, C) as a pair: either (mlp(h), None), or mlp(h) before c_proj's bias and that bias."""
         mlp = self.mlp
         if is_stock(mlp, MLP):
-            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels)
+            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels, mlp.activation)
         return called(mlp, h, context), None
 
 
@@ -163,6 +164,8 @@ class Transformer(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2 with a language-model head. kernels: which ops Triton computes, see the property `kernels`."""
+
+    origin: Any = None  # settings and files that it was read with: see `fastgpt2.gpt2.weights.origin`
 
     def __init__(self, config: GPTConfig, kernels: str | Kernels = "auto"):
         super().__init__()
@@ -227,13 +230,12 @@ class GPT(nn.Module):
     @property
     def kernels(self) -> Kernels:
         """How each op is computed. Assign "auto", "triton", "torch", a list such as "attention,mlp", or a `Kernels`.
-
         "auto" means Triton on a CUDA or ROCm device and PyTorch elsewhere. An unknown name raises ValueError."""
-        return ops.kernels_for(self._kernels, self.device)
+        return ops.kernels_for(self._kernels, self.device, self.config.activation)
 
     @kernels.setter
     def kernels(self, spec: str | Kernels) -> None:
-        self._kernels = ops.requested_kernels(spec)
+        self._kernels = ops.requested_kernels(spec, self.config.activation)
 
     @contextlib.contextmanager
     def use_kernels(self, spec: str | Kernels | None = None, **toggles: str) -> Iterator[GPT]:
@@ -284,7 +286,7 @@ class GPT(nn.Module):
             inputs.check_tokens("targets", targets, self.config, idx.shape)
         if cache is not None:
             cache.make_room(idx, targets, self.training)
-        kernels = ops.kernels_for(self._kernels, idx.device)
+        kernels = ops.kernels_for(self._kernels, idx.device, self.config.activation)
         context = Context(kernels, cache)
         if document_starts is not None:
             inputs.check_document_starts(document_starts, idx, cache)
@@ -331,11 +333,11 @@ class GPT(nn.Module):
 
         return from_pretrained(name_or_folder, override_args, kernels=kernels)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` reads."""
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """A folder that `GPT2LMHeadModel.from_pretrained` reads: see `fastgpt2.gpt2.weights.pretrained`."""
         from fastgpt2.gpt2.weights.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, tokenizer)
 
     @classmethod
     def from_huggingface(cls, hf_model: GPT2LMHeadModel, *, kernels: str | Kernels = "auto") -> GPT:

@@ -187,8 +187,12 @@ def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Ten
     return linear(y, c_proj), None
 
 
-def mlp(h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
+def mlp(
+    h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels, activation: str = "gelu_tanh"
+) -> tuple[Tensor, Tensor | None]:
     """c_proj(gelu(c_fc(h))): (B, T, C) -> (B, T, C), and, as in `project`, the bias that is still to be added."""
+    if activation == "gelu_erf":  # no kernel has it
+        return project(F.gelu(linear(h, c_fc)), c_proj, kernels)
     if is_stock(c_fc, nn.Linear):
         if kernels.mlp == "torch":
             act = linear_gelu(h, c_fc.weight, c_fc.bias)

@@ -133,13 +133,26 @@ def kernels_digest() -> str:
 # Created once, so that they are constants for torch.compile in `kernels_for`. Without Triton, "auto" means PyTorch.
 ALL_TORCH = Kernels.all("torch")
 ALL_TRITON = Kernels.all("triton") if TRITON_INSTALLED else ALL_TORCH
+TRITON_BUT_MLP = dataclasses.replace(ALL_TRITON, mlp="torch")
 
 
-def requested_kernels(spec: str | Kernels) -> str | Kernels:
+def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh") -> str | Kernels:
     """Checks a user's argument `kernels` and returns "auto", which `kernels_for` resolves for a device, or a Kernels.
 
-    The environment variable FASTGPT2_KERNELS, read here, replaces "auto". Raises ValueError for an unknown name.
+    The environment variable FASTGPT2_KERNELS, read here, replaces "auto". Raises ValueError for an unknown name, and
+    for `mlp` on Triton if the model's activation is another one than the kernel's.
     """
+    requested = _requested(spec)
+    if isinstance(requested, Kernels) and requested.mlp == "triton" and activation != "gelu_tanh":
+        others = ",".join(op for op in Kernels.names() if op != "mlp")
+        raise ValueError(
+            f"kernels has mlp on Triton, which computes GELU by tanh, and the model's activation is {activation!r}: "
+            f"leave mlp to PyTorch, as kernels={others!r} does"
+        )
+    return requested
+
+
+def _requested(spec: str | Kernels) -> str | Kernels:
     if spec != "auto":
         return Kernels.parse(spec)
     spec = os.environ.get("FASTGPT2_KERNELS") or "auto"
@@ -167,10 +180,11 @@ def launched_by_graph() -> Iterator[None]:
         _in_graph = before
 
 
-def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
+def kernels_for(spec: str | Kernels, device: torch.device, activation: str = "gelu_tanh") -> Kernels:
     """Resolves what `requested_kernels` returned for a device and the current way of launching kernels.
 
-    "auto" is Triton on CUDA and ROCm, except where it was measured to be slower (`SLOWER`), and PyTorch elsewhere.
+    "auto" is Triton on CUDA and ROCm, except where it was measured to be slower (`SLOWER`), and PyTorch elsewhere. The
+    MLP is PyTorch's if the model's activation is another one than the kernel's.
     """
     if isinstance(spec, Kernels):
         return spec
@@ -182,4 +196,4 @@ def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
             launched = "compile"
         if launched in SLOWER.get(torch.cuda.get_device_capability(device), ()):
             return ALL_TORCH
-    return ALL_TRITON
+    return ALL_TRITON if activation == "gelu_tanh" else TRITON_BUT_MLP

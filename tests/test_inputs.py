@@ -238,7 +238,7 @@ def test_a_folder_of_texts_is_no_shards_for_one_bin(tmp_path):
     with pytest.raises(ValueError, match="is a folder of text, and .*data.bin looks like tokens"):
         load_corpus(str(tmp_path), "char", 0.1, 8)
     (tmp_path / "data.bin").unlink()
-    assert load_corpus(str(tmp_path), "char", 0.1, 8).documents == 1
+    assert load_corpus(str(tmp_path), "char", 0.1, 8).n_documents == 1
     write_nanogpt(tmp_path)  # as in nanoGPT's own folders, where input.txt lies beside
     assert shards.holds_tokens(tmp_path)
 
@@ -252,7 +252,7 @@ def test_training_in_the_folder_of_its_text_does_not_read_its_runs(texts, monkey
     first = run(settings)[0]
     with pytest.warns(UserWarning, match=rf"{first.folder} was written by fastgpt2 and is no part of \."):
         corpus = load_corpus(".", "byte", 0.1, 8)
-    assert corpus.documents == 2
+    assert corpus.n_documents == 2
     with pytest.raises(ValueError, match="was written by fastgpt2 train or prepare: give a folder of text"):
         load_corpus(str(first.folder), "byte", 0.1, 8)
 
@@ -266,13 +266,13 @@ def test_preparing_into_the_folder_of_the_text_does_not_read_the_shards(texts, t
     with pytest.raises(KeyboardInterrupt):
         prepare(find_source(texts), **inside, report=stop)
     manifest = prepare(find_source(texts), **inside)
-    assert manifest == prepare(find_source(texts), **inside) and manifest.documents == 2
+    assert manifest == prepare(find_source(texts), **inside) and manifest.n_documents == 2
     (texts / "out" / ".fastgpt2.lock").unlink()  # also without the lock it is known
     assert len(find_source(texts).files) == 2
     shutil.copytree(texts / "out", tmp_path / "copy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_corpus(str(tmp_path / "copy"), None, 0.1, 8).documents == 2
+        assert load_corpus(str(tmp_path / "copy"), None, 0.1, 8).n_documents == 2
 
 
 @pytest.mark.filterwarnings("default:.*was written by fastgpt2")

@@ -53,7 +53,7 @@ def files_of(folder):
 def test_shards_hold_every_token_in_order(tmp_path, source, vocabulary):
     manifest = prepare(source, tmp_path / "out", vocabulary, **SETTINGS)
     expected = data.encode([(d, True) for d in DOCUMENTS], BPETokenizer(RANKS))
-    assert (expected == 260).sum() == manifest.documents == len(DOCUMENTS)
+    assert (expected == 260).sum() == manifest.n_documents == len(DOCUMENTS)
     val, train = (shards.open_tokens(tmp_path / "out", split) for split in ("val", "train"))
     assert np.array_equal(np.concatenate([val[:], train[:]]), expected) and len(val) == 500
     assert [len(part) for part in val.parts] == [300, 200]

@@ -194,7 +194,7 @@ def test_compiled_trains_alike(settings):
     assert losses(settings, "1", compile=True) == pytest.approx(losses(settings, "2"), rel=1e-4)
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("-smoke")])
+@pytest.mark.parametrize("preset", [n for n in PRESETS if n.endswith("-smoke") and not n.startswith("finetune")])
 def test_smoke_presets_train(settings, preset):
     config = TrainConfig.from_preset(preset, data=settings["data"], device="cpu", dtype="float32")
     corpus = load_corpus(config.data, config.tokenizer, config.val_fraction, config.block_size)

@@ -10,6 +10,7 @@ import torch
 from fastgpt2 import GPTConfig
 from fastgpt2.gpt2.cli.train import parse
 from fastgpt2.gpt2.training.optim import wsd_schedule
+from fastgpt2.gpt2.training.train import train
 from fastgpt2.gpt2.training.train_config import PRESETS, TrainConfig, choose_preset, read_settings, settings_text
 
 
@@ -174,5 +175,5 @@ def test_words_that_yaml_takes_for_something_else_are_what_the_setting_is(tmp_pa
 def test_a_run_that_goes_on_has_no_other_folder(tmp_path):
     (tmp_path / "config.yaml").write_text("lr: 0.1")
     assert parse(["--resume", str(tmp_path), "--out", f"{tmp_path}/."])[2] == str(tmp_path)
-    with pytest.raises(ValueError, match="out is 'elsewhere', and .* goes on where it is: leave --out out"):
-        parse(["--resume", str(tmp_path), "--out", "elsewhere"])
+    with pytest.raises(ValueError, match="out is 'elsewhere', and .* goes on where it is: leave out out"):
+        train(parse(["--resume", str(tmp_path), "--out", "elsewhere"]).config, resume=tmp_path)

@@ -23,7 +23,7 @@ from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.options import Checkpoint, CommandOptions, Folder, Name, Word
 from fastgpt2.gpt2.output import plain_console
-from fastgpt2.gpt2.training.progress import line, watched
+from fastgpt2.gpt2.training.progress import line, stages, watched
 from fastgpt2.gpt2.training.settings import DtypeName
 from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 
@@ -62,13 +62,15 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, allowed are whole numbers of at least 1")
     # Everything that can be missing or damaged is looked at before anything is computed.
     examples = None if args.hellaswag is None else read_examples(args.hellaswag)[: args.limit]
-    text = None if args.text is None else data.read_text(args.text)
-    device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=args.check)
-    tokens = None if args.data is None else _validation_tokens(args.data, tokenizer)
+    device, console = find_device(args.device), plain_console()
+    with stages(console, "start") as say:
+        text = None if args.text is None else data.read_text(args.text, say)
+        say("loading the model")
+        model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=args.check)
+        tokens = None if args.data is None else _validation_tokens(args.data, tokenizer, say)
+        text_tokens = None if text is None else data.encode_text(text, tokenizer, say)
     model = model.to(device)
     batch_size = args.batch_size or windows_at_once(model, device)
-    console = plain_console()
     results: dict[str, Any] = {"checkpoint": args.checkpoint}
     with _autocast(args.dtype, device):
         if tokens is not None:
@@ -90,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
                 batch_size=batch_size,
                 device=device,
                 watch=watched(console, "text"),
+                tokens=text_tokens,
             )
             results["text"] = dataclasses.asdict(found)
             line(
@@ -111,9 +114,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _validation_tokens(folder: str, tokenizer: Tokenizer) -> shards.Shards:
+def _validation_tokens(folder: str, tokenizer: Tokenizer, say: data.Say) -> shards.Shards:
     """The held-out tokens of a folder, which must be the checkpoint's kind of tokens."""
-    tokens = shards.open_tokens(folder, "val")
+    tokens = shards.open_tokens(folder, "val", say=say)
     with contextlib.suppress(FileNotFoundError):  # other projects' shards bring no tokenizer
         if tokenizers.load(folder) != tokenizer:
             raise ValueError(f"{folder} was encoded by another tokenizer than the checkpoint's: their losses differ")

@@ -16,7 +16,7 @@ from fastgpt2.gpt2.data.prepare import SHARD_TOKENS, prepare
 from fastgpt2.gpt2.data.shards import Manifest
 from fastgpt2.gpt2.options import CommandOptions, Folder, Source, about
 from fastgpt2.gpt2.output import run_console
-from fastgpt2.gpt2.training.progress import line, shell_word
+from fastgpt2.gpt2.training.progress import LINE_EVERY_S, QUIET_S, line, shell_word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +57,17 @@ def main(argv: Sequence[str]) -> int:
             shard_tokens=args.shard_tokens,
             processes=args.processes,
             report=bar.show,
+            say=bar.say,
         )
     train, val = (sum(shard.tokens for shard in part) for part in (manifest.train, manifest.val))
-    line(console, f"folder  {args.out}: {manifest.documents:,} documents, vocabulary {manifest.vocab_size}")
+    line(console, f"folder  {args.out}: {manifest.n_documents:,} documents, vocabulary {manifest.vocab_size}")
     line(console, f"tokens  {train:,} in {len(manifest.train)} training shards, {val:,} for validation")
     line(console, f"next    fastgpt2 train --data {shell_word(args.out)}")
     return 0
 
 
 class _Bar:
-    """Documents and tokens so far: a bar on a terminal, a line a shard elsewhere."""
+    """Documents and tokens so far: a bar on a terminal, lines elsewhere, one a shard and now and then one between."""
 
     def __init__(self, console: Console, source: sources.Source):
         self._console, self._source = console, source
@@ -84,6 +85,7 @@ class _Bar:
         self._task = self._bar.add_task("prepare", total=None, tokens="-", rate="-", shard="-")
         self._start: tuple[float, int] | None = None
         self._shards = 0
+        self._due = time.monotonic() + QUIET_S
 
     def __enter__(self) -> _Bar:
         self._bar.start()
@@ -92,15 +94,25 @@ class _Bar:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def show(self, manifest: Manifest, documents: int, tokens: int) -> None:
+    def show(self, manifest: Manifest, n_documents: int, tokens: int) -> None:
         now = time.perf_counter()
         started, before = self._start = self._start or (now, tokens)
         rate = f"{(tokens - before) / (now - started):,.0f}" if now > started else "-"
         shards = len(manifest.val) + len(manifest.train)
-        total = self._source.documents
+        total = self._source.n_documents
         self._bar.update(
-            self._task, completed=documents, total=total, tokens=f"{tokens:,}", rate=rate, shard=str(shards)
+            self._task, completed=n_documents, total=total, tokens=f"{tokens:,}", rate=rate, shard=str(shards)
         )
-        if shards > self._shards and not self._console.is_terminal:
-            line(self._console, f"shard {shards:>5}: {documents:,} documents, {tokens:,} tokens so far")
+        if not self._console.is_terminal:
+            so_far = f"{n_documents:,} documents, {tokens:,} tokens so far"
+            if shards > self._shards:
+                line(self._console, f"shard {shards:>5}: {so_far}")
+            else:
+                self.say(so_far)
         self._shards = shards
+
+    def say(self, stage: str) -> None:
+        """A line about what is being done, the first after two seconds, then one every ten."""
+        if (now := time.monotonic()) >= self._due:
+            line(self._console, f"at      {stage}")
+            self._due = now + LINE_EVERY_S

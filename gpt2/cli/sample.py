@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
 from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data.sources import SURROGATE
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.windows import MAX_SEED
-from fastgpt2.gpt2.generation.sample import load_checkpoint, stream_text, write_texts
+from fastgpt2.gpt2.generation.sample import load_checkpoint, prompt_tokens, stream_text, write_texts
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, Source, Text
 from fastgpt2.gpt2.output import visible
+from fastgpt2.gpt2.training.progress import stages
 from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 
 RULE = "-" * 80
@@ -42,6 +45,7 @@ class Options(CommandOptions):
     num: int = 1  # how many texts to write
     max_new_tokens: int = 200  # tokens after the prompt
     stop: Text | None = None  # a text ends before these words, as it does before the tokenizer's end of text
+    special_tokens: bool = False  # a special token's name in the prompt, such as <|endoftext|>, is that token
     temperature: float = 0.8  # above 0; the smaller it is, the likelier the tokens
     top_k: int | None = None  # only the N likeliest tokens; None: all
     top_p: float | None = None  # only the likeliest tokens that hold X of the probability; None: all
@@ -75,10 +79,16 @@ def main(argv: Sequence[str]) -> int:
     sampling = {name: getattr(args, name) for name in names}
     Sampling(**sampling)  # wrong settings are told before the model is loaded
     device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=args.check)
+    with stages(Console(stderr=True), "loading the model"):
+        model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=args.check)
     model.to(device, DTYPES[args.dtype]).eval()
     settings = dict(
-        max_new_tokens=args.max_new_tokens, stop=args.stop, crop=not args.refuse_long, compile=args.compile, **sampling
+        max_new_tokens=args.max_new_tokens,
+        stop=args.stop,
+        special_tokens=args.special_tokens,
+        crop=not args.refuse_long,
+        compile=args.compile,
+        **sampling,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="a prompt has")  # one that is typed twice is told about twice
@@ -129,7 +139,7 @@ def _decoded(name: str, content: bytes) -> str:
 
 def _check_length(model: GPT, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> None:
     """Raises ValueError, in the words of the command line, for a long prompt where --refuse-long was given."""
-    length, most = len(tokenizer.encode(prompt)), model.config.block_size
+    length, most = len(prompt_tokens(tokenizer, prompt, settings["special_tokens"])), model.config.block_size
     if not settings["crop"] and length > most:
         raise ValueError(f"the prompt has {length} tokens, block_size is {most}, and --refuse-long is given")
 

@@ -18,14 +18,15 @@ from fastgpt2.gpt2.training.pace import fitted
 from fastgpt2.gpt2.training.progress import line
 from fastgpt2.gpt2.training.run_folder import CONFIG, check_run
 from fastgpt2.gpt2.training.settings import Settings
-from fastgpt2.gpt2.training.train_config import TrainConfig, choose_preset, find_device, read_settings
+from fastgpt2.gpt2.training.train_config import TrainConfig, choose_preset, find_device, read_settings, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings, CommandOptions):
-    """Trains a model from scratch and writes a run folder with config.yaml, log.jsonl, checkpoint/ and loss.png.
-    Without options: a small model on the sources of Python's library, in about two minutes on a CPU; on a GPU the whole
-    preset baby. The defaults below are those of the preset and of the file that were given.
+    """Trains a model, from scratch or from the weights of --init-from, and writes a run folder with config.yaml,
+    log.jsonl, checkpoint/ and loss.png. Without options: a small model on the sources of Python's library, in about two
+    minutes on a CPU; on a GPU the whole preset baby. The defaults below are those of the preset, of the file and of the
+    weights that were given.
     """
 
     resume: Folder | None = None  # a run to go on with, from its newest whole checkpoint
@@ -65,14 +66,14 @@ def parse(argv: Sequence[str]) -> Asked:
     from_file = read_settings(file) if file else {}
     with _naming(file, from_file):
         device = find_device(typed.get("device") or from_file.get("device") or "auto")
-        preset, remark = choose_preset(typed.get("preset") or from_file.get("preset"), device)
-        base = dataclasses.asdict(TrainConfig.from_preset(preset))
+        given = {**from_file, **typed}
+        init_from = None if resume else given.get("init_from")  # a run that goes on does not look there again
+        preset, remark = choose_preset(given.get("preset"), device, init_from)
+        base = dataclasses.asdict(TrainConfig.from_preset(preset)) | (sizes_of(init_from) if init_from else {})
     chosen = dataclasses.asdict(line.over({**base, **from_file, "preset": preset}))
-    if resume and chosen["out"] and Path(chosen["out"]).resolve() != Path(resume).resolve():
-        raise ValueError(f"out is {chosen['out']!r}, and {resume} goes on where it is: leave --out out")
     with _naming(file, from_file):
         config = TrainConfig(**{name: chosen[name] for name in base})
-    said = typed.keys() & {"preset", "config", "resume", "steps"}
+    said = typed.keys() & {"preset", "config", "resume", "steps", "init_from"}
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # ranks would measure different lengths
     return Asked(config, remark, resume, fit=alone and not said and device.type == "cpu")
 

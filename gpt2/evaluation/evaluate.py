@@ -94,16 +94,19 @@ def text_loss(
     batch_size: int = 8,
     device: torch.device,
     watch: Watch = iter,
+    tokens: np.ndarray | None = None,
 ) -> TextLoss:
     """The loss of the model over every token of a text.
 
     Each document is preceded by the end of text, as in training. If the tokenizer has no such token, the first token
     of the text cannot be predicted and is not counted.
     stride: see `data.strided`, by default block_size. batch_size: windows in a batch.
+    tokens: `data.encode_text` of the text, where that was done before.
     Raises ValueError for a stride that is not in 1..block_size, or a text of one token.
     """
     T = model.config.block_size
-    tokens = data.encode(((document, True) for document in text.documents), tokenizer)
+    if tokens is None:
+        tokens = data.encode_text(text, tokenizer)
     if tokenizer.end_of_text is not None:
         tokens = np.roll(tokens, 1)  # moves the end of text from the end of each document to its beginning
     batches = list(data.strided(tokens, T, T if stride is None else stride, batch_size))

@@ -46,7 +46,7 @@ def generate(
     idx: (B, T) int64, or B prompts of different lengths, which are padded on the left to the longest one.
     generator: on the model's device; by default the device's own generator.
     temperature, top_k, top_p, min_p, repetition_penalty, greedy: see `Sampling`.
-    more: prompt_lengths, stop_tokens, crop, compile, cuda_graph, as in `Generation`.
+    more: prompt_lengths, stop_tokens, vocab_size, crop, compile, cuda_graph, as in `Generation`.
     Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy)
@@ -63,6 +63,8 @@ class Generation(Iterator[Tensor]):
     prompt_lengths: B numbers in 1..T. The prompt of row b is its last prompt_lengths[b] tokens, and the tokens before
         them are padding. By default whole rows, or the lengths of a list of prompts.
     stop_tokens: a row that sampled one of them repeats it from then on. Iteration ends when all rows have sampled one.
+    vocab_size: only the first so many tokens are sampled, for a table with more rows than there are tokens. By default
+        the model's.
     with_logprobs: keeps `logprobs`.
     crop: if a prompt is longer than block_size, the model sees its end, with a warning. With False it is an error.
     compile, cuda_graph: as for `Decoder`.
@@ -78,6 +80,7 @@ class Generation(Iterator[Tensor]):
         *,
         prompt_lengths: Sequence[int] | Tensor | None = None,
         stop_tokens: Sequence[int] = (),
+        vocab_size: int | None = None,
         with_logprobs: bool = False,
         crop: bool = True,
         compile: bool = False,
@@ -93,7 +96,10 @@ class Generation(Iterator[Tensor]):
         for token in stop_tokens:
             if not 0 <= token < V:
                 raise ValueError(f"stop_tokens holds {token}, vocab_size is {V}: allowed are 0..{V - 1}")
+        if vocab_size is not None and not 1 <= vocab_size <= V:
+            raise ValueError(f"vocab_size is {vocab_size}, the model's is {V}: allowed are 1..{V}")
         B, T = idx.shape
+        self.vocab_size = V if vocab_size is None else vocab_size
         self.sampling, self.generator = sampling, generator
         self.tokens = torch.zeros(B, T + max_new_tokens, dtype=torch.int64, device=device)
         self.tokens[:, :T] = idx
@@ -122,7 +128,8 @@ class Generation(Iterator[Tensor]):
             self.close()
             raise StopIteration
         logits = self.decoder.logits(self.end)  # (B, V)
-        token = next_token(logits, self.sampling, self.generator, self.seen)  # (B, 1)
+        seen = None if self.seen is None else self.seen[:, : self.vocab_size]
+        token = next_token(logits[:, : self.vocab_size], self.sampling, self.generator, seen)  # (B, 1)
         if self.stop is not None:
             token = torch.where(self.stopped[:, None], self.tokens[:, self.end - 1 : self.end], token)
         if self._logprobs is not None:

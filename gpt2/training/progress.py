@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from rich.progress import Progress as RichProgress
 
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.data.corpus import Corpus
+from fastgpt2.gpt2.data.windows import Say
 from fastgpt2.gpt2.evaluation.evaluate import Watch
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import visible
@@ -96,6 +99,33 @@ def _said_now_and_then(items: Sequence[Any], what: str, unit: str) -> Iterator[A
             due = now + LINE_EVERY_S
 
 
+@contextlib.contextmanager
+def stages(console: Console, what: str) -> Iterator[Say]:
+    """Shows what a computation of unknown length is at: the argument of the last call of what the `with` is given.
+
+    On a terminal beside a spinner; elsewhere, from two seconds on, as a line on standard error now and then.
+    """
+    if console.is_terminal or console.quiet:
+        with console.status(what) as status:
+            yield lambda stage: status.update(f"{what}: {stage}")
+        return
+    begin, ended, latest = time.monotonic(), threading.Event(), ["begun"]
+
+    def tell() -> None:
+        wait = QUIET_S
+        while not ended.wait(wait):
+            print(f"{what}: {latest[0]}, {time.monotonic() - begin:.0f} s so far", file=sys.stderr, flush=True)
+            wait = LINE_EVERY_S
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield lambda stage: latest.__setitem__(0, stage)
+    finally:
+        ended.set()
+        teller.join()
+
+
 def cost(record: Record) -> str:
     """The MFU and peak memory of a step as text, as far as they are known."""
     mfu = "" if record.mfu is None else f"  MFU {record.mfu:.1%}"
@@ -122,12 +152,13 @@ def announce(
     c = model.config
     kernels = ", ".join(f"{op} {how}" for op, how in vars(model.kernels).items())
     same = set(vars(model.kernels).values())
-    documents = "" if corpus.documents is None else f"{corpus.documents:,} documents, "
+    documents = "" if corpus.n_documents is None else f"{corpus.n_documents:,} documents, "
     rows = {
         "text": f"{corpus.name}: {documents}{len(corpus.train):,} tokens and {len(corpus.val):,} held out, "
         f"vocabulary {corpus.tokenizer.vocab_size}",
         "model": f"{model.get_num_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"width {c.n_embd}, block {c.block_size}",
+        **({} if config.init_from is None else {"from": config.init_from}),
         "run": f"{config.steps} steps of {config.tokens_per_step(processes):,} tokens on {config.device} in "
         f"{config.dtype}, {f'{processes} processes with {config.parallel}, ' if processes > 1 else ''}"
         f"kernels {same.pop() if len(same) == 1 else kernels}{', compiled' if config.compile else ''}"

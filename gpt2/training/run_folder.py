@@ -19,7 +19,7 @@ from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import kernels_digest
 from fastgpt2.gpt2.training.log import LOG, read_log
-from fastgpt2.gpt2.training.train_config import TrainConfig, settings_text
+from fastgpt2.gpt2.training.train_config import TrainConfig, read_settings, settings_text
 
 CONFIG, ABOUT, PLOT = "config.yaml", "about.json", "loss.png"
 
@@ -101,7 +101,7 @@ class RunFolder:
             "kernels": dataclasses.asdict(model.kernels),
             "text": {
                 "name": corpus.name,
-                "documents": corpus.documents,
+                "documents": corpus.n_documents,
                 "tokens": len(corpus.train),
                 "held_out": len(corpus.val),
             },
@@ -109,6 +109,12 @@ class RunFolder:
         }
         write_atomically(self.path / ABOUT, json.dumps(content, indent=2) + "\n")
         write_atomically(self.path / CONFIG, settings_text(config))
+
+    def set_steps(self, steps: int) -> None:
+        """config.yaml says how long the run is, also where it is longer than it was begun."""
+        config = TrainConfig(**read_settings(self.path / CONFIG))
+        if config.steps != steps:
+            write_atomically(self.path / CONFIG, settings_text(dataclasses.replace(config, steps=steps)))
 
     def log(self, record: Record) -> None:
         """Appends the record to the log as one line, in one write."""

@@ -33,8 +33,9 @@ from fastgpt2.gpt2.evaluation.hellaswag import read_examples
 from fastgpt2.gpt2.files import exclusive
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import run_console
+from fastgpt2.gpt2.training.begin import beginning
 from fastgpt2.gpt2.training.log import LOG, read_log
-from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample
+from fastgpt2.gpt2.training.progress import Progress, announce, line, show_end, show_sample, stages
 from fastgpt2.gpt2.training.ranks import Ranks
 from fastgpt2.gpt2.training.run_folder import CONFIG, Record, RunFolder, check_run, versions
 from fastgpt2.gpt2.training.stop_signals import StopSignals
@@ -69,10 +70,10 @@ class TrainResult:
 def train(
     config: TrainConfig | None = None, *, resume: str | Path | None = None, console: Console | None = None
 ) -> TrainResult:
-    """Trains one model from scratch and writes its run folder; reports to `console` (default: standard output).
+    """Trains one model and writes its run folder; reports to `console` (default: standard output).
 
     config: by default preset baby on a GPU and baby-smoke without one; with `resume`, the run's own settings.
-    resume: the folder of a run that did not reach its end. It continues from the newest complete checkpoint.
+    resume: the folder of a run. It continues from the newest complete checkpoint to its end or, with more `steps`, on.
 
     The first SIGINT, SIGTERM or SIGHUP ends the run after the current step and saves it; a second one ends it at once.
     Sets PyTorch's global seed. Under torchrun every rank calls this, and rank 0 writes.
@@ -113,13 +114,26 @@ def _train(
     check_trackers(config)
     text = (config.data, config.tokenizer, config.val_fraction, config.block_size)
     place: dict[str, Any] = dict(rank=ranks.rank, world_size=ranks.size)
-    corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=config.text_tokenizer(), **place))
+    starting = held.enter_context(contextlib.ExitStack())
+    place["say"] = say = starting.enter_context(stages(console, "start"))
+    saved = None if resumed is None else newest_whole(resumed, lambda text: line(console, text))
+    if config.init_from is not None:
+        say("loading the weights")
+    begun = ranks.on_all(lambda: beginning(config, saved))
+    otherwise = config.text_tokenizer() if begun is None else begun.tokenizer
+    corpus = ranks.on_all(lambda: load_corpus(*text, text_tokenizer=otherwise, **place))
+    if begun is not None:
+        begun.check_tokenizer(corpus.tokenizer)
     examples = ranks.broadcast(lambda: read_examples(config.hellaswag) if config.hellaswag else [])
+    say("preparing the model")
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks)
+    model = None if begun is None else begun.model
+    trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks, model)
     held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
-    done = 0 if resumed is None else _restore(trainer, resumed, held_out, console)
+    done = 0 if resumed is None else _restore(trainer, resumed, saved, held_out, console)
+    say("computing the validation loss")
     val_loss = trainer.validation_loss()  # before anything is written, so that an error of a kernel leaves no folder
+    starting.close()
 
     new = resumed is None
     if resumed is None:
@@ -127,8 +141,11 @@ def _train(
     else:
         folder = RunFolder(resumed)
         ranks.broadcast(lambda: _rewind(folder, done, config.steps, console))
+        ranks.broadcast(lambda: folder.set_steps(config.steps))
     trackers = ranks.on_all(lambda: _begin_tracking(config, folder.path, done, new) if ranks.first else [])
     announce(console, config, trainer.model, corpus, folder.path, ranks.size, done, val_loss)
+    if ranks.first and begun is not None and new and (note := begun.note(corpus.tokenizer)):
+        line(console, f"note    {note}")
 
     record, stopped_by = None, None
     with stop, Progress(console, config.steps, done) as progress:
@@ -209,6 +226,8 @@ def _config_of(run: Path, config: TrainConfig | None) -> TrainConfig:
     saved = TrainConfig(**read_settings(run / CONFIG))
     if config is None:
         return saved
+    if config.out is not None and Path(config.out).resolve() != run.resolve():
+        raise ValueError(f"out is {config.out!r}, and {run} goes on where it is: leave out out")
     _check_same(config.on_this_machine(), dataclasses.asdict(saved), run)
     return config
 
@@ -218,6 +237,8 @@ def _check_same(config: TrainConfig, before: dict[str, Any], run: Path) -> None:
     for name, value in dataclasses.asdict(config).items():
         if name == "total_batch_tokens" and before[name] is None:
             continue  # its value depended on the number of ranks: `_check_step` compares it
+        if name == "steps" and value > before[name]:
+            continue
         if name not in FREE_TO_CHANGE and value != before[name]:
             raise ValueError(
                 f"{name} is {value!r}, the run {run} was begun with {before[name]!r}: leave it out, or begin a new run"
@@ -235,17 +256,17 @@ def _check_step(trainer: Trainer, state: dict[str, Any], run: Path) -> None:
         )
 
 
-def _restore(trainer: Trainer, run: Path, held_out: dict[str, int], console: Console) -> int:
-    """Loads the newest complete checkpoint and returns its step, or 0 for a run that was killed before its first one.
+def _restore(trainer: Trainer, run: Path, folder: Path | None, held_out: dict[str, int], console: Console) -> int:
+    """Loads the checkpoint in `folder` and returns its step, or 0 for a run that was killed before its first one.
 
-    Raises ValueError if there are checkpoints but none is complete, or if the data is not the run's.
+    Raises ValueError if the data is not the run's.
     """
-    folder = newest_whole(run, lambda text: line(console, text))
     if folder is None:
         line(console, f"resumes {run} from the beginning, it has no checkpoint yet")
         return 0
     state = load_checkpoint_state(folder)
-    _check_same(trainer.config, state["config"], run)  # config.yaml may have been edited
+    before = dataclasses.asdict(TrainConfig(**state["config"]))  # which an older version wrote, perhaps
+    _check_same(trainer.config, before, run)  # config.yaml may have been edited
     _check_step(trainer, state, run)
     if tokenizers.load(folder) != trainer.tokenizer:
         raise ValueError(f"{folder} was trained on tokens of another tokenizer than the data's")

@@ -15,7 +15,9 @@ from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.data.windows import MAX_SEED
 from fastgpt2.gpt2.options import read_file
 from fastgpt2.gpt2.training.settings import Settings
+from fastgpt2.gpt2.weights.pretrained import open_checkpoint
 
+ARCHITECTURE = ("n_layer", "n_head", "n_embd")  # what weights decide; of positions they have so many at most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,11 +32,15 @@ class TrainConfig(Settings):
     def from_preset(cls, name: str, **overrides: Any) -> TrainConfig:
         """One of `PRESETS` with some settings replaced.
 
-        Raises ValueError for an unknown name or a value that is not allowed, TypeError for an unknown setting.
+        With `init_from` its sizes are those of the checkpoint, which is looked at, and not the preset's.
+        Raises ValueError for an unknown name or a value that is not allowed, TypeError for an unknown setting; for
+        `init_from` as `GPT.from_pretrained`.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown, there are {', '.join(PRESETS)}")
-        return cls(preset=name, **{**PRESETS[name], **overrides})
+        source = overrides.get("init_from")
+        sizes = {} if source is None else sizes_of(source)
+        return cls(preset=name, **{**PRESETS[name], **sizes, **overrides})
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "eval_interval", "eval_tokens", "keep"):
@@ -111,6 +117,12 @@ class TrainConfig(Settings):
         return dataclasses.replace(self, device=str(device), dtype=dtype)
 
 
+def sizes_of(source: str) -> dict[str, int]:
+    """What a checkpoint says of the model that `init_from` it begins with."""
+    config = open_checkpoint(source).config
+    return {name: getattr(config, name) for name in (*ARCHITECTURE, "block_size")}
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one, else the CPU.
 
@@ -152,6 +164,10 @@ _GPT2 = dict(
     steps=19073, total_batch_tokens=2**19, batch_size=16, block_size=1024, n_layer=12, n_head=12,
     n_embd=768, dropout=0.0, vocab_multiple=128, lr=6e-4, min_lr=6e-5, warmup=715, beta2=0.95, eval_tokens=10 * 2**20,
 )  # fmt: skip
+_FINETUNE = dict(
+    steps=200, batch_size=8, dropout=0.0, vocab_multiple=128, lr=3e-5, min_lr=3e-6, warmup=0, beta2=0.95,
+    eval_interval=50, eval_tokens=2**16,
+)  # fmt: skip
 _MEDIUM = dict(n_layer=24, n_head=16, n_embd=1024, batch_size=8, lr=3e-4, min_lr=3e-5)
 _LARGE = dict(n_layer=36, n_head=20, n_embd=1280, batch_size=4, lr=2.5e-4, min_lr=2.5e-5)
 _XL = dict(n_layer=48, n_head=25, n_embd=1600, batch_size=4, lr=2e-4, min_lr=2e-5)
@@ -176,15 +192,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large-smoke": _GPT2 | _LARGE | _SMOKE,
     "gpt2-xl": _GPT2 | _XL,
     "gpt2-xl-smoke": _GPT2 | _XL | _SMOKE,
+    # For weights that exist: nanoGPT's finetune_shakespeare takes few steps at a twentieth of GPT-2's rate.
+    "finetune": _FINETUNE,
+    "finetune-smoke": _FINETUNE | dict(steps=20, batch_size=1, eval_interval=10, eval_tokens=4096),
 }  # fmt: skip
 
 
-def choose_preset(name: str | None, device: torch.device) -> tuple[str, str]:
+def choose_preset(name: str | None, device: torch.device, init_from: str | None = None) -> tuple[str, str]:
     """(the preset of a run, what to print about it). name: the preset that the user asked for, or None."""
+    usual = "baby" if init_from is None else "finetune"
     if name is not None and not isinstance(name, str):
         raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
     if device.type == "cuda":
-        return name or "baby", f"on {torch.cuda.get_device_name(device)}"
+        return name or usual, f"on {torch.cuda.get_device_name(device)}"
     if name is None:
-        return "baby-smoke", "no GPU here: baby at a size for a CPU"
+        return f"{usual}-smoke", f"no GPU here: {usual} at a size for a CPU"
     return name, "made for a CPU" if name.endswith("-smoke") else f"made for a GPU; {name}-smoke is made for a CPU"

@@ -34,6 +34,7 @@ class Trainer:
     """Everything that a step computes with. It writes no files.
 
     ranks: the processes that share the steps, by default only this one. Every method must be called on all of them.
+    model: the model to train, of the sizes of `config`; by default a new one.
     Raises ValueError if config.document_mask is set and the tokenizer has no end of text.
     """
 
@@ -44,6 +45,7 @@ class Trainer:
         train_tokens: Tokens,
         val_tokens: Tokens,
         ranks: Ranks | None = None,
+        model: GPT | None = None,
     ):
         self.config, self.tokenizer, self.val_tokens = config, tokenizer, val_tokens
         self.ranks = ranks or Ranks(torch.device(config.device))
@@ -51,7 +53,9 @@ class Trainer:
         self.peak_flops = hardware.peak_flops(self.device)
         self.grad_accum_steps = config.grad_accum_steps(self.ranks.size)
         self.captures = config.as_cuda_graph(self.ranks.size)
-        self.model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels).to(self.device)
+        if model is None:
+            model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels)
+        self.model = model.to(self.device)
         self.model.transformer.recompute = config.recompute
         # Validation and sampling use the plain module, which shares its weights with the compiled one.
         self.parallel_model = parallelize(self.model, self.ranks, config.parallel, config.compile)
@@ -210,6 +214,7 @@ class Trainer:
             return self.model
         with torch.device("meta"):
             whole = GPT(self.model.config, self.config.kernels)
+        whole.origin = self.model.origin
         whole.load_state_dict(weights, assign=True)
         whole.tie_weights()
         return whole
