@@ -6,6 +6,7 @@ model.safetensors.index.json (shards), pytorch_model.bin, pytorch_model.bin.inde
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.files import replace, temporary_beside, write_atomically
 from fastgpt2.gpt2.model import GPT
@@ -86,9 +88,10 @@ def from_pretrained(
     stored = list(_stored(weights))
     model = build(config, stored, str(weights), dtype=torch.float32, kernels=kernels)
     (dtype, *others) = {tensor.dtype for tensor in stored if not tensor.name.endswith(BUFFERS)}
+    said = {name: settings.get("fastgpt2", {}).get(name, getattr(GPTConfig, name)) for name in override_args or {}}
     model.origin = Origin(
         settings,
-        config_from_huggingface(settings, str(folder / CONFIG)),
+        dataclasses.replace(config, **said),
         dtype if isinstance(dtype, torch.dtype) and not others else None,
         (folder / CONFIG).read_text(encoding="utf-8"),
         other_files(folder),
