@@ -76,7 +76,7 @@ setup(
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
         "rich>=13",
-        "tyro>=0.9",
+        "tyro>=1",
         "pyyaml>=6",
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -42,6 +42,17 @@ def visible(text: str, file: IO[str] | None = None) -> str:
     return "".join(c if c in KEPT or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
 
 
+class _EndingConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process with status 1: the command ends as others do in a pipe."""
+        raise BrokenPipeError
+
+
+def plain_console() -> Console:
+    """Standard output for a command that only prints. Raises BrokenPipeError where nobody reads it any more."""
+    return _EndingConsole()
+
+
 def run_console(quiet: bool = False) -> Console:
     """A console on standard output for runs that must survive the loss of it: `| head`, a closed terminal."""
     lasting: Any = _Lasting(sys.stdout)

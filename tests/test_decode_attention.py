@@ -239,6 +239,7 @@ def test_a_short_cache_is_not_split(device):
         assert len(log) == launches
 
 
+@interpreted
 def test_launches(device):
     """One where one split does, else two, and the grid follows from shapes alone."""
     qkv, cache = token_and_cache(2, 3, 200, 16, torch.float16, device)

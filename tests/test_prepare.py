@@ -13,6 +13,7 @@ from test_sources import DOCUMENTS, from_hub, write_jsonl, write_parquet, write_
 
 from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.cli import prepare as prepare_command
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data import shards, sources
 from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data import windows as data
@@ -230,5 +231,5 @@ def test_the_command_says_what_it_made(tmp_path, source, capsys):
 
 
 def test_without_a_source_it_is_pythons_own_text(tmp_path):
-    assert prepare_command.parser().parse_args(["--out", "x"]).source == ["python"]
+    assert parse(prepare_command.Options, ["--out", "x"], "prepare").source == ("python",)
     assert find_source("python").prompt == "def " and len(find_source("python").files) > 100

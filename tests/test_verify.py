@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgpt2.bench.cases.registry import operations, sized_cases
 from fastgpt2.bench.verify import error_rule, verify
-from fastgpt2.bench.verify.kernel_errors import verify_case
+from fastgpt2.bench.verify.kernel_errors import errors_of_case
 from fastgpt2.gpt2 import ops
 
 
@@ -49,7 +49,7 @@ def test_all_is_well(shown, capsys, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("op", operations())
 def test_every_registered_op_is_well(op, dtype, device):
-    rows = list(verify_case(small_case(op, dtype), device, with_hf=True))
+    rows = list(errors_of_case(small_case(op, dtype), device, with_hf=True))
     assert all(row.ok and row.to_hf is not None for row in rows), rows
     inputs = small_case(op, dtype).inputs(device)
     assert len(rows) >= 1 + sum(t.requires_grad for t in inputs)
@@ -59,7 +59,7 @@ def test_every_registered_op_is_well(op, dtype, device):
 def test_a_kernel_that_is_wrong_by_one_percent_is_named(op, device):
     case = small_case(op, torch.float32)
     wrong = dataclasses.replace(case, ours=off_by_one_percent(case.ours))
-    rows = list(verify_case(wrong, device, with_hf=False))
+    rows = list(errors_of_case(wrong, device, with_hf=False))
     assert not any(row.ok for row in rows), rows
 
 

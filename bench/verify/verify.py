@@ -5,12 +5,13 @@ The kernels are those described in bench/cases/ops/. The rule is in error_rule.p
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,13 @@ from torch import Tensor
 from fastgpt2.bench.cases.registry import sized_cases
 from fastgpt2.bench.report.tables import print_whole
 from fastgpt2.bench.verify.error_rule import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
-from fastgpt2.bench.verify.kernel_errors import verify_case
+from fastgpt2.bench.verify.kernel_errors import errors_of_case
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
+from fastgpt2.gpt2.options import CommandOptions, Name, Source
+from fastgpt2.gpt2.output import plain_console
 from fastgpt2.gpt2.training.train_config import find_device
 
 RULE = f"at most {LIMIT:g} times eager PyTorch's (or half a unit in the last place) and 1e-5"
@@ -123,7 +127,7 @@ def verify(device: torch.device, dtypes: Sequence[torch.dtype], model: GPT | Non
     B, T, C, H, V = (2, 1000, 768, 12, 50257) if on_gpu else (2, 37, 64, 1, 97)
     for dtype in dtypes:
         for case in sized_cases(T, C, dtype, tokens=B * T, V=V):
-            yield from verify_case(case, device, with_hf)
+            yield from errors_of_case(case, device, with_hf)
     if model is None:
         layers = 12 if on_gpu else 2
         model = random_model(GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H, n_embd=C), device)
@@ -136,7 +140,6 @@ def verify(device: torch.device, dtypes: Sequence[torch.dtype], model: GPT | Non
 
 def show(rows: Sequence[Row]) -> None:
     """Prints the table and, last, the verdict."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("what", "on triton", "result", "dtype", box=None)
@@ -150,7 +153,7 @@ def show(rows: Sequence[Row]) -> None:
         ratio = f"at rounding, {ratio}" if row.at_rounding else ratio
         figures = (f"{row.error:.1e}", f"{row.eager_error:.1e}", f"{row.allowed:.1e}", to_hf, ratio)
         table.add_row(row.subject, row.toggle, row.result, row.dtype, *figures)
-    console = Console()
+    console = plain_console()
     print_whole(console, table)
     bad = [row for row in rows if not row.ok]
     verdict = f"[bold red]{len(bad)} of {len(rows)} above it[/]" if bad else f"all {len(rows)} within"
@@ -159,23 +162,22 @@ def show(rows: Sequence[Row]) -> None:
     console.print(f"\nErrors against float64, {RULE}: {verdict}{worst}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Compares every kernel with eager PyTorch, float64 and HuggingFace. Exits with 1 where an error, relative to the
+    size of the result, is above what is allowed: twice eager PyTorch's (or half a unit in the last place) and 1e-5. The
+    ratio shown is error / eager's error; 'at rounding' marks where eager's error is below the other terms.
+    """
+
+    device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU where there is one
+    # Triton's interpreter has no bfloat16, so on the CPU all means float16 and float32
+    dtype: Literal["bfloat16", "float16", "float32", "all"] = "all"
+    checkpoint: Source | None = None  # weights to compare, a hub name or a folder; None: random ones
+
+
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when every error is within the rule, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="fastgpt2 verify",
-        description="Compares every kernel with eager PyTorch, float64 and HuggingFace. Exits with 1 where an error, "
-        f"relative to the result's size, is not {RULE}. The ratio shown is error / eager's error; 'at rounding' "
-        "marks where eager's error is below the other terms.",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--dtype",
-        choices=[*DTYPES, "all"],
-        default="all",
-        help="default: %(default)s; Triton's interpreter has no bfloat16, so on the CPU all means float16 and float32",
-    )
-    parser.add_argument("--checkpoint", help="weights to compare, a hub name or a folder; default: random ones")
-    args = parser.parse_args(argv)
+    args = parse(Options, argv, "fastgpt2 verify")
     device = find_device(args.device)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton reads the variable when kernels are decorated, which has happened in this process.

@@ -13,6 +13,7 @@ import torch
 
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.data.windows import MAX_SEED
+from fastgpt2.gpt2.options import read_file
 from fastgpt2.gpt2.training.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,63 +133,8 @@ def find_device(name: str) -> torch.device:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads settings from a YAML file: {name: value}, each value of its setting's type.
-
-    The setting's type decides how a value is read, so that `cuda_graph: off` is the choice "off" and `lr: 1e-3` is a
-    number, although YAML 1.1 reads them as a boolean and a text.
-    Raises FileNotFoundError if the file does not exist, ValueError naming the file if it is not YAML or has an unknown
-    setting, a setting twice, or a value of a wrong type.
-    """
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config is {str(path)!r}, which does not exist or is not a file")
-    try:
-        content = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if content is not None and not isinstance(content, yaml.MappingNode):
-        raise ValueError(f"{path} has no settings, expected lines such as 'lr: 0.001'")
-    hints, settings = get_type_hints(Settings), {}
-    for key, value in [] if content is None else content.value:
-        name = str(key.value)
-        where = f"{path}, line {key.start_mark.line + 1}"
-        if name not in hints:
-            raise ValueError(f"{where}: setting {name!r} is unknown, there are {', '.join(hints)}")
-        if name in settings:
-            raise ValueError(f"{where}: setting {name!r} is given twice")
-        if not isinstance(value, yaml.ScalarNode):
-            raise ValueError(f"{where}: {name} has several values, expected one")
-        kind = value.tag.removeprefix("tag:yaml.org,2002:")
-        try:
-            settings[name] = _typed(hints[name], kind, value.value)
-        except ValueError as error:
-            raise ValueError(f"{where}: {name} is {value.value!r}, {error}") from None
-    return settings
-
-
-def _typed(hint: Any, kind: str, text: str) -> Any:
-    """Converts `text`, which YAML reads as a `kind`, to the type `hint` of a setting. Raises ValueError."""
-    options = get_args(hint)
-    choices = [option for option in options if isinstance(option, str)]
-    if choices:
-        if text not in choices:
-            raise ValueError(f"allowed are {', '.join(choices)}")
-        return text
-    if kind == "null":
-        if type(None) not in options:
-            raise ValueError("which YAML reads as null: leave the setting out, or give a value")
-        return None
-    wanted = next((option for option in options if option is not type(None)), hint)
-    if wanted is bool:
-        if kind != "bool":
-            raise ValueError("allowed are true and false")
-        return text.lower() in ("true", "yes", "on")
-    try:
-        return wanted(text)
-    except ValueError:
-        raise ValueError(f"expected {'a whole number' if wanted is int else 'a number'}") from None
+    """Reads settings from a YAML file: {name: value}. Raises as `options.read_file`."""
+    return read_file(path, Settings)
 
 
 def settings_text(config: TrainConfig) -> str:
