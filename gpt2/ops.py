@@ -163,6 +163,19 @@ def decode_attention(
     return y.view(B, 1, C)
 
 
+def cached_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, starts: Tensor | None, n_head: int, scale: float
+) -> Tensor:
+    """As `decode_attention`, by Triton, over keys and values (B, H, S, D) in two tensors, as another library's cache
+    has them: read where they are, without a copy where their strides are equal.
+
+    lengths, starts (B,) int32: tokens before the new one, and the position where each row's tokens begin; None: 0.
+    """
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        keys, values = torch.stack((keys, values))
+    return triton_decode_attention(qkv, (keys, values), lengths, n_head, scale=scale, starts=starts)
+
+
 def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
     """The projection that ends a branch: y (..., K) -> (y W^T, the bias still to be added) or (c_proj(y), None).
 
@@ -259,12 +272,12 @@ def head_loss(
     return logits, total / (kept >= 0).sum().clamp(min=1)
 
 
-def loss_without_logits(x: Tensor, lm_head: nn.Linear, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
-    """Triton's cross-entropy of a stock head without bias: x (B, T, C), targets (B, T) int64 -> float32 scalar.
+def loss_without_logits(x: Tensor, lm_head: nn.Linear, targets: Tensor, ignore_index: int) -> Tensor:
+    """The sum of Triton's cross-entropies of a stock head without bias: x (B, T, C), targets (B, T) -> float32 scalar.
 
-    reduction: "mean" or "sum". Targets that are negative or ignore_index are ignored.
+    Targets that are negative or ignore_index are ignored.
     """
-    return triton_linear_cross_entropy(x, lm_head.weight, targets, reduction=reduction, ignore_index=ignore_index)
+    return triton_linear_cross_entropy(x, lm_head.weight, targets, reduction="sum", ignore_index=ignore_index)
 
 
 def without_padding(logits: Tensor, vocab_size: int, padded_vocab_size: int) -> Tensor:

@@ -79,7 +79,7 @@ def op(
         for an output that is not needed; the operator returns an empty tensor (0,) for None.
     fake: takes the same arguments and returns empty tensors with the launcher's shapes, dtypes and strides.
     toggle: the field of `Kernels` that switches this operator off. Errors name it.
-    mutates: names of the tensor arguments that the kernels write to.
+    mutates: names of the tensor arguments that the kernels write to, where they are not None.
     opaque: torch.compile calls the launcher instead of tracing into it.
     strided: names of the tensor arguments that the launcher accepts with any strides. The others are made contiguous.
     differentiable: the number of outputs, from the first on, that have gradients; all by default. The other outputs are
@@ -111,7 +111,8 @@ def op(
         index = args[tensor_places[0]].get_device()
         args = contiguous(args)
         for place in mutated:  # so that autograd refuses a backward that needs the previous values
-            torch.autograd.graph.increment_version(args[place])
+            if args[place] is not None:
+                torch.autograd.graph.increment_version(args[place])
         if index < 0 or index == torch.cuda.current_device():
             return launcher(*args)
         with torch.cuda.device(index):  # Triton launches on the current device

@@ -4,6 +4,7 @@
     s[j] = scale * q . cache[0, b, h, j] for j <= lengths[b],   out = softmax(s) cache[1, b, h]
 
 qkv (B, 1, 3*C) = (B, 1, [q | k | v], H, D), cache (2, B, H, S, D) = [keys | values], lengths (B,) -> out (B, 1, C).
+Keys and values may be two tensors of equal strides, and a row may begin at starts[b]: j runs from there.
 
 HBM traffic: qkv and the filled part of the cache are read once; k, v and out are written once. The tokens of a head are
 split over as many programs as fill the GPU; a short cache is not split. The number of splits depends only on shapes, so
@@ -39,22 +40,30 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that merging rows wi
 
 
 def decode_attention_reference(
-    qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, *, scale: float | None = None
+    qkv: Tensor,
+    cache: Tensor | tuple[Tensor, Tensor],
+    lengths: Tensor,
+    n_head: int,
+    *,
+    scale: float | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """The reference for `decode_attention` in plain PyTorch: qkv (B, 1, 3*C), lengths (B,) -> (B, 1, C).
+    """The reference for `decode_attention` in plain PyTorch: qkv (B, 1, 3*C), lengths and starts (B,) -> (B, 1, C).
 
-    cache (2, B, H, S, D) is changed in place.
+    cache (2, B, H, S, D), or two tensors (B, H, S, D), is changed in place.
     """
     B, _, C3 = qkv.shape
     q, k, v = qkv.reshape(B, 3, n_head, 1, C3 // (3 * n_head)).unbind(1)  # (B, H, 1, D) each
-    place = torch.arange(cache.shape[3], device=cache.device)
-    seen = (place < lengths[:, None])[:, None, :, None]  # (B, 1, S, 1)
+    place = torch.arange(cache[0].shape[2], device=qkv.device)
+    seen = place < lengths[:, None]
+    seen = (seen if starts is None else seen & (place >= starts[:, None]))[:, None, :, None]  # (B, 1, S, 1)
     keys, values = (torch.cat((c.masked_fill(~seen, 0.0), new), 2) for c, new in zip(cache, (k, v), strict=True))
     s = (keys @ q.mT).squeeze(3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     visible = torch.cat((seen, seen.new_ones(B, 1, 1, 1)), 2).squeeze(3)  # the last key is the token's own
     p = torch.softmax(s.masked_fill(~visible, float("-inf")), -1)
     here = (place == lengths[:, None])[:, None, :, None]
-    cache.copy_(torch.where(here, torch.stack((k, v)), cache))
+    for c, new in zip(cache, (k, v), strict=True):
+        c.copy_(torch.where(here, new, c))
     return (p[:, :, None] @ values).reshape(B, 1, C3 // 3)
 
 
@@ -91,7 +100,9 @@ def _split_size(length, n_splits, S, BLOCK_N: tl.constexpr):
 def _decode_attention_kernel(
     qkv_ptr,
     cache_ptr,
+    values_ptr,
     lengths_ptr,
+    starts_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -119,12 +130,21 @@ def _decode_attention_kernel(
     row = (tl.program_id(0) // (n_splits * H)).to(tl.int64)
     head = tl.program_id(0) // n_splits % H
     length = tl.load(lengths_ptr + row)
+    if values_ptr is None:
+        values_ptr = cache_ptr + stride_cw
+    offset = row * stride_cb + head.to(tl.int64) * stride_ch
+    if starts_ptr is not None:
+        begin = tl.load(starts_ptr + row)
+        offset += begin.to(tl.int64) * stride_cs
+        length -= begin
+        S -= begin
     cached, size = _split_size(length, n_splits, S, BLOCK_N)
     first = split * size
     last = tl.minimum(first + size, cached)
     is_first = split == 0
     qkv_ptr += row * stride_qb + head * D
-    cache_ptr += row * stride_cb + head.to(tl.int64) * stride_ch
+    cache_ptr += offset
+    values_ptr += offset
 
     offs_d = tl.arange(0, BLOCK_D)
     q = tl.load(qkv_ptr + offs_d, mask=offs_d < D, other=0.0).to(ACC) * (tl.full((), scale, ACC) * 1.4426950408889634)
@@ -132,22 +152,24 @@ def _decode_attention_kernel(
     k_new = tl.load(qkv_ptr + H * D + offs_d, mask=mask_new, other=0.0)
     v_new = tl.load(qkv_ptr + 2 * H * D + offs_d, mask=mask_new, other=0.0)
     mask_stored = offs_d < tl.where(is_first & (length >= 0) & (length < S), D, 0)
-    new_ptr = cache_ptr + length.to(tl.int64) * stride_cs + offs_d
-    tl.store(new_ptr, k_new, mask=mask_stored)
-    tl.store(new_ptr + stride_cw, v_new, mask=mask_stored)
+    offs_new = length.to(tl.int64) * stride_cs + offs_d
+    tl.store(cache_ptr + offs_new, k_new, mask=mask_stored)
+    tl.store(values_ptr + offs_new, v_new, mask=mask_stored)
 
     m_i = tl.full((BLOCK_N,), LOWEST, ACC)
     l_i = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N, BLOCK_D)
+    v_ptrs = _rows(values_ptr, first, stride_cs, BLOCK_N, BLOCK_D)
     # num_stages is given at the loop, because Triton otherwise does not pipeline loads that feed no tl.dot.
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         mask_n = start + tl.arange(0, BLOCK_N) < last
         k = _load_rows(k_ptrs, mask_n, D, True)
-        v = _load_rows(k_ptrs + stride_cw, mask_n, D, True)
+        v = _load_rows(v_ptrs, mask_n, D, True)
         s = tl.where(mask_n, tl.sum(q[None, :] * k.to(ACC), 1), float("-inf"))
         m_i, l_i, acc = _meet(s, v.to(ACC), m_i, l_i, acc)
         k_ptrs += BLOCK_N * stride_cs
+        v_ptrs += BLOCK_N * stride_cs
 
     is_new = tl.arange(0, BLOCK_N) < tl.where(is_first, 1, 0)
     s = tl.where(is_new, tl.sum(q * k_new.to(ACC), 0), float("-inf"))
@@ -166,6 +188,7 @@ def _decode_merge_kernel(
     parts_ptr,
     lse_ptr,
     lengths_ptr,
+    starts_ptr,
     out_ptr,
     S,
     H,
@@ -182,7 +205,12 @@ def _decode_merge_kernel(
         wait_for_previous()
     ACC: tl.constexpr = parts_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64)
-    cached, size = _split_size(tl.load(lengths_ptr + place // H), n_splits, S, BLOCK_N)
+    length = tl.load(lengths_ptr + place // H)
+    if starts_ptr is not None:
+        begin = tl.load(starts_ptr + place // H)
+        length -= begin
+        S -= begin
+    cached, size = _split_size(length, n_splits, S, BLOCK_N)
     take_part = tl.maximum(tl.cdiv(cached, size), 1)
     lse_ptr += place * n_splits
     offs_d = tl.arange(0, BLOCK_D)
@@ -204,24 +232,32 @@ def _decode_merge_kernel(
 # ----------------------------------------------------------------------------------------------- fake and launcher
 
 
-def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, scale: float) -> Tensor:
-    """qkv (B, 1, 3*C) -> out (B, 1, C). Writes k and v to the cache in place."""
-    out = _fwd_fake(qkv, cache, lengths, n_head, scale)
+def decode_attention_fwd(
+    qkv: Tensor,
+    cache: Tensor,
+    values: Tensor | None,
+    lengths: Tensor,
+    starts: Tensor | None,
+    n_head: int,
+    scale: float,
+) -> Tensor:
+    """qkv (B, 1, 3*C) -> out (B, 1, C). Writes k and v to the cache in place; with values, cache has the keys alone."""
+    out = _fwd_fake(qkv, cache, values, lengths, starts, n_head, scale)
     if out.numel() == 0:
         return out
     B, _, C = out.shape
-    S, D = cache.shape[3:]
+    S, D = cache.shape[-2:]
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    strides = (qkv.stride(0), *cache.stride()[:4])
+    strides = (qkv.stride(0), *((0,) if values is not None else ()), *cache.stride()[:-1])
     n_splits, attend, merge = _plans(B, n_head, S, D, qkv.dtype, strides, scale, qkv.device)
     parts, lse = out, None
     if n_splits > 1:
         statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         parts = out.new_empty((B, n_head, n_splits, D), dtype=statistics)
         lse = out.new_empty((B, n_head, n_splits), dtype=statistics)
-    attend(qkv, cache, lengths, parts, lse)
+    attend(qkv, cache, values, lengths, starts, parts, lse)
     if lse is not None:
-        merge(parts, lse, lengths, out)
+        merge(parts, lse, lengths, starts, out)
     return out
 
 
@@ -248,60 +284,86 @@ def _plans(
     return n_splits, attend, merge
 
 
-def _fwd_fake(qkv, cache, lengths, n_head, scale):
+def _fwd_fake(qkv, cache, values, lengths, starts, n_head, scale):
     return qkv.new_empty((qkv.shape[0], 1, qkv.shape[2] // 3))
 
 
 def _flops(qkv, cache, *_):
     """Two products for each head over all S positions of the cache: only the device knows how many are filled."""
     B, _, C3 = qkv
-    return 4 * B * cache[3] * (C3 // 3)
+    return 4 * B * cache[-2] * (C3 // 3)
 
 
 # Opaque, because Inductor would copy the cache, which is written to.
 _decode_attention = op(
-    decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",), opaque=True, strided=("qkv",), flops=_flops
+    decode_attention_fwd,
+    _fwd_fake,
+    toggle=TOGGLE,
+    mutates=("cache", "values"),
+    opaque=True,
+    strided=("qkv",),
+    flops=_flops,
 )
 
 
 # ---------------------------------------------------------------------------------------------------------- public
 
 
-def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, *, scale: float | None = None) -> Tensor:
+def decode_attention(
+    qkv: Tensor,
+    cache: Tensor | tuple[Tensor, Tensor],
+    lengths: Tensor,
+    n_head: int,
+    *,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Attention of one new token a row: qkv (B, 1, 3*C) = [q | k | v] -> (B, 1, C), C = n_head * head size.
 
-    cache: (2, B, n_head, S, head size) of qkv's dtype, keys then values, with head sizes 16 to 128. k and v are stored
-        in it at position lengths[b]. The last dimension must be contiguous; positions from lengths[b] on are never
-        read.
+    cache: (2, B, n_head, S, head size) of qkv's dtype, keys then values, with head sizes 16 to 128; or keys and values
+        as two tensors (B, n_head, S, head size) of equal strides. k and v are stored in it at position lengths[b]. The
+        last dimension must be contiguous; positions from lengths[b] on are never read.
     lengths: int32 (B,) on qkv's device, the number of tokens in the cache before this one. The caller increments it. A
         row whose length is not in 0 ... S - 1 stores nothing; its token attends to the cached tokens and itself.
     scale: the factor on q . k, 1 / sqrt(head size) by default.
+    starts: int32 (B,), the position at which each row's tokens begin, 0 ... lengths[b]; positions before it, which are
+        padding, are not read. Default: 0.
 
     Raises TypeError for an unsupported dtype and ValueError for an argument that is not allowed. There is no gradient:
     while gradients are recorded, an input that requires one raises ValueError.
     """
     check_dtypes(OP, TOGGLE, qkv=qkv)
-    _check(qkv, cache, lengths, n_head, scale)
+    keys, values = cache if isinstance(cache, tuple) else (cache, None)
+    _check(qkv, keys, values, lengths, starts, n_head, scale)
     if scale is None:
-        scale = cache.shape[4] ** -0.5
-    return _decode_attention(qkv, cache, lengths, n_head, float(scale))
+        scale = keys.shape[-1] ** -0.5
+    return _decode_attention(qkv, keys, values, lengths, starts, n_head, float(scale))
 
 
-def _check(qkv, cache, lengths, n_head, scale):
+def _check(qkv, cache, values, lengths, starts, n_head, scale):
     D = check_heads(OP, TOGGLE, qkv, n_head, scale)
     B, T, _ = qkv.shape
     if T != 1:
         refuse(OP, TOGGLE, "qkv", f"of shape {tuple(qkv.shape)}", "(B, 1, 3 * C): one new token a row")
-    shape = tuple(cache.shape)
-    if cache.dim() != 5 or shape[:3] + shape[4:] != (2, B, n_head, D) or not shape[3] or cache.dtype != qkv.dtype:
-        refuse(OP, TOGGLE, "cache", describe(cache), f"{qkv.dtype} (2, {B}, {n_head}, S, {D}), S at least 1")
+    shape, halves = tuple(cache.shape), (2,) if values is None else ()
+    wanted = (*halves, B, n_head, *shape[-2:-1], D)
+    if len(shape) < 4 or shape != wanted or not shape[-2] or cache.dtype != qkv.dtype:
+        sizes = ", ".join(map(str, (*halves, B, n_head, "S", D)))
+        refuse(OP, TOGGLE, "cache", describe(cache), f"{qkv.dtype} ({sizes}), S at least 1")
     shared = any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), shape, strict=True))
-    if cache.stride(4) != 1 or shared or cache.stride(3) >= 2**31 // 128:
+    if cache.stride(-1) != 1 or shared or cache.stride(-2) >= 2**31 // 128:
         allowed = "a contiguous last dimension, no memory shared between elements, positions less than 2^24 apart"
         refuse(OP, TOGGLE, "cache", f"of strides {cache.stride()}", allowed)
-    if lengths.dtype != torch.int32 or tuple(lengths.shape) != (B,):
-        refuse(OP, TOGGLE, "lengths", describe(lengths), f"torch.int32 ({B},) on {qkv.device}")
+    if values is not None:
+        if tuple(values.shape) != shape or values.dtype != cache.dtype:
+            refuse(OP, TOGGLE, "cache", f"keys and values {describe(values)}", f"values as keys, {describe(cache)}")
+        if values.stride() != cache.stride():
+            strides = f"of strides {cache.stride()} and {values.stride()}"
+            refuse(OP, TOGGLE, "cache", strides, "the same strides for keys and values")
+    for argument, places in (("lengths", lengths), ("starts", starts)):
+        if places is not None and (places.dtype != torch.int32 or tuple(places.shape) != (B,)):
+            refuse(OP, TOGGLE, argument, describe(places), f"torch.int32 ({B},) on {qkv.device}")
     if torch.is_grad_enabled():
-        for argument, tensor in (("qkv", qkv), ("cache", cache)):
-            if tensor.requires_grad:
+        for argument, tensor in (("qkv", qkv), ("cache", cache), ("cache", values)):
+            if tensor is not None and tensor.requires_grad:
                 refuse(OP, TOGGLE, argument, "a tensor that requires grad", "a call under torch.no_grad()")

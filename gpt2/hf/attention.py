@@ -217,7 +217,7 @@ def attend(
         attention_mask = visible.ranges(torch.full((1,), k.size(2), device=q.device), None)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if T == 1 and dropout_p == 0 and not differentiable:
-        return _attend_one(q, k, v, attention_mask, scale, kernels)
+        return _attend_one(q, k, v, attention_mask, scale)
     return _attend_behind(q, k, v, attention_mask, scale, dropout_p, kernels)
 
 
@@ -228,21 +228,12 @@ def _documents(attention_mask: Tensor | None, B: int, T: int, kernels: Kernels) 
     return ops.document_mask(attention_mask.flatten(), B, T, kernels)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, kernels: Kernels) -> Tensor:
-    """One query a row over a cache that already has its key. The kernel needs keys and values in one tensor with rows
-    that begin at 0, so the cache is copied."""
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Tensor:
+    """One token a row over a cache that already has its key and value. The kernel reads the cache without a copy."""
     B, H, _, D = q.shape
-    stop = ranges[:, 0, 0, 0].expand(B)
-    cache = torch.stack((k, v))  # (2, B, H, S, D)
-    if ranges.size(3) == 2:  # rows that begin later are moved to 0
-        start = ranges[:, 0, 0, 1].expand(B)
-        place = (torch.arange(k.size(2), device=q.device) + start[:, None]).clamp(max=k.size(2) - 1)  # (B, S)
-        cache = cache.gather(3, place[None, :, None, :, None].expand(cache.shape))
-        stop = stop - start
-    last = (stop - 1)[None, :, None, None, None].expand(2, B, H, 1, D)
-    new = cache.gather(3, last).squeeze(3)  # (2, B, H, D)
-    qkv = torch.stack((q[:, :, 0], new[0], new[1]), 1)  # (B, 3, H, D)
-    return ops.decode_attention(qkv.view(B, 1, 3 * H * D), cache, (stop - 1).to(torch.int32), H, scale, kernels)
+    last = (ranges[:, :, :, :1] - 1).expand(B, H, 1, D)
+    qkv = pack(q, k.gather(2, last), v.gather(2, last))
+    return ops.cached_attention(qkv, k, v, *visible.lengths_and_starts(ranges, B), H, scale)
 
 
 def _attend_behind(

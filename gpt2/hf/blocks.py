@@ -3,6 +3,8 @@
 As everywhere in this package, a module that has hooks or is not exactly a class of transformers or PyTorch is called,
 and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and PyTorch read its transpose by
 strides.
+The kernel `decode_linear` is not used: its programs read whole rows of (out, in), and Conv1D's layout would cost a copy
+of every weight for each token. So the linear layers of a new token are PyTorch's.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Context(NamedTuple):
     """How one call of the model is computed; the same in every block.
 
     alone: whether rows have no past. documents: what `ops.document_mask` returned, for rows without a past. seen: a
-    form of `visible.py`, for tokens after those in the cache.
+    form of `visible.py`, for tokens after those in the cache. lengths, starts: what `visible.lengths_and_starts`
+    returned, where the decoding kernel can compute one token a row.
     """
 
     kernels: Kernels
@@ -31,6 +34,8 @@ class Context(NamedTuple):
     alone: bool = True
     documents: Tensor | None = None
     seen: Tensor | None = None
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
 
 
 def weights(layer: Any, theirs: Theirs) -> Any:
@@ -84,6 +89,8 @@ class Block(StandIn):
         if context.cache is not None:
             q, k, v = (t.unflatten(2, (H, D)).transpose(1, 2) for t in qkv.split(H * D, dim=2))  # (B, H, T, D)
             keys, values = context.cache.update(k, v, attn.layer_idx)
+            if context.lengths is not None and dropout_p == 0:
+                return ops.cached_attention(qkv, keys, values, context.lengths, context.starts, H, attn.scaling)
             if not context.alone:
                 return attend(q, keys, values, context.seen, attn.scaling, dropout_p, kernels)
         return ops.causal_attention(qkv, H, attn.scaling, dropout_p, kernels, context.documents)

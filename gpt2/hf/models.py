@@ -148,6 +148,9 @@ class Model(StandIn):
             raise ValueError(
                 f"{error}. hf.accelerate(model, Kernels(attention='torch', ...)) computes such calls by PyTorch"
             ) from None
+        if not alone and T == 1 and not by_torch and not torch.is_grad_enabled():
+            ranges = visible.ranges(torch.full((1,), S, device=idx.device), None) if seen is None else seen
+            return Context(kernels, cache, alone, None, seen, *visible.lengths_and_starts(ranges, B))
         if seen is None or not alone:
             return Context(kernels, cache, alone, None, seen)
         if seen.dtype == torch.int32:
@@ -178,11 +181,15 @@ class LMHeadModel(StandIn):
         outputs = self.transformer(**call)
         targets = F.pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted
         x = outputs.last_hidden_state
+        if targets.numel() != x.shape[:-1].numel():
+            raise ValueError(f"labels is of shape {tuple(targets.shape)}, allowed is {tuple(x.shape[:-1])}")
         targets = targets.to(x.device).view(x.shape[:-1])
-        check_range("labels", targets, "the vocabulary", self.lm_head.weight.size(0), negative=True)
-        loss = ops.loss_without_logits(x, self.lm_head, targets, "mean" if items is None else "sum", ignored)
-        if items is not None:
-            loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+        left_out = targets == ignored
+        check_range("labels", targets.masked_fill(left_out, 0), "the vocabulary", self.lm_head.weight.size(0))
+        loss = ops.loss_without_logits(x, self.lm_head, targets, ignored)
+        if items is None:
+            items = (~left_out).sum()  # where there are none, the loss is NaN, as theirs
+        loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
         return _head_output(loss, outputs)
 
     def without_logits(self, call: dict[str, Any]) -> bool:

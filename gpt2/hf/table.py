@@ -15,6 +15,7 @@ from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.stock import LinearWeights, is_stock
 
 THEIRS = "transformers"
+LINEAR = "matrix products are PyTorch's, on Conv1D's weight by strides; the kernel for few rows reads (out, in) alone"
 
 
 class Row(NamedTuple):
@@ -115,7 +116,7 @@ def _switch(op: str, road: str) -> str:
 
 def _row(op: str, road: str, switch: str, called: list[str]) -> Row:
     """The row of an op that is fused, except for the modules `called`."""
-    why = _switch(switch, road) if switch else "matrix products are PyTorch's, on Conv1D's weight by strides"
+    why = _switch(switch, road) if switch else LINEAR
     if called:
         shown = ", ".join(called[:4]) + (f" and {len(called) - 4} more" if len(called) > 4 else "")
         why += f"; replaced or with hooks, so called as modules: {shown}"

@@ -61,6 +61,13 @@ def ranges(stop: Tensor, start: Tensor | None) -> Tensor:
     return torch.stack(torch.broadcast_tensors(stop[None, :], start.long()[:, None]), -1)[:, None]
 
 
+def lengths_and_starts(ranges: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
+    """Of ranges with one query: how many tokens lie before it in each row's cache, (B,) int32, and where they begin;
+    None where all begin at 0."""
+    first, *more = ranges[:, 0, 0].expand(B, -1).to(torch.int32).unbind(1)
+    return (first - 1).contiguous(), more[0].contiguous() if more else None
+
+
 def is_visible(mask: Any) -> bool:
     """Whether `mask` has one of the forms above, and is not a mask of transformers or of the user."""
     return isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64)
