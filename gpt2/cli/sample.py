@@ -45,7 +45,7 @@ class Options(CommandOptions):
     num: int = 1  # how many texts to write
     max_new_tokens: int = 200  # tokens after the prompt
     stop: Text | None = None  # a text ends before these words, as it does before the tokenizer's end of text
-    special_tokens: bool = False  # a special token's name in the prompt, such as <|endoftext|>, is that token
+    special_tokens: bool = False  # the name of a special token in the prompt, such as <|endoftext|>, means that token
     temperature: float = 0.8  # above 0; the smaller it is, the likelier the tokens
     top_k: int | None = None  # only the N likeliest tokens; None: all
     top_p: float | None = None  # only the likeliest tokens that hold X of the probability; None: all

@@ -102,6 +102,7 @@ def open_checkpoint(
 
 
 def _origin(folder: Path, stored: Iterable[StoredTensor]) -> Origin:
+    """What a checkpoint's folder holds besides weights. Its config has the folder's values, overridden or not."""
     settings = read_json(folder / CONFIG)
     (dtype, *others) = {tensor.dtype for tensor in stored if not tensor.name.endswith(BUFFERS)}
     return Origin(
