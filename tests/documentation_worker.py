@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 # Beginnings of commands that are not run here, and where they are.
 ELSEWHERE = {
     "pip install": ".ci/run installs the package",
@@ -43,7 +44,7 @@ ELSEWHERE = {
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """(language, code) of each fenced block."""
-    return ((match[1], match[2]) for match in BLOCK.finditer(page.read_text("utf-8")))
+    return ((match[1], textwrap.dedent(match[2])) for match in BLOCK.finditer(page.read_text("utf-8")))
 
 
 def commands(code: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ from tiny_run import TINY, run, settings_in
 
 from fastgpt2.gpt2.cache import KVCache
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.data import windows as data
+from fastgpt2.gpt2.data import windows
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer
 from fastgpt2.gpt2.evaluation.evaluate import evaluating
 from fastgpt2.gpt2.model import GPT
@@ -29,9 +29,9 @@ def model():
 
 
 def test_a_document_begins_at_each_end_of_text_and_each_row():
-    document_starts = data.document_starts(IDX, END)
+    document_starts = windows.document_starts(IDX, END)
     assert document_starts.tolist() == STARTS and document_starts.dtype == torch.int32
-    assert data.document_starts(IDX[:, :2], 99).tolist() == [0, 2, 4]
+    assert windows.document_starts(IDX[:, :2], 99).tolist() == [0, 2, 4]
 
 
 def test_one_document_a_row_is_plain_attention(model):
@@ -45,7 +45,7 @@ def test_one_document_a_row_is_plain_attention(model):
 @pytest.mark.parametrize("kernels", ["torch", "attention"])
 def test_nothing_crosses_from_one_document_to_another(model, kernels):
     model.kernels = kernels
-    document_starts = data.document_starts(IDX, END)
+    document_starts = windows.document_starts(IDX, END)
     expected = model(IDX, IDX, document_starts=document_starts)[0].flatten(0, 1)
     for begin, end in zip(STARTS, STARTS[1:], strict=False):
         changed = IDX.flatten().clone()
@@ -56,7 +56,7 @@ def test_nothing_crosses_from_one_document_to_another(model, kernels):
 
 
 def test_both_ways_agree_in_loss_and_gradients(model):
-    document_starts = data.document_starts(IDX, END)
+    document_starts = windows.document_starts(IDX, END)
     results = []
     for kernels in ("torch", "triton"):
         model.zero_grad()
@@ -77,7 +77,7 @@ def test_any_number_of_documents_compiles_once_or_twice(model):
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for ends in (99, END, 1, 2, 3):
-        document_starts = data.document_starts(IDX, ends)
+        document_starts = windows.document_starts(IDX, ends)
         torch.testing.assert_close(
             compiled(IDX, IDX, document_starts=document_starts), model(IDX, IDX, document_starts=document_starts)
         )
@@ -100,7 +100,7 @@ def test_documents_that_are_none_are_refused(model, document_starts, dtype, mess
 
 
 def test_the_former_name_documents_is_accepted(model):
-    starts = data.document_starts(IDX, END)
+    starts = windows.document_starts(IDX, END)
     expected = model(IDX, IDX, document_starts=starts)[1]
     with pytest.warns(DeprecationWarning, match="documents is now document_starts"):
         found = model(IDX, IDX, documents=starts)[1]
@@ -111,7 +111,7 @@ def test_the_former_name_documents_is_accepted(model):
 
 def test_a_cache_knows_no_documents(model):
     with pytest.raises(ValueError, match="document_starts cannot be used together with a cache"):
-        model(IDX, cache=KVCache(model, 2, 8), document_starts=data.document_starts(IDX, END))
+        model(IDX, cache=KVCache(model, 2, 8), document_starts=windows.document_starts(IDX, END))
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -119,8 +119,8 @@ def test_a_cache_knows_no_documents(model):
 
 def test_training_and_validation_stay_inside_documents():
     tokenizer = BPETokenizer({bytes([b]): b for b in range(256)} | {b"th": 256})
-    tokens = data.encode([(f"the {i}", True) for i in range(300)], tokenizer)
-    train, val_tokens = data.split(tokens, 0.1, block_size=16)
+    tokens = windows.encode([(f"the {i}", True) for i in range(300)], tokenizer)
+    train, val_tokens = windows.split(tokens, 0.1, block_size=16)
     losses = {}
     for mask in (False, True):
         torch.manual_seed(0)
@@ -129,12 +129,12 @@ def test_training_and_validation_stay_inside_documents():
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 parameter.mul_(10 if parameter.dim() >= 2 else 1)
-        idx, targets = data.Windows(train, 16, config.seed).next_batch(4)
-        document_starts = data.document_starts(idx, tokenizer.end_of_text)
+        idx, targets = windows.Windows(train, 16, config.seed).next_batch(4)
+        document_starts = windows.document_starts(idx, tokenizer.end_of_text)
         assert len(document_starts) > 8
         expected = trainer.model(idx, targets, document_starts=document_starts if mask else None)[1].item()
-        batches = list(data.eval_batches(val_tokens, 16, 4, 8))
-        given = [data.document_starts(i, tokenizer.end_of_text) if mask else None for i, _ in batches]
+        batches = list(windows.eval_batches(val_tokens, 16, 4, 8))
+        given = [windows.document_starts(i, tokenizer.end_of_text) if mask else None for i, _ in batches]
         with evaluating(trainer.model):
             val = [trainer.model(*batch, document_starts=d)[1].item() for batch, d in zip(batches, given, strict=True)]
         assert trainer.validation_loss() == pytest.approx(sum(val) / len(val))

@@ -11,8 +11,8 @@ from tiny_models import tiny
 
 from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.data import shards
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.data.windows import eval_batches, read_text
 from fastgpt2.gpt2.evaluation.evaluate import mean_loss, text_loss
 from fastgpt2.gpt2.evaluation.hellaswag import hellaswag, read_examples
 
@@ -43,11 +43,11 @@ def test_all_of_it_at_once(tmp_path, capsys, model, checkpoint, prepared, file):
     assert cli.main(["eval", "--checkpoint", checkpoint, "--batch-size", "2", "--tokens", "64", *options]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    windows = data.eval_batches(shards.open_tokens(prepared, "val"), test_evaluate.T, 2, 4)
+    windows = eval_batches(shards.open_tokens(prepared, "val"), test_evaluate.T, 2, 4)
     loss = mean_loss(model, windows, test_evaluate.CPU)
     assert found["checkpoint"] == checkpoint
     assert found["val"] == {"tokens": 64, "loss": pytest.approx(loss)}
-    text = data.read_text(tmp_path / "text.txt")
+    text = read_text(tmp_path / "text.txt")
     expected = text_loss(model, test_evaluate.BPE, text, stride=4, device=test_evaluate.CPU)
     assert found["text"] == pytest.approx(vars(expected))
     score = hellaswag(model, test_evaluate.BPE, read_examples(file), device=test_evaluate.CPU)

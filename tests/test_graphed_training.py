@@ -17,9 +17,9 @@ from fastgpt2 import GPT, GPTConfig, graphed
 from fastgpt2.bench.cases.variants import GRAPH, LAUNCHED, Family, Variant
 from fastgpt2.bench.timing.steps import Setting
 from fastgpt2.gpt2 import ops
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import load_corpus
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer
+from fastgpt2.gpt2.data.windows import encode, split
 from fastgpt2.gpt2.training import step_graphs
 from fastgpt2.gpt2.training.graphed import graphs_of, release
 from fastgpt2.gpt2.training.train import TrainConfig, Trainer
@@ -35,8 +35,8 @@ def trainer(folder, device, **more) -> Trainer:
     config = TrainConfig(**settings)
     if config.document_mask:  # of a tokenizer with an end of text
         tokenizer = BPETokenizer({bytes([b]): b for b in range(256)} | {b"th": 256})
-        tokens = data.encode([(f"the {i}" * (i % 5), True) for i in range(300)], tokenizer)
-        parts = tokenizer, *data.split(tokens, 0.1, config.block_size)
+        tokens = encode([(f"the {i}" * (i % 5), True) for i in range(300)], tokenizer)
+        parts = tokenizer, *split(tokens, 0.1, config.block_size)
     else:
         corpus = load_corpus(config.data, config.tokenizer, config.val_fraction, config.block_size)
         parts = corpus.tokenizer, corpus.train, corpus.val

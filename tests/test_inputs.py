@@ -12,9 +12,8 @@ from test_shards import TOKENS, write_nanogpt, write_prepared
 from tiny_run import TINY, finish, run
 
 from fastgpt2.gpt2.cli import cli
-from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import shards, windows
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import load_corpus
 from fastgpt2.gpt2.data.prepare import prepare
 from fastgpt2.gpt2.data.sources import find_source
@@ -188,15 +187,15 @@ def test_on_resume_every_token_counts(byte_shards, tmp_path, name):
 
 def test_every_token_is_part_of_the_content(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK_BYTES", 64)
-    found = {data.content(TOKENS)}
+    found = {windows.content(TOKENS)}
     for at in (0, 63, 64, 500, 999):
         changed = TOKENS.copy()
         changed[at] ^= 1
-        found |= {data.content(changed)}
+        found |= {windows.content(changed)}
     assert len(found) == 6
-    assert data.content(TOKENS.astype(np.uint32)) == data.content(TOKENS)
-    parts = data.content(shards.Shards([TOKENS[:10], TOKENS[10:]]))
-    assert parts != data.content(shards.Shards([TOKENS[:10], changed[10:]]))
+    assert windows.content(TOKENS.astype(np.uint32)) == windows.content(TOKENS)
+    parts = windows.content(shards.Shards([TOKENS[:10], TOKENS[10:]]))
+    assert parts != windows.content(shards.Shards([TOKENS[:10], changed[10:]]))
 
 
 def test_the_content_of_prepared_shards_is_known_without_reading(tmp_path, monkeypatch):

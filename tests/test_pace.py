@@ -21,12 +21,11 @@ from fastgpt2.gpt2.cli import eval as eval_command
 from fastgpt2.gpt2.cli import prepare as prepare_command
 from fastgpt2.gpt2.cli import train as train_command
 from fastgpt2.gpt2.data import sources
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import load_corpus
 from fastgpt2.gpt2.data.prepare import prepare
 from fastgpt2.gpt2.data.sources import find_source
 from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
-from fastgpt2.gpt2.data.windows import silent
+from fastgpt2.gpt2.data.windows import encode, silent
 from fastgpt2.gpt2.evaluation import evaluate
 from fastgpt2.gpt2.evaluation.evaluate import windows_at_once
 from fastgpt2.gpt2.training import pace, progress
@@ -141,7 +140,7 @@ def test_every_long_step_before_training_says_what_it_is(tmp_path, monkeypatch):
     assert "3 documents read" in said and "finding the tokenizer" in said
     encoded = [text for text in said if text.endswith("of 3,000 characters encoded")]
     assert len(encoded) > 20 and encoded[-1].startswith("100%")
-    whole = data.encode([("some text\n" * 100, True)] * 3, corpus.tokenizer)
+    whole = encode([("some text\n" * 100, True)] * 3, corpus.tokenizer)
     assert np.array_equal(np.concatenate([corpus.train, corpus.val]), whole)
 
     counted = []

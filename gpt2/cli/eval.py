@@ -13,9 +13,8 @@ from typing import Annotated, Any
 import torch
 
 from fastgpt2.gpt2.command_line import parse
-from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import shards, windows
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.evaluation.evaluate import Watch, mean_loss, text_loss, windows_at_once
 from fastgpt2.gpt2.evaluation.hellaswag import DOWNLOAD, hellaswag, read_examples
@@ -64,11 +63,11 @@ def main(argv: Sequence[str]) -> int:
     examples = None if args.hellaswag is None else read_examples(args.hellaswag)[: args.limit]
     device, console = find_device(args.device), plain_console()
     with stages(console, "start") as say:
-        text = None if args.text is None else data.read_text(args.text, say)
+        text = None if args.text is None else windows.read_text(args.text, say)
         say("loading the model")
         model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=args.check)
         tokens = None if args.data is None else _validation_tokens(args.data, tokenizer, say)
-        text_tokens = None if text is None else data.encode_text(text, tokenizer, say)
+        text_tokens = None if text is None else windows.encode_text(text, tokenizer, say)
     model = model.to(device)
     batch_size = args.batch_size or windows_at_once(model, device)
     results: dict[str, Any] = {"checkpoint": args.checkpoint}
@@ -114,13 +113,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _validation_tokens(folder: str, tokenizer: Tokenizer, say: data.Say) -> shards.Shards:
+def _validation_tokens(folder: str, tokenizer: Tokenizer, say: windows.Say) -> shards.Shards:
     """The held-out tokens of a folder, which must be the checkpoint's kind of tokens."""
     tokens = shards.open_tokens(folder, "val", say=say)
     with contextlib.suppress(FileNotFoundError):  # other projects' shards bring no tokenizer
         if tokenizers.load(folder) != tokenizer:
             raise ValueError(f"{folder} was encoded by another tokenizer than the checkpoint's: their losses differ")
-    data.check_tokens(tokens, tokenizer.vocab_size)
+    windows.check_tokens(tokens, tokenizer.vocab_size)
     return tokens
 
 
@@ -128,7 +127,7 @@ def _validation_loss(
     model: GPT, tokens: shards.Shards, most: int, batch_size: int, device: torch.device, watch: Watch
 ) -> dict[str, Any]:
     T = model.config.block_size
-    batches = list(data.eval_batches(tokens, T, batch_size, max(1, most // T)))
+    batches = list(windows.eval_batches(tokens, T, batch_size, max(1, most // T)))
     return {
         "tokens": sum(targets.numel() for _, targets in batches),
         "loss": mean_loss(model, watch(batches), device),

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import shards, windows
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.shards import Tokens
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.windows import Say, silent
@@ -40,7 +39,7 @@ def load_corpus(
 ) -> Corpus:
     """Token shards where `source` is a folder of them, else text, encoded here.
 
-    source: see `data.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
+    source: see `windows.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
     tokenizer: see `tokenizers.from_spec`. None: the one that lies beside the shards; `text_tokenizer` for text, and for
         shards without a tokenizer.
     text_tokenizer: a name, or makes that of the model which is trained; "char" is then that one, if it is one.
@@ -54,18 +53,18 @@ def load_corpus(
             f"{source} is a file of tokens: give its folder, whose files have train and val in their names"
         )
     if source is None or not shards.holds_tokens(source):
-        text = data.read_text(source, say)
+        text = windows.read_text(source, say)
         say("finding the tokenizer")
         made = _named(tokenizer, text_tokenizer, text.documents)
-        tokens = data.encode_text(text, made, say)
-        train, val = data.split(tokens, val_fraction, block_size)
+        tokens = windows.encode_text(text, made, say)
+        train, val = windows.split(tokens, val_fraction, block_size)
         return Corpus(text.name, len(text.documents), train, val, made, _known(text.prompt, train, made))
     made = shards_tokenizer(source, tokenizer, text_tokenizer)
     place: dict[str, Any] = dict(rank=rank, world_size=world_size, say=say)
     parts = {split: shards.open_tokens(source, split, **place) for split in shards.SPLITS}
     say("looking at every token")  # of shards without a manifest
     for part in parts.values():
-        data.check_tokens(part, made.vocab_size)
+        windows.check_tokens(part, made.vocab_size)
     n_documents = shards.read_manifest(source).n_documents if (Path(source) / shards.MANIFEST).is_file() else None
     return Corpus(source, n_documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.windows import Text, encode_text, strided
 from fastgpt2.gpt2.model import GPT, Context
 from fastgpt2.gpt2.ops import IGNORED_TARGET
 
@@ -88,7 +88,7 @@ class TextLoss:
 def text_loss(
     model: GPT,
     tokenizer: Tokenizer,
-    text: data.Text,
+    text: Text,
     *,
     stride: int | None = None,
     batch_size: int = 8,
@@ -100,16 +100,16 @@ def text_loss(
 
     Each document is preceded by the end of text, as in training. If the tokenizer has no such token, the first token
     of the text cannot be predicted and is not counted.
-    stride: see `data.strided`, by default block_size. batch_size: windows in a batch.
-    tokens: `data.encode_text` of the text, where that was done before.
+    stride: see `windows.strided`, by default block_size. batch_size: windows in a batch.
+    tokens: `windows.encode_text` of the text, where that was done before.
     Raises ValueError for a stride that is not in 1..block_size, or a text of one token.
     """
     T = model.config.block_size
     if tokens is None:
-        tokens = data.encode_text(text, tokenizer)
+        tokens = encode_text(text, tokenizer)
     if tokenizer.end_of_text is not None:
         tokens = np.roll(tokens, 1)  # moves the end of text from the end of each document to its beginning
-    batches = list(data.strided(tokens, T, T if stride is None else stride, batch_size))
+    batches = list(strided(tokens, T, T if stride is None else stride, batch_size))
     total, count = total_loss(model, watch(batches), device)
     size = sum(len(document.encode()) for document in text.documents)
     return TextLoss(count, total / count, math.exp(total / count), total / math.log(2) / size)

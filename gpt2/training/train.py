@@ -26,9 +26,9 @@ import torch
 from rich.console import Console
 
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import Corpus, load_corpus
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.windows import content
 from fastgpt2.gpt2.evaluation.hellaswag import read_examples
 from fastgpt2.gpt2.files import exclusive
 from fastgpt2.gpt2.model import GPT
@@ -129,7 +129,7 @@ def _train(
     torch.manual_seed(config.seed)
     model = None if begun is None else begun.model
     trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val, ranks, model)
-    held_out = {"tokens": len(corpus.val), "content": data.content(corpus.val)}
+    held_out = {"tokens": len(corpus.val), "content": content(corpus.val)}
     done = 0 if resumed is None else _restore(trainer, resumed, saved, held_out, console)
     say("computing the validation loss")
     val_loss = trainer.validation_loss()  # before anything is written, so that an error of a kernel leaves no folder

@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 from fastgpt2.gpt2 import hardware
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.shards import Tokens
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.windows import Windows, check_tokens, document_starts, eval_batches
 from fastgpt2.gpt2.evaluation.evaluate import total_loss
 from fastgpt2.gpt2.evaluation.hellaswag import Example, nanogpt_scores
 from fastgpt2.gpt2.generation.sample import generate_text
@@ -69,8 +69,8 @@ class Trainer:
                 "document_mask is set, but the tokenizer has no end of text: gpt2 has one, char and byte have none"
             )
         for part in (train_tokens, val_tokens):
-            data.check_tokens(part, self.model.config.vocab_size)
-        self.windows = data.Windows(train_tokens, config.block_size, config.seed, self.ranks.rank, self.ranks.size)
+            check_tokens(part, self.model.config.vocab_size)
+        self.windows = Windows(train_tokens, config.block_size, config.seed, self.ranks.rank, self.ranks.size)
         if not self.ranks.first:
             torch.manual_seed(config.seed + self.ranks.rank)  # the weights are the same, but dropout differs
 
@@ -150,7 +150,7 @@ class Trainer:
     def _document_starts(self, idx: torch.Tensor) -> torch.Tensor:
         """The model's argument of this name, (n + 1,) int32, for idx (B, T)."""
         assert self.tokenizer.end_of_text is not None
-        return data.document_starts(idx, self.tokenizer.end_of_text)
+        return document_starts(idx, self.tokenizer.end_of_text)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Autocast to the config's dtype, or no autocast for float32."""
@@ -164,9 +164,7 @@ class Trainer:
         """The mean loss in nats a token on a fixed set of held-out windows, computed in the dtype of training."""
         config, ranks = self.config, self.ranks
         windows = max(1, config.eval_tokens // config.block_size)
-        batches = data.eval_batches(
-            self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size
-        )
+        batches = eval_batches(self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size)
         find_starts = self._document_starts if config.document_mask else None
         with self.autocast():
             found = total_loss(self.model, batches, self.device, find_starts)
