@@ -184,24 +184,24 @@ def _read_all(form: Form, texts: Sequence[str]) -> Any:
 
 
 def read_file(path: str | Path, options: type) -> dict[str, Any]:
-    """The options that a YAML file gives: {name: value}, each of the type that the dataclass `options` has for it.
+    """Reads options from a YAML file: {name: value}, each value of the type that the dataclass `options` has for it.
 
-    What stands there is read as the option's type has it, so that `cuda_graph: off` is the choice "off" and `lr: 1e-3`
-    a number, which by themselves are no such things in YAML 1.1.
-    Raises FileNotFoundError where there is no such file, and ValueError, with the file and the line, where it is not
-    YAML, where an option does not exist or stands there twice, or where a value is of another type.
+    The option's type decides how a value is read, so that `cuda_graph: off` is the choice "off" and `lr: 1e-3` is a
+    number, although YAML 1.1 reads them as a boolean and a text.
+    Raises FileNotFoundError if the file does not exist, ValueError naming the file and the line if it is not YAML or
+    has an unknown option, an option twice, or a value of a wrong type.
     """
     import yaml
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"config is {str(path)!r}, there is no such file")
+        raise FileNotFoundError(f"config is {str(path)!r}, which does not exist or is not a file")
     try:
         content = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, yaml.MappingNode):
-        raise ValueError(f"{path} holds no settings, expected lines such as 'lr: 0.001'")
+        raise ValueError(f"{path} has no settings, expected lines such as 'lr: 0.001'")
     known = {name: hint for name, hint in hints(options).items() if name != "config"}
     found: dict[str, Any] = {}
     for key, value in [] if content is None else content.value:
@@ -210,12 +210,12 @@ def read_file(path: str | Path, options: type) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"{where}: setting {str(key.value)!r} is unknown, there are {', '.join(known)}")
         if name in found:
-            raise ValueError(f"{where}: setting {name!r} is there twice")
+            raise ValueError(f"{where}: setting {name!r} is given twice")
         form = form_of(known[name])
         several = form.words not in (1, "?")
         nodes = value.value if several and isinstance(value, yaml.SequenceNode) else [value]
         if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
-            raise ValueError(f"{where}: {name} holds more than one value, expected one")
+            raise ValueError(f"{where}: {name} has several values, expected one")
         try:
             found[name] = _from_yaml(form, nodes)
         except ValueError as error:
@@ -232,7 +232,7 @@ def _from_yaml(form: Form, scalars: Sequence[Any]) -> Any:
         return _read_all(form, texts)
     if "null" in kinds:
         if not form.optional:
-            raise ValueError("which is nothing: leave it out, or give a value")
+            raise ValueError("which YAML reads as null: leave it out, or give a value")
         return None
     if form.hint is bool:
         if kinds != ["bool"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2 import hf
+from fastgpt2.gpt2 import ops
 
 B, T, V = 2, 9, 61
 IDS = torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -93,3 +94,19 @@ def written(model: nn.Module, new: int = 4, **more: Any) -> Tensor:
     model.eval()
     settings = dict(max_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=True) | more
     return model.generate(IDS, **settings)
+
+
+def called_ops(monkeypatch, *names: str) -> dict[str, int]:
+    """How often each op of `ops` is called."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name, op):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    return counts

@@ -147,7 +147,7 @@ def test_a_file_and_the_command_line_say_the_same(name, tmp_path):
     if content:
         (first, *_) = content
         file.write_text(f"{first}: {{a: b}}\n")
-        with pytest.raises(ValueError, match=rf"options.yaml, line 1: {first} (holds more than one value|is )"):
+        with pytest.raises(ValueError, match=rf"options.yaml, line 1: {first} (has several values|is )"):
             parse(kind, ["--config", str(file)], name)
 
 
@@ -164,11 +164,11 @@ def test_what_is_typed_wins_over_the_file(tmp_path):
     [
         ("steps: 1\nstesp: 3", "line 2: setting 'stesp' is unknown, there are runs, steps, lr"),
         ("config: other.yaml", "setting 'config' is unknown"),
-        ("steps: 1\nsteps: 3", "line 2: setting 'steps' is there twice"),
+        ("steps: 1\nsteps: 3", "line 2: setting 'steps' is given twice"),
         ("kind: of", "kind is 'of', allowed are on, off"),
         ("check: 1", "check is '1', allowed are true and false"),
-        ("lr: ", "lr is '', which is nothing"),
-        ("steps: [1, 2]", "steps holds more than one value"),
+        ("lr: ", "lr is '', which YAML reads as null"),
+        ("steps: [1, 2]", "steps has several values"),
         ("pair: [a]", "pair is 'a', expected 2 values"),
         ("source: []", "source is '', expected at least one value"),
     ],
@@ -184,7 +184,7 @@ def test_every_command_tells_of_a_mistake_in_a_line(capsys):
     for name in COMMANDS:
         said = failed(capsys, *name.split(), "--no-such-option")
         assert said.startswith(f"fastgpt2: error: fastgpt2 {name} has no option --no-such-option, the nearest is --")
-        assert "there is no such file" in failed(capsys, *name.split(), "--config", "no-such.yaml")
+        assert "which does not exist" in failed(capsys, *name.split(), "--config", "no-such.yaml")
 
 
 # --------------------------------------------------------------------------------------------------------------- help
@@ -198,7 +198,8 @@ def test_help_is_plain_text_of_80_columns(name, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert end.value.code == 0 and not err
     assert out.startswith(f"usage: fastgpt2 {name}".rstrip()) and out.isascii() and out.isprintable() is False
-    assert max(map(len, out.splitlines())) <= 80 and not set("|+\x1b") & set(re.sub(r"[A-Z]\|[A-Z]", "", out))
+    assert max(map(len, out.splitlines())) <= 80
+    assert not re.search(r"^\s*[|+]|\x1b", out, re.MULTILINE)  # no boxes, no colours
     if name not in ("", "bench"):
         said = " ".join(out.split())
         for field in dataclasses.fields(COMMANDS[name]):
