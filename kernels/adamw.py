@@ -1,0 +1,434 @@
+"""AdamW over all parameters in two launches: norm of the gradient, clipping, decay, update, and 16-bit copies.
+
+    g    = gradient / grad_scale                                     norm = sqrt(sum of g^2 over all parameters)
+    g   *= min(1, max_norm / (norm + 1e-6))                          where there is a max_norm
+    p   *= 1 - lr * weight_decay
+    m   += (1 - beta1) * (g - m)                                     v = beta2 * v + (1 - beta2) * g^2
+    p   -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    shadow = p, rounded                                              where a parameter has one
+
+Shapes: any; p, g, m, v of one parameter lie in memory alike, without gaps. t is a float32 scalar of each parameter.
+
+Many tensors, one launch: their addresses are a table on the device, and a program takes one chunk of one parameter. The
+first launch sums each chunk's squares and computes what depends on t alone, the second adds the sums up, in every
+program anew, and updates its chunk. Tables are copied to the device where something in them changed: addresses of
+gradients, or a learning rate that is a number. Parameters of several dtypes are as many pairs of launches.
+
+HBM traffic, e bytes an element: g is read for the norm, then p, g, m, v are read and p, m, v written: 8 e an element
+with clipping, 7 e without, and what the shadow's element has. PyTorch's `clip_grad_norm_` and fused AdamW move 10 e.
+
+Numerics: fp32 (fp64) inside, one rounding at each store; factors of t in fp64. The order of every sum is fixed: bitwise
+reproducible, no atomics. A norm that is no number makes every parameter NaN, as PyTorch's clipping does. t is advanced
+in the second launch, from what the first one noted: without the second, nothing has happened.
+
+Sources: Loshchilov and Hutter 2019; PyTorch's `_fused_adamw_` and its chunks; a table of addresses as in Triton's
+grouped-gemm tutorial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _device, _op, _tuning
+from ._frozen import Launch, planned
+
+TOGGLE = "optimizer"
+
+
+class Settings(NamedTuple):
+    """Of one group of parameters. lr: a number, or a float32 scalar on the device, which may change between replays of
+    a CUDA graph."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class Member(NamedTuple):
+    """One parameter and what a step reads and writes of it. shadow: its copy in 16 bits, or None."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    shadow: Tensor | None = None
+
+
+def adamw_reference(
+    members: Sequence[Member], settings: Settings, max_norm: float | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The truth: (new p, m, v of each member in turn, norm of the gradient). Changes nothing."""
+    norm = torch.stack([m.gradient.square().sum() for m in members]).sum().sqrt()
+    clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    lr, beta1, beta2, eps, weight_decay = settings
+    new: list[Tensor] = []
+    for p, g, m, v, step, _ in members:
+        g, t = g * clip, step.to(torch.float64) + 1
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        denominator = v.sqrt() / (1 - beta2**t).sqrt() + eps
+        new += [p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / denominator, m, v]
+    return new, norm
+
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+# A row of the table of addresses: parameter, gradient, exp_avg, exp_avg_sq, step, shadow and lr, 0 for one that is not
+# there. A row of the settings: lr, beta1, beta2, eps, weight_decay; before the first stands max_norm. Of the factors:
+# 1 - lr * weight_decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), t.
+ADDRESSES, SETTINGS, FACTORS = tl.constexpr(7), tl.constexpr(5), tl.constexpr(4)
+
+
+@triton.jit
+def _at(address, like_ptr, ALIGNED: tl.constexpr):
+    """The pointer that a number is, to elements such as like_ptr's."""
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(like_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _tile(ptr, offs, N, MASKED: tl.constexpr, ACC: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr + offs, mask=offs < N, other=0.0).to(ACC)
+    return tl.load(ptr + offs).to(ACC)
+
+
+@triton.jit
+def _put(ptr, offs, x, N, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=offs < N)
+    else:
+        tl.store(ptr + offs, x.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent for a whole exponent of at least 1, in the dtype of base. By squaring: 1 - beta^t needs all of
+    float64's digits, which no approximation of exp2 on every GPU gives."""
+    result = base * 0.0 + 1.0
+    while exponent > 0:
+        result = tl.where(exponent % 2 == 1, result * base, result)
+        base = base * base
+        exponent = exponent // 2
+    return result
+
+
+@triton.jit(do_not_specialize=["first"])
+def _adamw_begin_kernel(
+    any_p_ptr, addresses_ptr, sizes_ptr, chunks_ptr, settings_ptr, grad_scale_ptr, squares_ptr, factors_ptr, first,
+    CLIP: tl.constexpr, ALIGNED: tl.constexpr, FP64: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program c: the squares of chunk c, and with the first chunk of a parameter its factors."""
+    ACC = tl.float64 if FP64 else tl.float32
+    pid = tl.program_id(0)
+    i = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
+    part = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
+    row = addresses_ptr + i * ADDRESSES
+    if part == 0:
+        settings = settings_ptr + 1 + tl.load(sizes_ptr + 2 * i + 1) * SETTINGS
+        t = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))) + 1.0
+        lr = tl.load(settings)
+        lr_address = tl.load(row + 6)
+        if lr_address != 0:
+            lr = tl.load(lr_address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        whole = t.to(tl.int64)
+        factors = factors_ptr + i * FACTORS
+        tl.store(factors, 1.0 - lr * tl.load(settings + 4))
+        tl.store(factors + 1, lr / (1.0 - _power(tl.load(settings + 1), whole)))
+        tl.store(factors + 2, 1.0 / tl.sqrt(1.0 - _power(tl.load(settings + 2), whole)))
+        tl.store(factors + 3, t.to(tl.float64))
+    if CLIP:
+        scale = tl.full((), 1.0, ACC)
+        if grad_scale_ptr is not None:
+            scale = 1.0 / tl.load(grad_scale_ptr).to(ACC)
+        start = part * CHUNK
+        N = tl.minimum(tl.load(sizes_ptr + 2 * i) - start, CHUNK).to(tl.int32)
+        g_ptr = _at(tl.load(row + 1), any_p_ptr, ALIGNED) + start
+        offs = tl.arange(0, BLOCK)
+        acc = tl.zeros((BLOCK,), ACC)
+        for tile in range(0, N // BLOCK):
+            g = _tile(g_ptr, tile * BLOCK + offs, N, False, ACC) * scale
+            acc += g * g
+        g = _tile(g_ptr, N // BLOCK * BLOCK + offs, N, True, ACC) * scale
+        acc += g * g
+        tl.store(squares_ptr + first + pid, tl.sum(acc, 0).to(squares_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _update_tile(
+    p_ptr, g_ptr, m_ptr, v_ptr, shadow_ptr, shadow_address, offs, N,
+    scale, decay, step_size, root, beta1, beta2, rest1, rest2, eps, MASKED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    g = _tile(g_ptr, offs, N, MASKED, ACC) * scale
+    m = _tile(m_ptr, offs, N, MASKED, ACC)
+    m = m + rest1 * (g - m)
+    v = beta2 * _tile(v_ptr, offs, N, MASKED, ACC) + rest2 * (g * g)
+    p = _tile(p_ptr, offs, N, MASKED, ACC) * decay - step_size * (m / (tl.sqrt(v) * root + eps))
+    _put(p_ptr, offs, p, N, MASKED)
+    _put(m_ptr, offs, m, N, MASKED)
+    _put(v_ptr, offs, v, N, MASKED)
+    if shadow_ptr is not None:
+        if shadow_address != 0:
+            _put(shadow_ptr, offs, p.to(p_ptr.dtype.element_ty), N, MASKED)
+
+
+@triton.jit(do_not_specialize=["first", "n_squares"])
+def _adamw_update_kernel(
+    any_p_ptr, addresses_ptr, sizes_ptr, chunks_ptr, settings_ptr, grad_scale_ptr, found_inf_ptr, squares_ptr,
+    factors_ptr, norm_ptr, any_shadow_ptr, first, n_squares,
+    CLIP: tl.constexpr, ALIGNED: tl.constexpr, FP64: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program c: chunk c of p, m, v and the shadow, and with the first chunk of a parameter its t."""
+    ACC = tl.float64 if FP64 else tl.float32
+    pid = tl.program_id(0)
+    i = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
+    part = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
+    row, factors = addresses_ptr + i * ADDRESSES, factors_ptr + i * FACTORS
+    settings = settings_ptr + 1 + tl.load(sizes_ptr + 2 * i + 1) * SETTINGS
+    offs = tl.arange(0, BLOCK)
+    scale = tl.full((), 1.0, ACC)
+    if grad_scale_ptr is not None:
+        scale = 1.0 / tl.load(grad_scale_ptr).to(ACC)
+    if CLIP:
+        acc = tl.zeros((BLOCK,), squares_ptr.dtype.element_ty)
+        for begin in range(0, n_squares, BLOCK):
+            acc += tl.load(squares_ptr + begin + offs, mask=begin + offs < n_squares, other=0.0)
+        norm = tl.sqrt(tl.sum(acc, 0))
+        if first + pid == 0:
+            tl.store(norm_ptr, norm)
+        ratio = (tl.load(settings_ptr) / (norm.to(tl.float64) + 1e-6)).to(ACC)
+        scale = scale * tl.where(ratio > 1.0, 1.0, ratio)  # NaN stays NaN
+    found = 0.0
+    if found_inf_ptr is not None:
+        found = tl.load(found_inf_ptr)
+    if found == 0.0:
+        beta1, beta2 = tl.load(settings + 1), tl.load(settings + 2)
+        rest1, rest2 = (1.0 - beta1).to(ACC), (1.0 - beta2).to(ACC)
+        beta1, beta2, eps = beta1.to(ACC), beta2.to(ACC), tl.load(settings + 3).to(ACC)
+        decay, step_size = tl.load(factors).to(ACC), tl.load(factors + 1).to(ACC)
+        root = tl.load(factors + 2).to(ACC)
+        if part == 0:
+            tl.store(tl.load(row + 4).to(tl.pointer_type(tl.float32)), tl.load(factors + 3).to(tl.float32))
+        start = part * CHUNK
+        N = tl.minimum(tl.load(sizes_ptr + 2 * i) - start, CHUNK).to(tl.int32)
+        p_ptr = _at(tl.load(row), any_p_ptr, ALIGNED) + start
+        g_ptr = _at(tl.load(row + 1), any_p_ptr, ALIGNED) + start
+        m_ptr = _at(tl.load(row + 2), any_p_ptr, ALIGNED) + start
+        v_ptr = _at(tl.load(row + 3), any_p_ptr, ALIGNED) + start
+        shadow_address = tl.load(row + 5)
+        shadow_ptr = None
+        if any_shadow_ptr is not None:
+            shadow_ptr = _at(shadow_address, any_shadow_ptr, ALIGNED) + start
+        for tile in range(0, N // BLOCK):
+            _update_tile(
+                p_ptr, g_ptr, m_ptr, v_ptr, shadow_ptr, shadow_address, tile * BLOCK + offs, N,
+                scale, decay, step_size, root, beta1, beta2, rest1, rest2, eps, False, ACC,
+            )  # fmt: skip
+        if N % BLOCK != 0:
+            _update_tile(
+                p_ptr, g_ptr, m_ptr, v_ptr, shadow_ptr, shadow_address, N // BLOCK * BLOCK + offs, N,
+                scale, decay, step_size, root, beta1, beta2, rest1, rest2, eps, True, ACC,
+            )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+class _Part(NamedTuple):
+    """Parameters of one dtype. first: how many chunks those before have."""
+
+    like: int  # its first member
+    shadow: int | None  # its first member with a shadow
+    chunks: Tensor
+    first: int
+
+
+class Update:
+    """The launches for a set of parameters, whose shapes, dtypes and groups stay: made once, used step after step.
+
+        update = Update(members, groups)
+        update.begin(members, settings, max_norm=1.0)
+        norm = update.finish()
+
+    Between the two nothing has been changed yet: leave `finish` out to leave the step out.
+    """
+
+    def __init__(self, members: Sequence[Member], groups: Sequence[int]):
+        """groups: of each member, which of the settings are its own.
+
+        Raises TypeError, ValueError or RuntimeError for what the kernels cannot do.
+        """
+        check(members)
+        self.device, self._groups = members[0].parameter.device, tuple(groups)
+        dtypes = [m.parameter.dtype for m in members]
+        self._parts: list[_Part] = []
+        n_chunks = 0
+        for dtype in dict.fromkeys(dtypes):
+            size = _options(8 * dtype.itemsize, self.device)["CHUNK"]
+            mine = [i for i, d in enumerate(dtypes) if d == dtype]
+            parts = {i: max(1, _tuning.cdiv(members[i].parameter.numel(), size)) for i in mine}
+            chunks = self._on_device([(i, part) for i in mine for part in range(parts[i])], torch.int32)
+            shadow = next((i for i in mine if members[i].shadow is not None), None)
+            self._parts.append(_Part(mine[0], shadow, chunks, n_chunks))
+            n_chunks += len(chunks)
+        pairs = [(m.parameter.numel(), group) for m, group in zip(members, groups, strict=True)]
+        self._sizes = self._on_device(pairs, torch.int64)
+        self._factors = torch.empty(len(members), FACTORS.value, dtype=torch.float64, device=self.device)
+        accumulator = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.squares = torch.empty(n_chunks, dtype=accumulator, device=self.device)
+        self._known: dict[torch.dtype, tuple] = {}
+        self._read_by_graphs: list[Tensor] = []
+
+    def begin(
+        self,
+        members: Sequence[Member],
+        settings: Sequence[Settings],
+        max_norm: float | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Sums squares, where there is a max_norm, and computes factors. members: those of before, in their order.
+        grad_scale: a float32 scalar, by which gradients are still to be divided.
+
+        Raises as `__init__`.
+        """
+        lrs = [s.lr.data_ptr() if isinstance(s.lr, Tensor) else 0 for s in settings]
+        addresses = tuple(
+            address
+            for (p, g, m, v, t, shadow), group in zip(members, self._groups, strict=True)
+            for address in (
+                *(p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), t.data_ptr()),
+                *(0 if shadow is None else shadow.data_ptr(), lrs[group]),
+            )
+        )
+        numbers = [0.0 if max_norm is None else max_norm]
+        for s in settings:
+            numbers += (0.0 if isinstance(s.lr, Tensor) else s.lr, *s[1:])
+        if self._known.get(torch.int64) != addresses:
+            check(members)
+            per_element = (addresses[k :: ADDRESSES.value] for k in (0, 1, 2, 3, 5))
+            self._aligned = all(address % 16 == 0 for column in per_element for address in column)
+            self._addresses = self._kept_copy(addresses, torch.int64)
+        if self._known.get(torch.float64) != (numbers := tuple(numbers)):
+            self._settings = self._kept_copy(numbers, torch.float64)
+        self._members, self._grad_scale, self._clip = members, grad_scale, max_norm is not None
+        for part in self._parts:
+            launch = self._plan(_adamw_begin_kernel, part)
+            launch(*self._tables(part), grad_scale, self.squares, self._factors)
+
+    def finish(self, found_inf: Tensor | None = None, squares: Tensor | None = None) -> Tensor | None:
+        """The update -> the norm of the gradient, a scalar on the device; None without a max_norm.
+
+        found_inf: a float32 scalar; where it is not 0 nothing changes. squares: what to take instead of `self.squares`:
+        a sum over all ranks, say.
+        """
+        squares = self.squares if squares is None else squares
+        norm = torch.empty((), dtype=squares.dtype, device=self.device) if self._clip else None
+        for part in self._parts:
+            launch = self._plan(_adamw_update_kernel, part, squares.numel())
+            shadow = None if part.shadow is None else self._members[part.shadow].shadow
+            launch(*self._tables(part), self._grad_scale, found_inf, squares, self._factors, norm, shadow)
+        return norm
+
+    def _plan(self, kernel: Any, part: _Part, *more: int) -> Launch:
+        bits = 8 * self._members[part.like].parameter.dtype.itemsize
+        return _plan(kernel, len(part.chunks), bits, self._clip, self._aligned, self.device, part.first, *more)
+
+    def _tables(self, part: _Part) -> tuple[Tensor, ...]:
+        return self._members[part.like].parameter, self._addresses, self._sizes, part.chunks, self._settings
+
+    def _kept_copy(self, values: tuple, dtype: torch.dtype) -> Tensor:
+        """On the device, and known from now on. A graph that is captured copies when it runs, from memory that stays,
+        and until then there is nothing on the device."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._known[dtype] = () if capturing else values
+        return self._on_device(values, dtype, keep=capturing)
+
+    def _on_device(self, values: Sequence, dtype: torch.dtype, keep: bool = False) -> Tensor:
+        """Without waiting for it."""
+        host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
+        if keep:
+            self._read_by_graphs.append(host)
+        return host.to(self.device, non_blocking=True)
+
+
+def _options(bits: int, device: torch.device) -> dict[str, int]:
+    return _tuning.config(_tuning.Key("adamw", bits=bits), device)
+
+
+@planned
+def _plan(
+    kernel: Any, n_chunks: int, bits: int, clip: bool, aligned: bool, device: torch.device, *numbers: int
+) -> Launch:
+    flags = dict(CLIP=clip, ALIGNED=aligned, FP64=bits == 64)
+    return Launch(kernel, (n_chunks,), *numbers, **flags, **_options(bits, device))
+
+
+def check(members: Sequence[Member]) -> None:
+    """Raises TypeError, ValueError or RuntimeError for what the kernels cannot do, naming the parameter by its number."""
+    try:
+        _device.check_device(*(t for m in members for t in m if t is not None))
+    except RuntimeError as error:
+        raise RuntimeError(f"adamw: {error} (or switch this kernel off: {TOGGLE}='torch')") from None
+    for i, (p, g, m, v, step, shadow) in enumerate(members):
+        what = f"parameter {i}, of shape {tuple(p.shape)}"
+        _op.check_dtypes(f"adamw: {what}", TOGGLE, parameter=p)
+        if step.dtype != torch.float32 or step.numel() != 1:
+            raise TypeError(f"adamw: {what}, has a step of {step.dtype} and {step.numel()} elements, expected one float32")
+        if not _without_gaps(p):
+            raise ValueError(
+                f"adamw: {what}, has strides {p.stride()}, allowed are tensors without gaps in memory "
+                f"(toggle: {TOGGLE}='torch')"
+            )
+        for name, t in dict(gradient=g, exp_avg=m, exp_avg_sq=v, shadow=shadow).items():
+            if t is None:
+                continue
+            if t.dtype != p.dtype and name != "shadow":
+                raise TypeError(f"adamw: {what}, is {p.dtype} and its {name} {t.dtype}, allowed is the same dtype")
+            if t.layout != torch.strided or t.shape != p.shape or _strides(t) != _strides(p):
+                raise ValueError(
+                    f"adamw: {what}, has strides {p.stride()} and its {name}, of shape {tuple(t.shape)}, "
+                    f"{t.stride() if t.layout == torch.strided else t.layout}, allowed are the same ones"
+                )
+
+
+def _strides(t: Tensor) -> list[int]:
+    """Those that matter."""
+    return [] if t.numel() == 0 else [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+
+def _without_gaps(t: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def adamw(
+    members: Sequence[Member],
+    settings: Settings,
+    max_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor | None:
+    """One step of AdamW on all `members`, in place -> the norm of the gradient before clipping, a scalar on the device;
+    None without a max_norm. For many steps make an `Update` once.
+
+    grad_scale, found_inf: float32 scalars of a GradScaler: gradients are divided by the one, and nothing changes where
+    the other is not 0.
+    Raises TypeError for dtypes and ValueError for strides that the kernels do not take, RuntimeError for devices.
+    """
+    update = Update(members, [0] * len(members))
+    update.begin(members, [settings], max_norm, grad_scale)
+    return update.finish(found_inf)
