@@ -27,15 +27,15 @@ grouped-gemm tutorial.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import _device, _op, _tuning
+from ._adamw_kernels import ADDRESSES, FACTORS, _adamw_begin_kernel, _adamw_update_kernel
 from ._frozen import Launch, planned
 
 TOGGLE = "optimizer"
@@ -78,170 +78,6 @@ def adamw_reference(
         denominator = v.sqrt() / (1 - beta2**t).sqrt() + eps
         new += [p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / denominator, m, v]
     return new, norm
-
-
-# ----------------------------------------------------------------------------------------------------------- kernels
-
-# A row of the table of addresses: parameter, gradient, exp_avg, exp_avg_sq, step, shadow and lr, 0 for one that is not
-# there. A row of the settings: lr, beta1, beta2, eps, weight_decay; before the first stands max_norm. Of the factors:
-# 1 - lr * weight_decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), t.
-ADDRESSES, SETTINGS, FACTORS = tl.constexpr(7), tl.constexpr(5), tl.constexpr(4)
-
-
-@triton.jit
-def _at(address, like_ptr, ALIGNED: tl.constexpr):
-    """The pointer that a number is, to elements such as like_ptr's."""
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(like_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _tile(ptr, offs, N, MASKED: tl.constexpr, ACC: tl.constexpr):
-    if MASKED:
-        return tl.load(ptr + offs, mask=offs < N, other=0.0).to(ACC)
-    return tl.load(ptr + offs).to(ACC)
-
-
-@triton.jit
-def _put(ptr, offs, x, N, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=offs < N)
-    else:
-        tl.store(ptr + offs, x.to(ptr.dtype.element_ty))
-
-
-@triton.jit
-def _power(base, exponent):
-    """base^exponent for a whole exponent of at least 1, in the dtype of base. By squaring: 1 - beta^t needs all of
-    float64's digits, which no approximation of exp2 on every GPU gives."""
-    result = base * 0.0 + 1.0
-    while exponent > 0:
-        result = tl.where(exponent % 2 == 1, result * base, result)
-        base = base * base
-        exponent = exponent // 2
-    return result
-
-
-@triton.jit(do_not_specialize=["first"])
-def _adamw_begin_kernel(
-    any_p_ptr, addresses_ptr, sizes_ptr, chunks_ptr, settings_ptr, grad_scale_ptr, squares_ptr, factors_ptr, first,
-    CLIP: tl.constexpr, ALIGNED: tl.constexpr, FP64: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program c: the squares of chunk c, and with the first chunk of a parameter its factors."""
-    ACC = tl.float64 if FP64 else tl.float32
-    pid = tl.program_id(0)
-    i = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
-    part = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
-    row = addresses_ptr + i * ADDRESSES
-    if part == 0:
-        settings = settings_ptr + 1 + tl.load(sizes_ptr + 2 * i + 1) * SETTINGS
-        t = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))) + 1.0
-        lr = tl.load(settings)
-        lr_address = tl.load(row + 6)
-        if lr_address != 0:
-            lr = tl.load(lr_address.to(tl.pointer_type(tl.float32))).to(tl.float64)
-        whole = t.to(tl.int64)
-        factors = factors_ptr + i * FACTORS
-        tl.store(factors, 1.0 - lr * tl.load(settings + 4))
-        tl.store(factors + 1, lr / (1.0 - _power(tl.load(settings + 1), whole)))
-        tl.store(factors + 2, 1.0 / tl.sqrt(1.0 - _power(tl.load(settings + 2), whole)))
-        tl.store(factors + 3, t.to(tl.float64))
-    if CLIP:
-        scale = tl.full((), 1.0, ACC)
-        if grad_scale_ptr is not None:
-            scale = 1.0 / tl.load(grad_scale_ptr).to(ACC)
-        start = part * CHUNK
-        N = tl.minimum(tl.load(sizes_ptr + 2 * i) - start, CHUNK).to(tl.int32)
-        g_ptr = _at(tl.load(row + 1), any_p_ptr, ALIGNED) + start
-        offs = tl.arange(0, BLOCK)
-        acc = tl.zeros((BLOCK,), ACC)
-        for tile in range(0, N // BLOCK):
-            g = _tile(g_ptr, tile * BLOCK + offs, N, False, ACC) * scale
-            acc += g * g
-        g = _tile(g_ptr, N // BLOCK * BLOCK + offs, N, True, ACC) * scale
-        acc += g * g
-        tl.store(squares_ptr + first + pid, tl.sum(acc, 0).to(squares_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _update_tile(
-    p_ptr, g_ptr, m_ptr, v_ptr, shadow_ptr, shadow_address, offs, N,
-    scale, decay, step_size, root, beta1, beta2, rest1, rest2, eps, MASKED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    g = _tile(g_ptr, offs, N, MASKED, ACC) * scale
-    m = _tile(m_ptr, offs, N, MASKED, ACC)
-    m = m + rest1 * (g - m)
-    v = beta2 * _tile(v_ptr, offs, N, MASKED, ACC) + rest2 * (g * g)
-    p = _tile(p_ptr, offs, N, MASKED, ACC) * decay - step_size * (m / (tl.sqrt(v) * root + eps))
-    _put(p_ptr, offs, p, N, MASKED)
-    _put(m_ptr, offs, m, N, MASKED)
-    _put(v_ptr, offs, v, N, MASKED)
-    if shadow_ptr is not None:
-        if shadow_address != 0:
-            _put(shadow_ptr, offs, p.to(p_ptr.dtype.element_ty), N, MASKED)
-
-
-@triton.jit(do_not_specialize=["first", "n_squares"])
-def _adamw_update_kernel(
-    any_p_ptr, addresses_ptr, sizes_ptr, chunks_ptr, settings_ptr, grad_scale_ptr, found_inf_ptr, squares_ptr,
-    factors_ptr, norm_ptr, any_shadow_ptr, first, n_squares,
-    CLIP: tl.constexpr, ALIGNED: tl.constexpr, FP64: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program c: chunk c of p, m, v and the shadow, and with the first chunk of a parameter its t."""
-    ACC = tl.float64 if FP64 else tl.float32
-    pid = tl.program_id(0)
-    i = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
-    part = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
-    row, factors = addresses_ptr + i * ADDRESSES, factors_ptr + i * FACTORS
-    settings = settings_ptr + 1 + tl.load(sizes_ptr + 2 * i + 1) * SETTINGS
-    offs = tl.arange(0, BLOCK)
-    scale = tl.full((), 1.0, ACC)
-    if grad_scale_ptr is not None:
-        scale = 1.0 / tl.load(grad_scale_ptr).to(ACC)
-    if CLIP:
-        acc = tl.zeros((BLOCK,), squares_ptr.dtype.element_ty)
-        for begin in range(0, n_squares, BLOCK):
-            acc += tl.load(squares_ptr + begin + offs, mask=begin + offs < n_squares, other=0.0)
-        norm = tl.sqrt(tl.sum(acc, 0))
-        if first + pid == 0:
-            tl.store(norm_ptr, norm)
-        ratio = (tl.load(settings_ptr) / (norm.to(tl.float64) + 1e-6)).to(ACC)
-        scale = scale * tl.where(ratio > 1.0, 1.0, ratio)  # NaN stays NaN
-    found = 0.0
-    if found_inf_ptr is not None:
-        found = tl.load(found_inf_ptr)
-    if found == 0.0:
-        beta1, beta2 = tl.load(settings + 1), tl.load(settings + 2)
-        rest1, rest2 = (1.0 - beta1).to(ACC), (1.0 - beta2).to(ACC)
-        beta1, beta2, eps = beta1.to(ACC), beta2.to(ACC), tl.load(settings + 3).to(ACC)
-        decay, step_size = tl.load(factors).to(ACC), tl.load(factors + 1).to(ACC)
-        root = tl.load(factors + 2).to(ACC)
-        if part == 0:
-            tl.store(tl.load(row + 4).to(tl.pointer_type(tl.float32)), tl.load(factors + 3).to(tl.float32))
-        start = part * CHUNK
-        N = tl.minimum(tl.load(sizes_ptr + 2 * i) - start, CHUNK).to(tl.int32)
-        p_ptr = _at(tl.load(row), any_p_ptr, ALIGNED) + start
-        g_ptr = _at(tl.load(row + 1), any_p_ptr, ALIGNED) + start
-        m_ptr = _at(tl.load(row + 2), any_p_ptr, ALIGNED) + start
-        v_ptr = _at(tl.load(row + 3), any_p_ptr, ALIGNED) + start
-        shadow_address = tl.load(row + 5)
-        shadow_ptr = None
-        if any_shadow_ptr is not None:
-            shadow_ptr = _at(shadow_address, any_shadow_ptr, ALIGNED) + start
-        for tile in range(0, N // BLOCK):
-            _update_tile(
-                p_ptr, g_ptr, m_ptr, v_ptr, shadow_ptr, shadow_address, tile * BLOCK + offs, N,
-                scale, decay, step_size, root, beta1, beta2, rest1, rest2, eps, False, ACC,
-            )  # fmt: skip
-        if N % BLOCK != 0:
-            _update_tile(
-                p_ptr, g_ptr, m_ptr, v_ptr, shadow_ptr, shadow_address, N // BLOCK * BLOCK + offs, N,
-                scale, decay, step_size, root, beta1, beta2, rest1, rest2, eps, True, ACC,
-            )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------- launchers
 
 
 class _Part(NamedTuple):
@@ -310,15 +146,14 @@ class Update:
                 *(0 if shadow is None else shadow.data_ptr(), lrs[group]),
             )
         )
-        numbers = [0.0 if max_norm is None else max_norm]
-        for s in settings:
-            numbers += (0.0 if isinstance(s.lr, Tensor) else s.lr, *s[1:])
+        per_group = [(0.0 if isinstance(s.lr, Tensor) else s.lr, *s[1:]) for s in settings]
+        numbers = (0.0 if max_norm is None else max_norm, *itertools.chain(*per_group))
         if self._known.get(torch.int64) != addresses:
             check(members)
             per_element = (addresses[k :: ADDRESSES.value] for k in (0, 1, 2, 3, 5))
             self._aligned = all(address % 16 == 0 for column in per_element for address in column)
             self._addresses = self._kept_copy(addresses, torch.int64)
-        if self._known.get(torch.float64) != (numbers := tuple(numbers)):
+        if self._known.get(torch.float64) != numbers:
             self._settings = self._kept_copy(numbers, torch.float64)
         self._members, self._grad_scale, self._clip = members, grad_scale, max_norm is not None
         for part in self._parts:
@@ -337,6 +172,8 @@ class Update:
             launch = self._plan(_adamw_update_kernel, part, squares.numel())
             shadow = None if part.shadow is None else self._members[part.shadow].shadow
             launch(*self._tables(part), self._grad_scale, found_inf, squares, self._factors, norm, shadow)
+        # Autograd refuses a backward that needs what was there before.
+        torch.autograd.graph.increment_version([t for m in self._members for t in (m[0], *m[2:]) if t is not None])
         return norm
 
     def _plan(self, kernel: Any, part: _Part, *more: int) -> Launch:
@@ -374,7 +211,7 @@ def _plan(
 
 
 def check(members: Sequence[Member]) -> None:
-    """Raises TypeError, ValueError or RuntimeError for what the kernels cannot do, naming the parameter by its number."""
+    """Raises TypeError, ValueError or RuntimeError for what the kernels cannot do, naming a parameter by its number."""
     try:
         _device.check_device(*(t for m in members for t in m if t is not None))
     except RuntimeError as error:
@@ -383,7 +220,9 @@ def check(members: Sequence[Member]) -> None:
         what = f"parameter {i}, of shape {tuple(p.shape)}"
         _op.check_dtypes(f"adamw: {what}", TOGGLE, parameter=p)
         if step.dtype != torch.float32 or step.numel() != 1:
-            raise TypeError(f"adamw: {what}, has a step of {step.dtype} and {step.numel()} elements, expected one float32")
+            raise TypeError(
+                f"adamw: {what}, has a step of {step.dtype} and {step.numel()} elements, expected one float32"
+            )
         if not _without_gaps(p):
             raise ValueError(
                 f"adamw: {what}, has strides {p.stride()}, allowed are tensors without gaps in memory "

@@ -10,11 +10,22 @@ from torch import nn
 
 
 def adamw(
-    model: nn.Module, weight_decay: float, learning_rate: float, betas: Iterable[float], device_type: str
+    model: nn.Module,
+    weight_decay: float,
+    learning_rate: float,
+    betas: Iterable[float],
+    device_type: str,
+    *,
+    optimizer: str = "torch",
+    max_norm: float | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and embeddings only (tensors of two and more dimensions), fused on CUDA and CPU.
+    """AdamW with decay on matrices and embeddings only (tensors of two and more dimensions).
 
     device_type: "cuda", "cpu", ... where the parameters are or will be.
+    optimizer: "torch": PyTorch's, fused on CUDA and CPU. "triton": `TritonAdamW`, two launches with the clipping, whose
+        speed has not been measured on a GPU yet; on a CPU under TRITON_INTERPRET=1 only.
+    max_norm: with "triton", what `step` clips the norm of all gradients to, and notes as `grad_norm`.
+    Raises ValueError for another optimizer, and for a max_norm with "torch".
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -22,6 +33,17 @@ def adamw(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     beta1, beta2 = betas
+    if optimizer == "triton":
+        from fastgpt2.gpt2.training.triton_adamw import TritonAdamW
+
+        return TritonAdamW(groups, lr=learning_rate, betas=(beta1, beta2), max_norm=max_norm)
+    if optimizer != "torch":
+        raise ValueError(f"optimizer is {optimizer!r}, allowed are 'torch' and 'triton'")
+    if max_norm is not None:
+        raise ValueError(
+            f"max_norm is {max_norm} and optimizer 'torch', whose step does not clip: call "
+            "torch.nn.utils.clip_grad_norm_ before it, or give optimizer='triton'"
+        )
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type in ("cuda", "cpu"))
 
 

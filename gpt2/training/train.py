@@ -46,7 +46,10 @@ from fastgpt2.gpt2.weights.pretrained import from_pretrained
 # What may differ where a run goes on: where its data lies (what it is, the saved position knows), where and how it is
 # computed, and what is kept of it.
 WATCHING = ("keep", "hellaswag", "tensorboard", "wandb")
-COMPUTING = ("device", "kernels", "compile", "cuda_graph", "recompute", "parallel", "bad_steps", "spike")
+COMPUTING = (
+    *("device", "kernels", "optimizer", "compile", "cuda_graph", "recompute", "parallel"),
+    *("bad_steps", "spike"),
+)
 FREE_TO_CHANGE = ("data", "out", *COMPUTING, *WATCHING)
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
 
