@@ -139,7 +139,7 @@ class TritonAdamW(torch.optim.AdamW):
         self._update.begin(tensors, settings, self.max_norm, scale)
         self._reduced = None
         if self._mesh is not None and self.max_norm is not None:
-            self._reduced = self._update.squares.sum().view(1)
+            self._reduced = self._update.squares.sum()
             for dim, placement in enumerate(self._mesh[1]):
                 if placement.is_shard():
                     dist.all_reduce(self._reduced, group=self._mesh[0].get_group(dim))
