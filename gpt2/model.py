@@ -370,10 +370,7 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: Iterable[float], device_type: str, **more: Any
     ) -> torch.optim.AdamW:
-        """AdamW that decays only tensors of two and more dimensions.
-
-        more: optimizer ("torch" or "triton") and max_norm of `fastgpt2.gpt2.training.optim.adamw`.
-        """
+        """AdamW that decays matrices alone; more: optimizer, max_norm. See `fastgpt2.gpt2.training.optim.adamw`."""
         from fastgpt2.gpt2.training.optim import adamw
 
         return adamw(self, weight_decay, learning_rate, betas, device_type, **more)

@@ -212,10 +212,7 @@ def _plan(
 
 def check(members: Sequence[Member]) -> None:
     """Raises TypeError, ValueError or RuntimeError for what the kernels cannot do, naming a parameter by its number."""
-    try:
-        _device.check_device(*(t for m in members for t in m if t is not None))
-    except RuntimeError as error:
-        raise RuntimeError(f"adamw: {error} (or switch this kernel off: {TOGGLE}='torch')") from None
+    check_device(*(t for m in members for t in m if t is not None))
     for i, (p, g, m, v, step, shadow) in enumerate(members):
         what = f"parameter {i}, of shape {tuple(p.shape)}"
         _op.check_dtypes(f"adamw: {what}", TOGGLE, parameter=p)
@@ -238,6 +235,14 @@ def check(members: Sequence[Member]) -> None:
                     f"adamw: {what}, has strides {p.stride()} and its {name}, of shape {tuple(t.shape)}, "
                     f"{t.stride() if t.layout == torch.strided else t.layout}, allowed are the same ones"
                 )
+
+
+def check_device(*tensors: Tensor) -> None:
+    """Raises RuntimeError where Triton does not run on these tensors."""
+    try:
+        _device.check_device(*tensors)
+    except RuntimeError as error:
+        raise RuntimeError(f"adamw: {error} (or switch this kernel off: {TOGGLE}='torch')") from None
 
 
 def _strides(t: Tensor) -> list[int]:

@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -337,6 +340,16 @@ def test_states_that_lie_otherwise_are_laid_out(device):
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_cpu_without_the_interpreter_is_refused_before_a_run(tmp_path):
+    settings = settings_in(tmp_path) | dict(optimizer="triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "fastgpt2.gpt2", "train", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "optimizer='torch'" in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_refused_is_named(device):

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fastgpt2.gpt2 import ops
+
 
 def adamw(
     model: nn.Module,
@@ -25,7 +27,7 @@ def adamw(
     optimizer: "torch": PyTorch's, fused on CUDA and CPU. "triton": `TritonAdamW`, two launches with the clipping, whose
         speed has not been measured on a GPU yet; on a CPU under TRITON_INTERPRET=1 only.
     max_norm: with "triton", what `step` clips the norm of all gradients to, and notes as `grad_norm`.
-    Raises ValueError for another optimizer, and for a max_norm with "torch".
+    Raises ValueError for another optimizer, and for a max_norm with "torch"; RuntimeError where Triton does not run.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -36,6 +38,8 @@ def adamw(
     if optimizer == "triton":
         from fastgpt2.gpt2.training.triton_adamw import TritonAdamW
 
+        if ops.TRITON_INSTALLED and device_type != "cuda":  # refused before a run begins, and not at its first step
+            ops.check_adamw_device(torch.empty(0, device=device_type))
         return TritonAdamW(groups, lr=learning_rate, betas=(beta1, beta2), max_norm=max_norm)
     if optimizer != "torch":
         raise ValueError(f"optimizer is {optimizer!r}, allowed are 'torch' and 'triton'")
