@@ -262,6 +262,18 @@ def test_measuring_the_norm_before_the_step(device):
     assert_close(ours, theirs)
 
 
+def test_what_was_measured_with_a_scale_is_not_used(device):
+    optimizer, ours, other, theirs = pair(device)
+    gradients(0, ours, 8.0)
+    gradients(0, theirs)
+    optimizer.measure_grad_norm()
+    optimizer.grad_scale = torch.tensor(8.0, device=device)  # as GradScaler does
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, nn.utils.clip_grad_norm_(theirs, 1.0))
+    other.step()
+    assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_a_grad_scaler(unscaled, device):
     """An overflow leaves parameters, moments and steps as they were, and the scale falls."""
@@ -296,7 +308,7 @@ def test_no_gradient_no_step(device):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_either_optimizer_loads_the_others_state(fused, device):
-    """Also one whose steps are on the CPU, as those of PyTorch's that is not fused."""
+    """Also one whose steps are as PyTorch's that is not fused may have them: on the CPU, in the default dtype."""
     optimizer, ours, other, theirs = pair(device)
     other = torch.optim.AdamW(theirs, **OPTIONS, fused=fused)
     for step in range(3):
@@ -304,6 +316,9 @@ def test_either_optimizer_loads_the_others_state(fused, device):
     states = copy.deepcopy((optimizer.state_dict(), other.state_dict()))
     assert states[0]["state"].keys() == states[1]["state"].keys()
     assert states[0]["param_groups"][0].keys() == states[1]["param_groups"][0].keys()
+    if not fused:
+        for own in states[1]["state"].values():
+            own["step"] = own["step"].cpu().double()
     optimizer, other = TritonAdamW(ours, max_norm=1.0), torch.optim.AdamW(theirs)
     optimizer.load_state_dict(states[1])
     other.load_state_dict(states[0])
