@@ -13,12 +13,13 @@ from torch import Tensor
 from fastgpt2.bench.cases.call import Call
 from fastgpt2.bench.cases.case import BF16, FP16, FP32, Case, New
 from fastgpt2.bench.cases.description import Description, Size, Sizes
-from fastgpt2.kernels import adamw
+from fastgpt2.kernels import _device, adamw
 from fastgpt2.kernels.adamw import Member, Settings
 
 SETTINGS = Settings(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 MAX_NORM = 1.0
 DONE = 7.0  # steps before this one
+SHADOW = FP16 if _device.INTERPRETED else BF16  # of a float32 parameter; Triton's interpreter has no bfloat16
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -65,7 +66,7 @@ def _members(tensors: tuple[Tensor, ...], shadows: bool = False) -> list[Member]
         p, m, v = (torch.empty_like(p).copy_(t) for t in (p, m, v.square()))
         step = torch.full((), DONE, device=p.device)
         wanted = shadows and p.dim() >= 2
-        shadow = torch.empty_like(p, dtype=FP16 if p.dtype == FP16 else BF16) if wanted else None
+        shadow = torch.empty_like(p, dtype=SHADOW if p.dtype == FP32 else p.dtype) if wanted else None
         members.append(Member(p, torch.empty_like(p).copy_(g), m, v, step, shadow))
     return members
 
