@@ -34,12 +34,21 @@ TEST = [
     "pytest-xdist>=3.5",
     "accelerate>=1",  # an example
     "build>=1.2",
-    "kernels>=0.4",  # HuggingFace's, beside which ours must live
+    "kernels>=0.17",  # HuggingFace's, beside which ours must live, and which reads what `bench/hub` writes
     "setuptools>=77",
     "tensorboard>=2.14",
     "wheel",
 ]
-CLIENTS = ["opacus>=1.5", "peft>=0.15", "torchao>=0.10", "torchinfo>=1.8"]  # tools that tests put on the model
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+CLIENTS = [  # tools that tests put on the model
+    "lightning>=2.4",
+    "lm_eval>=0.4.8",
+    "opacus>=1.5",
+    "peft>=0.15",
+    "torchao>=0.10",
+    "torchinfo>=1.8",
+    "trl>=0.20",
+]
 
 setup(
     name="fastgpt2",
@@ -49,6 +58,18 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
+    author="The fastgpt2 authors",
+    keywords=["gpt-2", "triton", "pytorch", "attention", "transformer", "kernels"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     package_dir={"fastgpt2": ""},
     packages=["fastgpt2", *PACKAGES],
@@ -59,10 +80,11 @@ setup(
         "triton>=3.4; platform_system == 'Linux'",
         "transformers>=4.45",
         "tiktoken>=0.7",
+        "tokenizers>=0.21",  # comes with transformers; DecodeStream is new in it
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
         "rich>=13",
-        "tyro>=0.9",
+        "tyro>=1",
         "pyyaml>=6",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -72,7 +94,9 @@ setup(
         "clients": CLIENTS,
         "data": DATA,
         "watch": WATCH,
-        "dev": [*TEST, *CLIENTS, *DATA, *WATCH, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
+        "docs": DOCS,
+        "hub": ["transformers[kernels]"],  # each transformers enables one short range of versions only
+        "dev": [*TEST, *CLIENTS, *DATA, *WATCH, *DOCS, "ruff>=0.9", "mypy>=1.14", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["fastgpt2=fastgpt2.gpt2.cli:main"]},
 )

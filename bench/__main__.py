@@ -1,10 +1,11 @@
-"""`fastgpt2 bench`, or `python -m fastgpt2.bench`: what can be measured and how. Each file adds its own command."""
+"""`fastgpt2 bench`, or `python -m fastgpt2.bench`: runs one of the commands in COMMANDS, or the default ones."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 from fastgpt2.gpt2.ops import TRITON_INSTALLED
 
@@ -13,32 +14,34 @@ if not TRITON_INSTALLED:
 
 from fastgpt2.bench.audit import audit  # noqa: E402
 from fastgpt2.bench.report import measured, report, roofline  # noqa: E402
-from fastgpt2.bench.timing import generate, host, ops, train, tune  # noqa: E402
+from fastgpt2.bench.timing import generate, host, ops, pace, train, tune  # noqa: E402
+from fastgpt2.gpt2.cli.cli import in_a_process  # noqa: E402
+from fastgpt2.gpt2.command_line import choose, parse  # noqa: E402
+from fastgpt2.gpt2.options import Positional, Word  # noqa: E402
 from fastgpt2.gpt2.training.train_config import find_device  # noqa: E402
 
+PROG = "fastgpt2 bench"
 COMMANDS = (train, generate, ops, host, audit, tune, roofline, report)
-# What runs when no command is named: quick, adapted to the machine by each command, and a page of it all.
-DEFAULT = (["train", "--quick"], ["ops", "--quick"], ["generate", "--quick"], ["report"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measures kernels and model. Without a command: a quick set for this machine, and a report of it."""
+
+    command: Positional[Annotated[str | None, Word("COMMAND ...")]] = None  # one of those below; each has a --help
+
+
+def main(argv: Sequence[str]) -> int:
     """Runs one command, or the default ones; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastgpt2 bench",
-        description="Measures kernels and model. Without a command: a quick set for this machine, and a report of it.",
-    )
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for module in COMMANDS:
-        module.add_command(commands)
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    for line in [arguments] if arguments else DEFAULT:
-        options = parser.parse_args(line)
-        if status := options.run(options):
+    modules = {module.__name__.rpartition(".")[2]: module for module in COMMANDS}
+    chosen, rest = choose(Options, {name: module.HELP for name, module in modules.items()}, argv, PROG)
+    for name, *words in [[chosen.command, *rest]] if chosen.command else pace.default_lines(find_device("auto")):
+        if status := modules[name].main(parse(modules[name].Options, words, f"{PROG} {name}")):
             return status
-    if not arguments:
+    if chosen.command is None:
         print("\n".join(measured.lines(find_device("auto"))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_a_process(main))

@@ -1,4 +1,4 @@
-"""`pytest bench` measures: plain `pytest` disables benchmarks, here they are what is asked for."""
+"""`pytest bench` runs benchmarks, which plain `pytest` disables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastgpt2.gpt2.training.train_config import find_device
 @pytest.fixture(scope="session", autouse=True)
 def verify_is_green() -> None:
     if not gate.verified(find_device("auto")):
-        pytest.exit("fastgpt2 verify is red: nothing is measured", returncode=1)
+        pytest.exit("fastgpt2 verify failed: nothing is measured", returncode=1)
 
 
 def pytest_configure(config) -> None:
-    """Before pytest-benchmark, which reads the options last."""
+    """Runs before pytest-benchmark reads the options."""
     if config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_disable = False

@@ -14,11 +14,11 @@ from fastgpt2.gpt2.training.train_config import find_device
 
 DEVICE = find_device("auto")
 SCOPE = ops.Scope.of(DEVICE, quick=True)
-CASES = {case.name: case for case, _, _ in ops.chosen(SCOPE, None)}
+CASES = {case.name: case for case, _, _ in ops.chosen_cases(SCOPE, None)}
 
 
 def variants() -> list:
-    """(case, variant, direction) of all that runs here."""
+    """(case, implementation, direction) of everything that runs on this machine."""
     every = []
     for name, case in CASES.items():
         found, _ = ops.functions(case, DEVICE, SCOPE.compiled)
@@ -39,11 +39,11 @@ def test_op(benchmark, case: str, label: str, direction: str) -> None:
     try:
         computed, expected = (ops.values(CASES[case], inputs, found[name]) for name in (label, ops.PYTORCH))
         call = ops.calls(CASES[case], inputs, found[label])[direction]
-        for _ in range(2):  # some backwards run only once
+        for _ in range(2):  # some backwards can run only once
             finished()
-    except Exception as error:  # peers share no class
+    except Exception as error:  # errors of libraries have no common class
         if label not in PEERS:
             raise
         pytest.skip(f"{label}: {first_line(error)}")
-    assert ops.differs(computed, expected) <= ops.AGREEMENT[SCOPE.dtype], "it computes something else than PyTorch"
+    assert ops.differs(computed, expected) <= ops.AGREEMENT[SCOPE.dtype], "its results differ from PyTorch's"
     benchmark(finished)

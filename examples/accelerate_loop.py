@@ -1,4 +1,4 @@
-"""A GPT in a loop of HuggingFace's accelerate: accelerate launch examples/accelerate_loop.py"""
+"""Trains a GPT with HuggingFace's accelerate: accelerate launch examples/accelerate_loop.py"""
 
 from accelerate import Accelerator
 

@@ -1,4 +1,4 @@
-"""A GPT in Lightning Fabric: python examples/fabric_loop.py (needs lightning-fabric)"""
+"""Trains a GPT with Lightning Fabric: python examples/fabric_loop.py (needs lightning-fabric)"""
 
 from lightning_fabric import Fabric
 

@@ -1,4 +1,4 @@
-"""A GPT in a training loop of your own: python examples/own_loop.py"""
+"""Trains a GPT in a plain PyTorch loop: python examples/own_loop.py"""
 
 import torch
 
@@ -11,7 +11,7 @@ corpus = load_corpus(None, tokenizer="byte", val_fraction=0.1, block_size=64)  #
 windows = Windows(corpus.train, block_size=64, seed=0)
 model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64)).to(device)
 optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), device)
-graphed(model, *windows.next_batch(8))  # steps of this shape replay CUDA graphs; elsewhere a warning, and nothing else
+graphed(model, *windows.next_batch(8))  # steps of this shape replay CUDA graphs; without a GPU this only warns
 
 for step in range(1, 101):
     idx, targets = (t.to(device) for t in windows.next_batch(8))  # (B, T) int64

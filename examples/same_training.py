@@ -1,9 +1,10 @@
-"""Kernels train the same: one small model on Python's own sources, four times, and a plot of the losses.
+"""Trains one small model four times with different implementations and plots the losses.
 
-    TRITON_INTERPRET=1 python examples/same_training.py          # minutes; on a GPU without the variable, in seconds
+    TRITON_INTERPRET=1 python examples/same_training.py      # takes minutes; on a GPU, without the variable, seconds
 
-PyTorch's kernels, Triton's and HuggingFace's GPT2LMHeadModel start from the same weights and see the same batches, so
-their losses differ by rounding alone, which training amplifies. For scale: PyTorch's kernels with another seed.
+PyTorch's kernels, Triton's kernels and HuggingFace's GPT2LMHeadModel start from the same weights and see the same
+batches, so their losses differ only by rounding, which training amplifies. A run of PyTorch's kernels with another seed
+is plotted for scale.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SEED_NAME = "PyTorch kernels, another seed"
 
 
 def ours(corpus: Corpus, kernels: str, seed: int = CONFIG.seed) -> list[float]:
-    """Losses of the steps of `fastgpt2 train`."""
+    """The losses of the steps that `fastgpt2 train` makes."""
     config = TrainConfig(**{**vars(CONFIG), "kernels": kernels, "seed": seed}).on_this_machine()
     torch.manual_seed(seed)
     trainer = Trainer(config, corpus.tokenizer, corpus.train, corpus.val)
@@ -37,7 +38,7 @@ def ours(corpus: Corpus, kernels: str, seed: int = CONFIG.seed) -> list[float]:
 
 
 def huggingface(corpus: Corpus) -> list[float]:
-    """Losses of the same steps with transformers' model in a loop of its own."""
+    """The losses of the same steps with transformers' model in a plain loop."""
     config = CONFIG.on_this_machine()
     torch.manual_seed(config.seed)
     start = GPT(config.model_config(corpus.tokenizer.vocab_size)).to(config.device)
@@ -60,7 +61,7 @@ def huggingface(corpus: Corpus) -> list[float]:
 
 
 def plot(losses: dict[str, list[float]], png: str) -> None:
-    """Above the losses, below how far each is from PyTorch's."""
+    """Plots the losses above, and below their differences from those of PyTorch's kernels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), dpi=110, layout="constrained")
@@ -83,7 +84,7 @@ def plot(losses: dict[str, list[float]], png: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="examples/same_training.png", help="the plot (%(default)s)")
+    parser.add_argument("--out", default="docs/pictures/same-training.png", help="the plot (%(default)s)")
     out = parser.parse_args().out
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("without a GPU, set TRITON_INTERPRET=1: Triton's kernels then run in its interpreter")

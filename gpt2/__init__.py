@@ -1,4 +1,4 @@
-"""GPT-2: the model, its weights, training, sampling and the checks that compare it with HuggingFace's."""
+"""GPT-2: the model, its weights, data, training, generation and evaluation, and HuggingFace's GPT-2 accelerated."""
 
 import sys
 

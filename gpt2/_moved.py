@@ -1,4 +1,4 @@
-"""Import paths of before the folders, for one release: each works, with a DeprecationWarning that names the new one."""
+"""Former import paths, kept for one release: each still works, with a DeprecationWarning that names the new path."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODULES = {
 
 
 class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module by its old name, after every other finder, as the very module of the new name."""
+    """Imports a module under its former name, if no other finder knows it, as the same object as under its new name."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
@@ -47,11 +47,11 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         old = module.__name__
         new = f"{HERE}.{MODULES[old.rpartition('.')[2]]}"
         _warn(old, new)
-        sys.modules[old] = importlib.import_module(new)  # what import then returns
+        sys.modules[old] = importlib.import_module(new)  # the import statement returns this entry
 
 
 def moved_names(package: str, names: dict[str, str]) -> Callable[[str], Any]:
-    """A `__getattr__` for a package that has the name of an old module. names: of what users import -> module now."""
+    """A `__getattr__` for a package that has the name of a former module. names: object name -> its module now."""
 
     def get(name: str) -> Any:
         if name not in names:

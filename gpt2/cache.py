@@ -1,11 +1,11 @@
-"""Keys and values of the tokens that a model has read, so that the next token costs one token's work.
+"""The KV cache: keys and values of the tokens that a model has read, so that the next token needs the work of one.
 
     cache = KVCache(model, B, S)
-    logits, _ = model(prompts, cache=cache)    # (B, T) tokens at positions 0..T-1: the cache is filled
-    logits, _ = model(token, cache=cache)      # (B, 1), each at its row's next position: appended
+    logits, _ = model(prompts, cache=cache)    # (B, T) tokens at positions 0..T-1 fill the cache
+    logits, _ = model(token, cache=cache)      # (B, 1), one token a row, is appended at the row's next position
 
-Both return logits (B, 1, V) of each row's last token. All memory is taken at the beginning. Positions are absolute, so
-a row cannot slide past S: `start` empties the cache for another prompt.
+Both return logits (B, 1, V) of each row's last token. The memory for S positions is allocated at once. Positions are
+absolute, so a row cannot grow beyond S; `start` empties the cache for another prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastgpt2.gpt2.ops import Kernels
 
 
 class CachedModel(Protocol):
-    """What a cache asks of a model: a `GPT` has it."""
+    """The attributes of a model that a cache needs. `GPT` has them."""
 
     config: GPTConfig
     transformer: Any
@@ -34,53 +34,59 @@ class CachedModel(Protocol):
 
 
 class KVCache:
-    """Room for S tokens in each of B rows, in the dtype that the model computes in (autocast's inside autocast).
+    """Keys and values of up to S tokens in each of B rows, in the dtype in which the model computes (inside autocast,
+    autocast's dtype).
 
-    lengths: (B,) int32 on the model's device, the tokens that each row holds.
-    longest: the longest row's length, or more, known without asking the device.
-    whole: attention is given all S positions, not only the first `longest`, and `longest` is not counted: every token
-        is the same work, as CUDA graphs and torch.compile need it. The caller sees to it that there is room.
+    lengths: (B,) int32 on the model's device, the number of tokens in each row.
+    longest: an upper bound of `lengths`, kept on the host so that the device need not be asked.
+    whole: attention reads all S positions instead of the first `longest`, and `longest` is not updated. Every token
+        then has the same shapes, as CUDA graphs and torch.compile need. The caller ensures that rows stay within S.
+    Raises ValueError if B is below 1 or S is not in 1..block_size.
     """
 
     def __init__(self, model: CachedModel, B: int, S: int, whole: bool = False):
         config, device = model.config, model.device
         if B < 1:
-            raise ValueError(f"B is {B}, a cache has at least 1 row")
+            raise ValueError(f"B is {B}, allowed are whole numbers of at least 1")
         if not 1 <= S <= config.block_size:
             raise ValueError(f"S is {S}, allowed are 1..{config.block_size} (block_size)")
-        # Zeros, because attention multiplies what is not yet written by 0, and 0 * NaN is NaN.
+        # Zeros, because attention multiplies positions not yet written by 0, and 0 * NaN is NaN.
         shape = (len(model.transformer.h), 2, B, config.n_head, S, config.head_size)
         self.keys_values = torch.zeros(shape, dtype=self.dtype_for(model), device=device)
         self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
         self.longest = 0
         self.whole = whole
         self._prompt_lengths: Tensor | None = None
-        self._even = True  # all rows are known to hold as many tokens
+        self._even = True  # all rows are known to have the same length
 
     @staticmethod
     def dtype_for(model: CachedModel) -> torch.dtype:
-        """What a cache made now would have."""
+        """The dtype of a cache that is created now: autocast's dtype inside autocast, else the model's."""
         kind = model.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
     def start(self, lengths: Tensor | None = None) -> None:
-        """Empties the cache. lengths (B,): how many tokens of each row of the next prompts are real; the rest, at the
-        row's end, is padding. Default: all."""
-        self.keys_values.zero_()  # the last text may have left NaN
+        """Empties the cache for new prompts.
+
+        lengths (B,) int64: the number of real tokens in each row of the prompts; the rest of a row, at its end, is
+            padding. By default every token is real.
+        """
+        self.keys_values.zero_()  # the previous text may have left NaN
         self.lengths.zero_()
         self.longest = 0
         self._prompt_lengths = lengths
         self._even = lengths is None or lengths.size(0) == 1
-        if lengths is not None and lengths.device.type == "cpu":  # elsewhere the answer would have to be waited for
+        if lengths is not None and lengths.device.type == "cpu":  # on a GPU this would wait for the device
             self._even = bool((lengths == lengths[0]).all())
 
     # ------------------------------------------------------------------------------------- called by the model
 
     def make_room(self, idx: Tensor, targets: Tensor | None, training: bool) -> None:
-        """Counts the tokens to come. Raises ValueError where `model(idx, targets, cache)` cannot be computed."""
+        """Adds the tokens of idx (B, T) to `longest`. Raises ValueError for a call that a cache does not support."""
         B, S = self.keys_values.size(2), self.keys_values.size(4)
         if targets is not None or training:
-            raise ValueError(f"cache is for writing text: {'leave out targets' if targets is not None else 'eval()'}")
+            remedy = "leave out targets" if targets is not None else "call model.eval() first"
+            raise ValueError(f"cache is for generating text: {remedy}")
         if idx.size(0) != B:
             raise ValueError(f"idx has {idx.size(0)} rows, the cache {B}")
         if not self.continues(idx) and self.longest:
@@ -91,11 +97,11 @@ class KVCache:
             self.longest += idx.size(1)
 
     def continues(self, idx: Tensor) -> bool:
-        """One token a row goes on from what is there (also from nothing); more are new prompts."""
+        """Whether idx continues the cached rows. One token a row does, also in an empty cache; more are new prompts."""
         return idx.size(1) == 1
 
     def attention(self, layer: int, qkv: Tensor, n_head: int, scale: float, kernels: Kernels) -> Tensor:
-        """Writes k and v of qkv (B, T, 3*C) into the cache; attention over all that is there: (B, T, C)."""
+        """Writes k and v of qkv (B, T, 3*C) into the cache and attends over all cached tokens: (B, T, C)."""
         cache = self.keys_values[layer]
         if self.continues(qkv):
             seen = cache if self.whole else cache[:, :, :, : self.longest]
@@ -107,7 +113,7 @@ class KVCache:
         return ops.causal_attention(qkv, n_head, scale, 0.0, kernels)
 
     def last(self, x: Tensor) -> Tensor:
-        """Counts the tokens of x (B, T, C) as read; returns each row's last one (B, 1, C)."""
+        """Adds the tokens of x (B, T, C) to `lengths` and returns each row's last token (B, 1, C)."""
         if self.continues(x):
             self.lengths += 1
             return x

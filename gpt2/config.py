@@ -1,6 +1,6 @@
-"""What a GPT-2 is: sizes, presets, and the counts that follow from them.
+"""The configuration of a GPT-2: sizes, presets, and the counts that follow from them.
 
-How it is computed (which kernels) is `fastgpt2.gpt2.ops.Kernels`; the two never mix, and only this one goes into
+`fastgpt2.gpt2.ops.Kernels` says how the model is computed. The two are kept apart, and only `GPTConfig` is saved in
 checkpoints.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYER_NORM_EPS = 1e-5
+ACTIVATIONS = ("gelu_tanh", "gelu_erf")
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,16 @@ class GPTConfig:
     n_layer, n_head, n_embd: blocks, heads per block (H), channels (C = H * D).
     dropout: probability after the embedding, in attention and after each residual projection.
     bias: biases in linear layers and LayerNorms, as GPT-2 has them.
-    vocab_multiple: the token table has vocab_size rounded up to a multiple of this; the rows beyond take no part in
-        loss, sampling or exported checkpoints. 128 makes 50304 of 50257, which matrix products like better.
-    scale_attn_weights: scores are divided by sqrt(D).
-    scale_attn_by_inverse_layer_idx: scores of layer i are divided by i + 1 as well.
-    reorder_and_upcast_attn: scores and softmax in float32. Every attention here does that, so both values compute the
-        same; it is kept so that a checkpoint goes back to HuggingFace as it came.
+    activation: of the MLP. "gelu_tanh" is GELU by its tanh approximation, as GPT-2 has it. "gelu_erf" is the exact
+        GELU, as nanoGPT has it; PyTorch computes it.
+    vocab_multiple: the number of rows of the token table is vocab_size rounded up to a multiple of this. The padding
+        rows take no part in the loss, in sampling or in exported checkpoints. 128 pads 50257 to 50304, with which
+        matrix products are faster.
+    scale_attn_weights: divides the scores by sqrt(D).
+    scale_attn_by_inverse_layer_idx: divides the scores of layer i by i + 1 as well.
+    reorder_and_upcast_attn: computes scores and softmax in float32. Every attention here does so with either value; the
+        field exists so that a checkpoint is exported to HuggingFace as it was imported.
+    Raises ValueError for a value that is not allowed.
     """
 
     block_size: int = 1024
@@ -41,6 +46,7 @@ class GPTConfig:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
+    activation: str = "gelu_tanh"
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
@@ -50,6 +56,8 @@ class GPTConfig:
         for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"GPTConfig.{name} is {getattr(self, name)!r}, allowed are True and False")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"GPTConfig.activation is {self.activation!r}, allowed are {', '.join(ACTIVATIONS)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig.n_embd is {self.n_embd}, it must be divisible by n_head ({self.n_head})")
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
@@ -57,7 +65,7 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:
-        """One of `PRESETS` with single fields replaced: `GPTConfig.preset("gpt2", dropout=0.1)`.
+        """One of `PRESETS` with some fields replaced: `GPTConfig.preset("gpt2", dropout=0.1)`.
 
         Raises ValueError for an unknown name, TypeError for an unknown field.
         """
@@ -67,12 +75,12 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
-        """D."""
+        """D, the number of channels of one head."""
         return self.n_embd // self.n_head
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the token table."""
+        """The number of rows of the token table."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def attention_scale(self, layer: int) -> float:
@@ -81,7 +89,10 @@ class GPTConfig:
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, the tied head counted once; without the position table if `non_embedding` (nanoGPT's count)."""
+        """The number of parameters, with the tied head counted once.
+
+        non_embedding: leaves out the position table, as nanoGPT counts.
+        """
         C, bias = self.n_embd, int(self.bias)
         norm = C * (1 + bias)
         block = 2 * norm + 12 * C * C + bias * (3 * C + C + 4 * C + C)
@@ -89,13 +100,14 @@ class GPTConfig:
         return self.padded_vocab_size * C + positions + self.n_layer * block + norm
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """FLOPs of one training step (forward and backward) a token, by PaLM's appendix B as nanoGPT counts:
-        6 N + 12 L H D T with N the parameters without the position table; no discount for causality."""
+        """FLOPs per token of one training step (forward and backward) with sequences of T tokens (block_size by
+        default): 6 N + 12 L H D T, where N counts the parameters without the position table. Causality is not
+        discounted. Source: PaLM (Chowdhery et al. 2022), appendix B, as nanoGPT counts."""
         T = self.block_size if T is None else T
         return 6 * self.num_params(non_embedding=True) + 12 * self.n_layer * self.n_embd * T
 
     def kv_cache_bytes(self, B: int, T: int, element_bytes: int = 2) -> int:
-        """Bytes of keys and values that B sequences of T tokens leave in all layers."""
+        """Bytes of the keys and values of B sequences of T tokens in all layers."""
         return 2 * self.n_layer * B * T * self.n_embd * element_bytes
 
 

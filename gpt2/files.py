@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, never half of both; folders that one process has for itself."""
+"""Atomic writing of files, and locks that give one process exclusive use of a folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ LOCK = ".fastgpt2.lock"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes beside `path`, flushes to disk and renames; makes the folder where it is missing."""
+    """Writes to a temporary file beside `path`, flushes it to disk and renames it. Creates missing folders.
+
+    Raises OSError naming `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_beside(path) as temporary:
         with open(temporary, "r+b") as file:
-            with _naming(path):  # a disk that is full
+            with _naming(path):  # the disk may be full
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -26,9 +29,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new empty file in the folder of `path`, which is gone afterwards unless it was renamed.
+    """Creates an empty temporary file in the folder of `path` and deletes it at the end unless it was renamed.
 
-    Nobody can foresee its name, and it is never one that was there: what another user's link leads to stays as it is.
+    The name is random and the file must be new, so that a link placed there by another user is never followed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with _naming(path):
@@ -40,7 +43,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """`os.replace`, whose errors name `path` alone: nobody asked for a file of the other name."""
+    """`os.replace`, but errors name `path` only, because the caller does not know the temporary name."""
     with _naming(path):
         os.replace(temporary, path)
 
@@ -57,9 +60,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """`folder`, made where it is missing, is this process's alone until the `with` or the process ends.
+    """Locks `folder` for this process until the `with` or the process ends, and creates the folder if it is missing.
 
-    Raises BlockingIOError where another has it. Where the system or the disk knows no locks, nothing is held.
+    Raises BlockingIOError if another process holds the lock. On systems and disks without locks nothing is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)

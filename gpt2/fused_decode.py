@@ -1,7 +1,7 @@
-"""A block for the few rows of a decoding step: five launches, where LayerNorm, bias, GELU and residual sum go into the
-launch of the linear layer beside them.
+"""A block in five launches for the few rows of a decoding step: the linear layers' launches include LayerNorm, bias,
+GELU and the residual sum.
 
-All of a block or nothing: it computes without calling a module inside, so all of them must be stock.
+A block is fused as a whole or not at all: no submodule is called, so all submodules must be stock and have no hooks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def serves(block: Any, stream: Stream, kernels: Kernels) -> bool:
-    """Whether `block`, whose attn and mlp are stock, may be computed by the function below."""
+    """Whether the function `block` may compute this block, whose attn and mlp are known to be stock."""
     attn, mlp = block.attn, block.mlp
     return (
         stream.residual is None
@@ -30,7 +30,7 @@ def serves(block: Any, stream: Stream, kernels: Kernels) -> bool:
 
 
 def block(block: Any, x: Tensor, cache: KVCache, layer: int, kernels: Kernels) -> Tensor:
-    """The whole stream x (B, T, C) through the block, which stands at `layer` in the model."""
+    """The block with index `layer` in the model: residual stream x (B, T, C) -> (B, T, C), appending to the cache."""
     attn, mlp = block.attn, block.mlp
     qkv = ops.decode_linear(x, attn.c_attn, block.ln_1)
     y = cache.attention(layer, qkv, attn.n_head, attn.scale, kernels)

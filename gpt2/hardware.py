@@ -1,4 +1,4 @@
-"""What a GPU can do at most, by its makers' data sheets (unknown hardware is None, never a guess), and memory used."""
+"""Peak rates of GPUs from their data sheets (None for unknown hardware, never a guess), and the memory in use."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
-    """One row of the data sheets. `part` is whole words of the name that the driver gives.
+    """Peak rates of one GPU.
 
-    bf16_flops: dense bf16 tensor-core FLOP/s with fp32 accumulation. bytes_per_s: of its memory.
+    part: whole words that the driver's name of the device contains. bf16_flops: dense bf16 tensor-core FLOP/s with
+    fp32 accumulation. bytes_per_s: memory bandwidth.
     """
 
     part: str
@@ -21,7 +22,7 @@ class Gpu:
     bytes_per_s: float
 
 
-# First match counts.
+# The first match counts.
 GPUS = (
     Gpu("B200", 2250e12, 8000e9),
     Gpu("H200 NVL", 835e12, 4800e9),
@@ -40,30 +41,30 @@ GPUS = (
 )
 
 
-# Words that make another GPU of a name, or a part of one.
+# With one of these words in its name, a device is a different GPU or a part of one.
 OTHERS = {"Ti", "SUPER", "D", "Laptop", "Mobile", "Max-Q", "MIG"}
 
 
 def gpu_by_name(name: str) -> Gpu | None:
-    """The data sheet of a device's name such as "NVIDIA H100 80GB HBM3", or None where it is not known."""
+    """The peak rates of a device by its name, such as "NVIDIA H100 80GB HBM3"; None if it is unknown."""
     if OTHERS & set(name.split()):
         return None
     return next((gpu for gpu in GPUS if re.search(rf"(?<!\w){re.escape(gpu.part)}(?!\w)", name)), None)
 
 
 def gpu(device: torch.device) -> Gpu | None:
-    """The data sheet of a CUDA or ROCm device, or None where it is not known."""
+    """The peak rates of a CUDA or ROCm device; None if it is unknown."""
     return gpu_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a CUDA or ROCm device, or None where it is not known."""
+    """Peak dense bf16 FLOP/s of a CUDA or ROCm device; None if it is unknown."""
     found = gpu(device)
     return None if found is None else found.bf16_flops
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory at one time: of PyTorch's allocator on a GPU, of this whole process elsewhere; None on Windows."""
+    """Peak memory in bytes: of PyTorch's allocator on a GPU, of the whole process elsewhere; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -75,6 +76,6 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def is_capturing() -> bool:
-    """Whether what is launched now becomes part of a CUDA graph. False where code is traced to be compiled."""
+    """Whether a CUDA graph is being captured on the current stream. False while torch.compile traces."""
     traced = torch.compiler.is_compiling()
     return not traced and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

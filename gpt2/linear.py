@@ -1,8 +1,8 @@
-"""x W^T + bias, on a CPU by oneDNN where that is faster than PyTorch's linear layer.
+"""x W^T + bias. On a CPU, oneDNN computes it where it is faster than PyTorch's linear layer.
 
-PyTorch multiplies float32 on a CPU by MKL, which on AMD's processors reaches some three quarters of what oneDNN does:
-forward and the gradient of x go to oneDNN, the gradient of the weight, where MKL is ahead, stays. Everything else
-(GPUs, other dtypes, autocast, compiled code, a few rows) is `torch.nn.functional.linear`.
+PyTorch multiplies float32 matrices on a CPU with MKL, which reaches about three quarters of oneDNN's speed on AMD's
+processors. Therefore oneDNN computes the forward and the gradient of x. MKL computes the gradient of the weight, where
+it is faster. Everything else (GPUs, other dtypes, autocast, compiled code, few rows) is `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_ROWS = 16  # below, laying operands out takes as long as the product
+MIN_ROWS = 16  # with fewer rows, oneDNN takes as long to lay out the operands as to multiply them
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., K) -> (..., N). A weight that `packed.py` laid out goes to oneDNN as it is."""
+    """x (..., K), weight (N, K), bias (N,) -> (..., N). A weight that `packed.py` packed goes to oneDNN unchanged."""
     if weight.is_mkldnn:
         return _product(x, weight, bias)
     if _suits(x, weight, bias):
@@ -24,8 +24,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gelu(x W^T + bias), by tanh; with a laid-out float32 weight in one pass. In 16 bits that would leave out the
-    rounding between the two, and not write what the model without a cache writes."""
+    """gelu(x W^T + bias) in the tanh form: (..., K) -> (..., N).
+
+    With a packed float32 weight oneDNN computes both in one pass. In 16 bits this would skip the rounding between them,
+    and generation with a cache could then differ from generation without one.
+    """
     if weight.is_mkldnn and weight.dtype == torch.float32:
         return _product(x, weight, bias, "gelu")
     return F.gelu(linear(x, weight, bias), approximate="tanh")
@@ -33,24 +36,24 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        x.is_cpu  # to ask for its device's type, by name, takes several times as long
+        x.is_cpu  # several times as fast as x.device.type
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # the operator has arguments that no trace can hold
+        and not torch.jit.is_tracing()  # a trace cannot hold the operator's arguments
         and all(t.dtype == torch.float32 and type(t) in PLAIN for t in (x, weight, bias) if t is not None)
         and x.numel() >= MIN_ROWS * x.size(-1) > 0
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0  # forward-mode derivatives, which `_Linear` has not
-        and not torch._C._len_torch_dispatch_stack()  # FlopCounterMode and its like know PyTorch's own operators
+        and torch.autograd.forward_ad._current_level < 0  # `_Linear` has no forward-mode derivative
+        and not torch._C._len_torch_dispatch_stack()  # modes such as FlopCounterMode know PyTorch's own operators
     )
 
 
-PLAIN = (Tensor, torch.nn.Parameter)  # not sharded, not traced
+PLAIN = (Tensor, torch.nn.Parameter)  # neither sharded nor traced
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
-    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "tanh" if then == "gelu" else "")
 
 

@@ -1,12 +1,12 @@
-"""GPT-2, module for module and key for key as HuggingFace has it, in terms of `ops`.
+"""GPT-2 in terms of `ops`. Modules, parameters and state-dict keys have HuggingFace's names.
 
     x = wte[idx] + wpe[0..T-1]
     x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))        in every block
     logits = ln_f(x) wte^T
 
-Every module is one of PyTorch's or of this file, and calling it does what its class says: hooks, adapters and
-replacements work. Where modules are stock (see `is_stock`), what lies between two matrix products is fused: the sum
-that ends a branch is computed together with the LayerNorm that follows it, also across the border of two blocks.
+Every module is a class of PyTorch or of this file and can be called, hooked, adapted or replaced as usual. Between
+stock modules (see `is_stock`), the operations between two matrix products are fused: the residual sum that ends a
+branch is computed in the same kernel as the LayerNorm that follows it, even if that LayerNorm is in the next block.
 
 Shapes: B batch, T sequence, C = H * D channels, H heads, D head size, V vocabulary.
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; openai/gpt-2, src/model.py.
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 
 class Context(NamedTuple):
-    """How one call of the model is computed; every block gets the same but for `layer`, its place in the model.
+    """How one call of the model is computed. Every block receives the same values, except for `layer`.
 
-    documents: of `ops.document_mask`.
+    mask: what `ops.document_mask` returned, if attention stays inside documents. layer: the block's index, from 0.
     """
 
     kernels: Kernels
     cache: KVCache | None = None
-    documents: Tensor | None = None
+    mask: Tensor | None = None
     layer: int = 0
 
 
@@ -64,24 +64,25 @@ class CausalSelfAttention(nn.Module):
         return ops.linear(self.attend(h, context), self.c_proj)
 
     def attend(self, h: Tensor, context: Context) -> Tensor:
-        """What the heads give, before the projection: h (B, T, C) -> (B, T, C)."""
+        """The heads' outputs before the projection c_proj: h (B, T, C) -> (B, T, C)."""
         qkv = ops.linear(h, self.c_attn)  # (B, T, 3C)
         if context.cache is not None:
             return context.cache.attention(context.layer, qkv, self.n_head, self.scale, context.kernels)
         dropout_p = self.dropout if self.training else 0.0
-        return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, context.kernels, context.documents)
+        return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, context.kernels, context.mask)
 
 
 @stock
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.activation = config.activation
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, h: Tensor, context: Context) -> Tensor:
         """h (B, T, C) -> (B, T, C)."""
-        y, bias = ops.mlp(h, self.c_fc, self.c_proj, context.kernels)
+        y, bias = ops.mlp(h, self.c_fc, self.c_proj, context.kernels, self.activation)
         return y if bias is None else y + bias
 
 
@@ -96,12 +97,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x (B, T, C) -> (B, T, C): both branches added to it."""
+        """x (B, T, C) -> x with both branches added, (B, T, C)."""
         return ops.total(self.extend(Stream(x), context))
 
     def extend(self, stream: Stream, context: Context) -> Stream:
-        """As `forward`, but the sum before this block is computed here, in its first LayerNorm's kernel, and the last
-        branch is left to add to whoever comes next."""
+        """As `forward`, but with deferred sums: this block's first LayerNorm also computes the sum that the previous
+        block left open, and the sum of this block's MLP branch is left open for the next LayerNorm."""
         kernels = context.kernels
         if context.cache is not None and is_stock(self.attn, CausalSelfAttention) and is_stock(self.mlp, MLP):
             if fused_decode.serves(self, stream, kernels):
@@ -112,22 +113,22 @@ class Block(nn.Module):
         return Stream(*self._mlp(h, context), x, self.dropout if self.mlp.training else 0.0)
 
     def _attn(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """(attn(h), None), or without c_proj's bias, and the bias."""
-        attn = self.attn  # asked for once: nn.Module looks a submodule up in Python
+        """attn(h) (B, T, C) as a pair: either (attn(h), None), or attn(h) before c_proj's bias and that bias."""
+        attn = self.attn  # read once, because nn.Module.__getattr__ is slow
         if is_stock(attn, CausalSelfAttention):
             return ops.project(attn.attend(h, context), attn.c_proj, context.kernels)
         return called(attn, h, context), None
 
     def _mlp(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """(mlp(h), None), or without c_proj's bias, and the bias."""
+        """mlp(h) (B, T, C) as a pair: either (mlp(h), None), or mlp(h) before c_proj's bias and that bias."""
         mlp = self.mlp
         if is_stock(mlp, MLP):
-            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels)
+            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels, mlp.activation)
         return called(mlp, h, context), None
 
 
 class Transformer(nn.Module):
-    """Everything below the head. `recompute`: training keeps the blocks' inputs only and computes the rest twice."""
+    """Everything below the head. recompute: training keeps only the blocks' inputs and computes the rest again."""
 
     recompute = False
 
@@ -140,23 +141,20 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS, bias=config.bias)
 
     def forward(self, idx: Tensor, context: Context) -> Tensor:
-        """idx (B, T) -> the normalised stream (B, T, C). context.documents: as `GPT.forward` has them."""
+        """idx (B, T) int64 -> the normalised residual stream (B, T, C)."""
         kernels, cache = context.kernels, context.cache
-        if context.documents is not None:
-            mask = ops.document_mask(context.documents, idx.size(0), idx.size(1), kernels)
-            context = context._replace(documents=mask)
         dropout_p = self.dropout if self.training else 0.0
         positions = None
-        if cache is not None and cache.continues(idx):  # one token a row, each at a position of its own
+        if cache is not None and cache.continues(idx):  # one token a row; rows may be at different positions
             positions = cache.lengths[:, None].long()
         stream = Stream(ops.embedding(idx, self.wte, self.wpe, positions, dropout_p, kernels))
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
             context = context._replace(layer=layer)
-            if recompute:  # a capture may not ask for random numbers' state: `StepGraphs` sees that none are drawn
-                kept = not hardware.is_capturing()
+            if recompute:
+                preserve = not hardware.is_capturing()  # a capture cannot read the state; `StepGraphs` refuses dropout
                 x = ops.total(stream)
-                stream = Stream(checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=kept))
+                stream = Stream(checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=preserve))
             elif is_stock(block, Block):
                 stream = block.extend(stream, context)
             else:
@@ -165,7 +163,9 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with a language-model head. `kernels` says how it is computed: see `Kernels` and `kernels` below."""
+    """GPT-2 with a language-model head. kernels: which ops Triton computes, see the property `kernels`."""
+
+    origin: Any = None  # settings and files that it was read with: see `fastgpt2.gpt2.weights.origin`
 
     def __init__(self, config: GPTConfig, kernels: str | Kernels = "auto"):
         super().__init__()
@@ -179,22 +179,20 @@ class GPT(nn.Module):
         self._initialise()
 
     def tie_weights(self) -> None:
-        """The head's weight is the token table: one parameter under two names."""
+        """Makes the head's weight and the token table one parameter under two names."""
         self.lm_head.weight = self.transformer.wte.weight
 
     def _apply(self, fn, recurse=True):
-        """Every move and cast goes through here. Where it makes new parameters, as from or to the meta device, those
-        that were one under several names are so again; a head that somebody replaced stays apart."""
+        """PyTorch moves and casts modules through this method. Where it creates new parameters, for example on the meta
+        device, shared parameters are shared again afterwards. A head with a weight of its own is not tied."""
         shared = shared_parameters(self)
         super()._apply(fn, recurse)
         share_again(shared)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As PyTorch's. A head that is tied to the token table stays tied, also with assign=True.
-
-        Raises ValueError where they are tied and `state_dict` has different values for them.
-        """
+        """As `nn.Module.load_state_dict`, but a head that is tied to the token table stays tied with assign=True too.
+        Raises ValueError if they are tied and `state_dict` has different values for them."""
         shared = shared_parameters(self)
         tied = any((self.lm_head, "weight") in names for _, names in shared)
         head, table = (state_dict.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
@@ -209,12 +207,12 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
+        """The device of the first parameter."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter that holds floating-point numbers: what is computed in outside of autocast."""
+        """The dtype of the first floating-point parameter, in which the model computes outside autocast."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     def _initialise(self) -> None:
@@ -231,17 +229,18 @@ class GPT(nn.Module):
 
     @property
     def kernels(self) -> Kernels:
-        """How each op is computed. Assign "auto", "triton", "torch", "attention,mlp" or a Kernels; "auto" is Triton
-        where the parameters are on a CUDA or ROCm device and PyTorch elsewhere."""
-        return ops.kernels_for(self._kernels, self.device)
+        """How each op is computed. Assign "auto", "triton", "torch", a list such as "attention,mlp", or a `Kernels`.
+        "auto" means Triton on a CUDA or ROCm device and PyTorch elsewhere. An unknown name raises ValueError."""
+        return ops.kernels_for(self._kernels, self.device, self.config.activation)
 
     @kernels.setter
     def kernels(self, spec: str | Kernels) -> None:
-        self._kernels = ops.requested_kernels(spec)
+        self._kernels = ops.requested_kernels(spec, self.config.activation)
 
     @contextlib.contextmanager
     def use_kernels(self, spec: str | Kernels | None = None, **toggles: str) -> Iterator[GPT]:
-        """Other kernels inside a `with`: `model.use_kernels("torch")`, `model.use_kernels(mlp="torch")`."""
+        """Uses other kernels inside a `with`: `model.use_kernels("torch")`, `model.use_kernels(mlp="torch")`.
+        Raises ValueError for an unknown switch or value."""
         before = self._kernels
         toggles = ops.current_names(toggles)
         for op in toggles:
@@ -263,29 +262,36 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        *,
         documents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and mean cross-entropy, nanoGPT's contract.
 
-        idx: (B, T) int64, T at most block_size. targets: (B, T) int64, the token that follows each of idx; negative
-        ones (-1 or -100) are ignored. cache: without targets and in eval mode; `KVCache` says what idx then is.
-        documents: (n + 1,) int32 rising from 0 to B*T: where documents begin in the flattened idx, and its end. A token
-        sees its own document only. `data.document_starts` makes them; without: all of a row. Not with a cache.
+        idx: (B, T) int64, T at most block_size.
+        targets: (B, T) int64, the token that follows each token of idx. Negative targets (-1 or -100) are ignored.
+        cache: for generation, without targets and in eval mode. `KVCache` explains what idx then holds.
+        document_starts: (n + 1,) int32, rising: the place of each document's first token in the flattened idx, then
+            B*T; `data.document_starts` computes it. Tokens then attend to their own document only. Not with a cache.
+            documents: its former name, accepted until the next release.
         Returns (logits (B, T, V), loss) with targets and (logits (B, 1, V) of the last position, None) without.
-        A training step (train mode, gradients on) with kernels.cross_entropy="triton" never makes whole logits:
-        there they are None.
-        Raises ValueError for a shape, a token or a target out of range (RuntimeError under torch.compile; on a GPU,
-        where tokens are checked without waiting for the device, a device-side assertion), TypeError for another dtype.
+        A training step (train mode, gradients on) with kernels.cross_entropy="triton" never computes all logits at
+        once and returns None in their place.
+        Raises ValueError for a wrong shape and for a token or target out of range (under torch.compile a RuntimeError,
+        on a GPU a device-side assertion, because the check does not wait for it), TypeError for a wrong dtype.
         """
+        document_starts = inputs.renamed_documents(document_starts, documents)
         inputs.check_tokens("idx", idx, self.config)
         if targets is not None:
             inputs.check_tokens("targets", targets, self.config, idx.shape)
         if cache is not None:
             cache.make_room(idx, targets, self.training)
-        if documents is not None:
-            inputs.check_documents(documents, idx, cache)
-        kernels = ops.kernels_for(self._kernels, idx.device)
-        x = self.transformer(idx, Context(kernels, cache, documents))
+        kernels = ops.kernels_for(self._kernels, idx.device, self.config.activation)
+        context = Context(kernels, cache)
+        if document_starts is not None:
+            inputs.check_document_starts(document_starts, idx, cache)
+            context = Context(kernels, mask=ops.document_mask(document_starts, idx.size(0), idx.size(1), kernels))
+        x = self.transformer(idx, context)
         V = self.config.vocab_size
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
@@ -306,10 +312,8 @@ class GPT(nn.Module):
         greedy: bool = False,
         **more: Any,
     ) -> Tensor:
-        """idx (B, T) and max_new_tokens more: (B, T + max_new_tokens).
-
-        more: min_p, repetition_penalty, prompt_lengths, stop_tokens and others of `fastgpt2.gpt2.generation.generate`.
-        """
+        """Continues idx (B, T) int64 by max_new_tokens tokens: (B, T + max_new_tokens) int64.
+        more: min_p, repetition_penalty, prompt_lengths and the others of `fastgpt2.gpt2.generation.generate`."""
         from fastgpt2.gpt2.generation.generate import generate
 
         return generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator, greedy, **more)
@@ -324,20 +328,20 @@ class GPT(nn.Module):
         *,
         kernels: str | Kernels = "auto",
     ) -> GPT:
-        """A hub name ("gpt2", "gpt2-medium", ...) or a local folder. See `fastgpt2.gpt2.weights.pretrained`."""
+        """Loads a hub name ("gpt2", "gpt2-medium", ...) or a local folder. See `fastgpt2.gpt2.weights.pretrained`."""
         from fastgpt2.gpt2.weights.pretrained import from_pretrained
 
         return from_pretrained(name_or_folder, override_args, kernels=kernels)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` reads."""
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """A folder that `GPT2LMHeadModel.from_pretrained` reads: see `fastgpt2.gpt2.weights.pretrained`."""
         from fastgpt2.gpt2.weights.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, tokenizer)
 
     @classmethod
     def from_huggingface(cls, hf_model: GPT2LMHeadModel, *, kernels: str | Kernels = "auto") -> GPT:
-        """Our copy of a live `GPT2LMHeadModel`, on its device and in its dtype."""
+        """A GPT with copies of the weights of `hf_model`, on its device and in its dtype."""
         from fastgpt2.gpt2.weights.huggingface import from_huggingface
 
         return from_huggingface(hf_model, kernels=kernels)
@@ -351,18 +355,19 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------- nanoGPT's companions
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Parameters, the tied head counted once; without the position table by default."""
+        """The number of parameters. The tied head counts once, the position table by default not at all."""
         total = sum(p.numel() for p in self.parameters())
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
     def crop_block_size(self, block_size: int) -> None:
-        """Keeps the first `block_size` positions. Call it before the optimizer is built."""
+        """Keeps the first `block_size` positions. Call it before the optimizer is built.
+        Raises ValueError for a block_size out of range, TypeError if the position table is not a stock nn.Embedding."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size is {block_size}, allowed are 1..{self.config.block_size}")
         wpe = self.transformer.wpe
         if not is_stock(wpe, nn.Embedding):
             kind = type(wpe).__name__
-            raise TypeError(f"crop_block_size: transformer.wpe is a {kind}, or somebody listens to it: crop it before")
+            raise TypeError(f"transformer.wpe is a {kind}, changed or with hooks: call crop_block_size before that")
         self.config = dataclasses.replace(self.config, block_size=block_size)
         wpe.num_embeddings = block_size
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
@@ -376,23 +381,20 @@ class GPT(nn.Module):
         return adamw(self, weight_decay, learning_rate, betas, device_type, **more)
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float) -> float:
-        """Model FLOPs utilisation: achieved FLOPs of `fwdbwd_per_iter` sequences in `dt` seconds over this GPU's bf16
-        peak, by `GPTConfig.flops_per_token`. NaN where the peak is unknown."""
+        """Model FLOPs utilisation: the FLOP/s of `fwdbwd_per_iter` sequences in `dt` seconds, counted by
+        `GPTConfig.flops_per_token`, divided by this GPU's bf16 peak. NaN if the peak is unknown."""
         flops = self.config.flops_per_token() * self.config.block_size * fwdbwd_per_iter
         peak = hardware.peak_flops(self.device)
         return math.nan if peak is None else flops / dt / peak
 
 
 def unwrap(model: nn.Module) -> GPT:
-    """The GPT inside the wrappers of torch.compile, DistributedDataParallel and peft.
-
-    Raises TypeError where there is none.
-    """
+    """The GPT inside the wrappers of torch.compile, DistributedDataParallel and peft; TypeError if there is none."""
     inner: Any = model
     while not isinstance(inner, GPT):
         base = getattr(inner, "get_base_model", None)
         wrapped = base() if base else getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if wrapped is None:
-            raise TypeError(f"expected a GPT, compiled or in DistributedDataParallel or neither, not {type(model)}")
+            raise TypeError(f"model is {type(model)}, expected a GPT, alone, compiled or in DistributedDataParallel")
         inner = wrapped
     return inner

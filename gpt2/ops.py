@@ -1,7 +1,8 @@
-"""The only door to the kernels: one function an op, computed by Triton or by PyTorch as `Kernels` says.
+"""One function for each op of the model, computed by Triton or by PyTorch as `Kernels` says.
 
-The model is written once, in terms of these functions. Here B is the batch, T the sequence, C the channels, V the
-vocabulary. "triton" never falls back: what a kernel does not support is an error that names the op and its toggle.
+Only this module of gpt2/ imports kernels/, and the model is written once in terms of these functions. B is the batch, T
+the sequence, C the channels, V the vocabulary. "triton" never falls back to PyTorch: what a kernel does not support is
+an error that names the op and its switch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from fastgpt2.gpt2.switches import ALL_TRITON as ALL_TRITON
 from fastgpt2.gpt2.switches import TRITON_INSTALLED as TRITON_INSTALLED
 from fastgpt2.gpt2.switches import Kernels as Kernels
 from fastgpt2.gpt2.switches import current_names as current_names
-from fastgpt2.gpt2.switches import graph_road as graph_road
 from fastgpt2.gpt2.switches import kernels_digest as kernels_digest
 from fastgpt2.gpt2.switches import kernels_for as kernels_for
+from fastgpt2.gpt2.switches import launched_by_graph as launched_by_graph
 from fastgpt2.gpt2.switches import requested_kernels as requested_kernels
 
 if TRITON_INSTALLED:
@@ -44,8 +45,8 @@ if TRITON_INSTALLED:
     from fastgpt2.kernels.mlp import mlp as triton_mlp
 
 IGNORED_TARGET = -100
-# On a CPU, PyTorch's attention takes longer with 16-bit numbers than with float32 where sequences are this short; its
-# gradient up to twice as long.
+# On a CPU and up to this length, PyTorch's attention is slower in 16 bits than in float32; its gradient takes up to
+# twice as long.
 SHORT_ON_CPU = 256
 
 
@@ -53,9 +54,9 @@ SHORT_ON_CPU = 256
 
 
 class Stream(NamedTuple):
-    """The residual stream, what blocks read and add to, as a sum still to be computed: residual + dropout(x + x_bias).
+    """The residual stream as a sum that is still to be computed: residual + dropout(x + x_bias).
 
-    x, residual (B, T, C), x_bias (C,). Without a residual it is x alone: the stream begins there, or is whole.
+    x, residual (B, T, C), x_bias (C,). Without a residual the stream is x itself.
     """
 
     x: Tensor
@@ -65,33 +66,36 @@ class Stream(NamedTuple):
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """A linear layer: (..., K) -> (..., N)."""
+    """The linear layer of x (..., K): (..., N)."""
     return weight_product(x, layer.weight, layer.bias) if is_stock(layer, nn.Linear) else layer(x)
 
 
 def embedding(
     idx: Tensor, wte: nn.Module, wpe: nn.Module, positions: Tensor | None, dropout_p: float, kernels: Kernels
 ) -> Tensor:
-    """Token plus position embedding: idx (B, T) -> (B, T, C). positions (B, T) int64; None: column t is at t."""
+    """Token plus position embedding with dropout: idx (B, T) int64 -> (B, T, C).
+
+    positions: (B, T) int64; by default column t has position t.
+    """
     if kernels.embedding == "triton" and is_stock(wte, nn.Embedding) and is_stock(wpe, nn.Embedding):
         return triton_embedding(idx, wte.weight, wpe.weight, positions, dropout_p=dropout_p)
     if positions is None and is_stock(wpe, nn.Embedding):
         x = wte(idx) + wpe.weight[: idx.size(1)]
-    else:  # one position a token, so that whoever listens finds rows of the batch
+    else:  # wpe is called with one position per token, so that its hooks see the batch dimension
         positions = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
         x = wte(idx) + wpe(positions.expand(idx.shape))
     return F.dropout(x, dropout_p) if dropout_p else x
 
 
 def total(stream: Stream) -> Tensor:
-    """The stream (B, T, C), summed up."""
+    """Computes the sum of the stream: (B, T, C)."""
     x, x_bias, residual, dropout_p = stream
     x = x if x_bias is None else x + x_bias
     return x if residual is None else residual + (F.dropout(x, dropout_p) if dropout_p else x)
 
 
 def add_layer_norm(stream: Stream, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Ends one branch and normalises for the next: (the stream, norm(the stream)), both (B, T, C)."""
+    """Computes the sum of the stream and its LayerNorm: (x, norm(x)), both (B, T, C)."""
     if kernels.layer_norm == "triton" and is_stock(norm, nn.LayerNorm):
         x, x_bias, residual, dropout_p = stream
         if residual is None:
@@ -102,10 +106,11 @@ def add_layer_norm(stream: Stream, norm: nn.Module, kernels: Kernels) -> tuple[T
 
 
 def document_mask(starts: Tensor, B: int, T: int, kernels: Kernels) -> Tensor:
-    """What `causal_attention` takes as `documents`, made once for all layers.
+    """The argument `mask` of `causal_attention`, computed once for all layers.
 
-    starts (n_documents + 1,) int32: where each document begins in the B*T flattened tokens, and B*T.
-    Returns them for the kernel, and who sees whom, (B, 1, T, T), for PyTorch.
+    starts (n_documents + 1,) int32: the place of each document's first token in the B*T flattened tokens, then B*T.
+    Returns `starts` itself for the Triton kernel, and for PyTorch the boolean mask (B, 1, T, T) that is True where a
+    query may attend to a key.
     """
     if kernels.attention == "triton":
         return starts
@@ -116,11 +121,14 @@ def document_mask(starts: Tensor, B: int, T: int, kernels: Kernels) -> Tensor:
 
 
 def causal_attention(
-    qkv: Tensor, n_head: int, scale: float, dropout_p: float, kernels: Kernels, documents: Tensor | None = None
+    qkv: Tensor, n_head: int, scale: float, dropout_p: float, kernels: Kernels, mask: Tensor | None = None
 ) -> Tensor:
-    """Causal self-attention, inside each document where there are `documents`: packed qkv (B, T, 3*C) -> (B, T, C)."""
+    """Causal self-attention: packed qkv (B, T, 3*C) -> (B, T, C).
+
+    mask: what `document_mask` returned for the same `kernels`; attention then stays inside each document.
+    """
     if kernels.attention == "triton":
-        return triton_causal_attention(qkv, n_head, scale=scale, dropout_p=dropout_p, cu_seqlens=documents)
+        return triton_causal_attention(qkv, n_head, scale=scale, dropout_p=dropout_p, cu_seqlens=mask)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     dtype = qkv.dtype
     short = qkv.device.type == "cpu" and dtype.itemsize == 2 and T <= SHORT_ON_CPU and qkv.requires_grad
@@ -128,7 +136,7 @@ def causal_attention(
         qkv = qkv.float() if short else qkv
         q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=documents, is_causal=documents is None, scale=scale, dropout_p=dropout_p
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout_p
         )
     return y.transpose(1, 2).reshape(B, T, C).to(dtype)
 
@@ -136,41 +144,59 @@ def causal_attention(
 def decode_attention(
     qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, scale: float, kernels: Kernels, full: bool = False
 ) -> Tensor:
-    """Attention of one new token a row over the tokens before it, among which its key and value are written.
+    """Attention of one new token a row over the cached tokens and itself. Its key and value are written to the cache.
 
-    qkv (B, 1, 3*C), cache (2, B, H, S, D) of keys and values, lengths (B,) int32: tokens in the cache before this one,
-    below S. full: they are S - 1 in every row. Returns (B, 1, C); `lengths` stays as it is. Waits for no device.
+    qkv (B, 1, 3*C); cache (2, B, H, S, D), keys and values; lengths (B,) int32, the number of cached tokens before this
+    one, below S. full: every row has S - 1 of them. Returns (B, 1, C). Leaves `lengths` unchanged and does not wait for
+    the device.
     """
     if kernels.attention == "triton":
         return triton_decode_attention(qkv, cache, lengths, n_head, scale=scale)
     B, C = qkv.size(0), qkv.size(2) // 3
     q, kv = qkv.view(B, 3, n_head, 1, C // n_head).split((1, 2), dim=1)
-    if full:  # no mask, and no indices
+    if full:  # needs neither a mask nor indexed writes
         cache[:, :, :, -1:] = kv.transpose(0, 1)
         keys, values = cache.unbind()
         return F.scaled_dot_product_attention(q[:, 0], keys, values, scale=scale).view(B, 1, C)
     rows = torch.arange(B, device=qkv.device)
     cache[:, rows, :, lengths.long()] = kv.squeeze(3)  # indexed dimensions come first: (B, 2, H, D)
     keys, values = cache.unbind()
-    # SDPA's is_causal aligns the query with the first key; the mask aligns it with the row's own last one.
+    # SDPA's is_causal aligns the query with the first key; this mask aligns it with the row's last key.
     seen = torch.arange(cache.size(3), device=qkv.device) <= lengths[:, None]
     y = F.scaled_dot_product_attention(q[:, 0], keys, values, attn_mask=seen[:, None, None], scale=scale)
     return y.view(B, 1, C)
 
 
-def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
-    """The projection that ends a branch: (y W^T, the bias still to add), or (c_proj(y), None).
+def cached_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, starts: Tensor | None, n_head: int, scale: float
+) -> Tensor:
+    """As `decode_attention`, by Triton, over keys and values (B, H, S, D) in two tensors, as another library's cache
+    has them: read where they are, without a copy where their strides are equal.
 
-    The kernel of `add_layer_norm` adds a bias for free and makes its gradient beside those of LayerNorm, where a
-    linear layer's backward would read the gradient once more.
+    lengths, starts (B,) int32: tokens before the new one, and the position where each row's tokens begin; None: 0.
+    """
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        keys, values = torch.stack((keys, values))
+    return triton_decode_attention(qkv, (keys, values), lengths, n_head, scale=scale, starts=starts)
+
+
+def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
+    """The projection that ends a branch: y (..., K) -> (y W^T, the bias still to be added) or (c_proj(y), None).
+
+    The kernel of `add_layer_norm` adds the bias without extra traffic and computes its gradient together with
+    LayerNorm's; the linear layer's own backward would read the gradient a second time.
     """
     if kernels.layer_norm == "triton" and is_stock(c_proj, nn.Linear):
         return weight_product(y, c_proj.weight), c_proj.bias
     return linear(y, c_proj), None
 
 
-def mlp(h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
-    """c_proj(gelu(c_fc(h))): (B, T, C) -> (B, T, C), and as in `project` the bias that is still to add."""
+def mlp(
+    h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels, activation: str = "gelu_tanh"
+) -> tuple[Tensor, Tensor | None]:
+    """c_proj(gelu(c_fc(h))): (B, T, C) -> (B, T, C), and, as in `project`, the bias that is still to be added."""
+    if activation == "gelu_erf":  # no kernel has it
+        return project(F.gelu(linear(h, c_fc)), c_proj, kernels)
     if is_stock(c_fc, nn.Linear):
         if kernels.mlp == "torch":
             act = linear_gelu(h, c_fc.weight, c_fc.bias)
@@ -188,8 +214,8 @@ def mlp(h: Tensor, c_fc: nn.Module, c_proj: nn.Module, kernels: Kernels) -> tupl
 
 
 def few_rows(x: Tensor, kernels: Kernels) -> bool:
-    """Whether `decode_linear` computes on x (B, T, C): where LayerNorm and MLP are Triton's, no gradients are
-    recorded, and rows are so few that launches cost more than their work."""
+    """Whether `decode_linear` may compute linear layers of x (B, T, C): the switches layer_norm and mlp are both
+    "triton", gradients and autocast are off, and there are so few rows that launches cost more than their work."""
     return (
         kernels.layer_norm == kernels.mlp == "triton"
         and x.size(0) * x.size(1) <= MOST_ROWS
@@ -206,8 +232,11 @@ def decode_linear(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + gelu(layer(norm(x))) in one launch, where `few_rows` says so and both modules are stock. The
-    parameters are read early: in a model they were there before the embedding, an ordinary launch, began."""
+    """residual + gelu(layer(norm(x))) in one launch: (..., K) -> (..., N). Requires `few_rows` and stock modules.
+
+    overlap=True lets the kernel read parameters before the previous kernel has ended. That is safe in a model, because
+    the parameters were written before the embedding, an ordinary launch, began.
+    """
     weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     return triton_decode_linear(
         *(x, layer.weight, layer.bias),
@@ -221,7 +250,7 @@ def decode_linear(
 
 
 def head(x: Tensor, lm_head: nn.Module, few: bool) -> Tensor:
-    """Logits of x (B, T, C), over all rows of the head's table. few: `few_rows` says so."""
+    """Logits of x (B, T, C), one column for each row of the head's weight. few: what `few_rows` returned."""
     return decode_linear(x, lm_head) if few and is_stock(lm_head, nn.Linear) else linear(x, lm_head)
 
 
@@ -234,9 +263,10 @@ def head_loss(
     want_logits: bool,
     kernels: Kernels,
 ) -> tuple[Tensor | None, Tensor]:
-    """Mean cross-entropy of the head: x (B, T, C), targets (B, T) -> (logits (B, T, V), loss).
+    """Mean cross-entropy of the head: x (B, T, C), targets (B, T) int64 -> (logits (B, T, V), loss).
 
-    Negative targets are ignored. The kernel never makes whole logits, so there they are None unless wanted.
+    Negative targets are ignored. The Triton kernel never computes all logits at once, so with it they are None unless
+    want_logits.
     """
     if kernels.cross_entropy == "triton" and is_stock(lm_head, nn.Linear):
         if lm_head.bias is None and lm_head.weight.size(0) == padded_vocab_size:
@@ -245,19 +275,19 @@ def head_loss(
     logits = without_padding(linear(x, lm_head), vocab_size, padded_vocab_size)
     exact = logits if logits.dtype == torch.float64 else logits.float()
     kept = targets.masked_fill(targets < 0, IGNORED_TARGET)
-    # A mean over no targets would be NaN: sum, then divide by at least one.
+    # The mean over no targets would be NaN, so the sum is divided by at least 1.
     total = F.cross_entropy(exact.flatten(0, -2), kept.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
     return logits, total / (kept >= 0).sum().clamp(min=1)
 
 
-def loss_without_logits(x: Tensor, lm_head: nn.Linear, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
-    """Cross-entropy of a stock head without bias by Triton: x (B, T, C), targets (B, T) -> float32 scalar.
+def loss_without_logits(x: Tensor, lm_head: nn.Linear, targets: Tensor, ignore_index: int) -> Tensor:
+    """The sum of Triton's cross-entropies of a stock head without bias: x (B, T, C), targets (B, T) -> float32 scalar.
 
-    reduction: "mean" or "sum". Ignored are targets of ignore_index and negative ones.
+    Targets that are negative or ignore_index are ignored.
     """
-    return triton_linear_cross_entropy(x, lm_head.weight, targets, reduction=reduction, ignore_index=ignore_index)
+    return triton_linear_cross_entropy(x, lm_head.weight, targets, reduction="sum", ignore_index=ignore_index)
 
 
 def without_padding(logits: Tensor, vocab_size: int, padded_vocab_size: int) -> Tensor:
-    """(..., padded_vocab_size) -> (..., vocab_size); what a head of another width gives is left whole."""
+    """Logits (..., padded_vocab_size) -> (..., vocab_size). The logits of a head of another width stay unchanged."""
     return logits[..., :vocab_size] if logits.size(-1) == padded_vocab_size else logits

@@ -1,6 +1,6 @@
-"""Weights as oneDNN likes them: on a CPU, a product with few rows then reads them at nearly the memory's speed.
+"""Weights packed in oneDNN's own layout, with which a product of few rows on a CPU runs at nearly memory bandwidth.
 
-PyTorch's own product of one row and a (N, K) weight, as decoding has it, reaches a part of that.
+PyTorch's product of one row with a (N, K) weight, as in decoding, reaches only a part of the bandwidth.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from fastgpt2.gpt2.model import GPT, MLP, Block, CausalSelfAttention, Transformer
 from fastgpt2.gpt2.stock import is_stock, is_watched
 
-CONTAINERS = (Transformer, nn.ModuleList, Block, CausalSelfAttention, MLP)  # whose linear layers `ops.linear` computes
+CONTAINERS = (Transformer, nn.ModuleList, Block, CausalSelfAttention, MLP)  # `ops.linear` computes the layers inside
 Fingerprint = tuple[int, int, bytes]
-Laid = dict[str, tuple[Fingerprint, Tensor]]  # a module's name -> of what, and the weight laid out
+Packed = dict[str, tuple[Fingerprint, Tensor]]  # module name -> fingerprint of the weight, and the packed weight
 
 _RANDOM = torch.randint(-(2**63), 2**63 - 1, (1024,), generator=torch.Generator().manual_seed(0))
 
-# Laying a weight out takes as long as some ten products with it, so it is kept while its model lives: a model that is
-# in eval mode, because in training weights change.
-_KEPT: weakref.WeakKeyDictionary[nn.Module, Laid] = weakref.WeakKeyDictionary()
+# Packing a weight takes as long as about ten products with it, so packed weights are kept as long as their model lives.
+# Only for models in eval mode, because training changes the weights.
+_KEPT: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `packed` works here: plain float32 or bfloat16 parameters on a CPU for which oneDNN has products, and no
-    hooks, which would be given modules of the copy."""
+    """Whether `packed` supports the model: plain float32 or bfloat16 parameters on a CPU whose oneDNN multiplies them,
+    and no hooks, because a hook would receive modules of the copy."""
     plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
     if not plain or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
@@ -40,49 +40,51 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def packed(model: GPT) -> GPT:
-    """A copy of `model` in eval mode, its linear layers laid out for products with few rows, which `ops.linear` takes.
+    """A copy of `model` in eval mode whose linear layers have packed weights, which `ops.linear` computes with.
 
-    It shares all else: other parameters, modules that are not of this package, whatever hangs on a module. The laid-out
-    weights are as many bytes again, and follow no change of the model's: after one, ask again.
+    The copy shares everything else with the model: other parameters, modules of other packages and attributes. The
+    packed weights take as many bytes again. They do not follow changes of the model: call `packed` again after one.
     """
-    before, kept = _KEPT.pop(model, {}), Laid()
-    twin = _twin(model, "", before, kept)
+    before, kept = _KEPT.pop(model, {}), Packed()
+    copied = _packed_copy(model, "", before, kept)
     if not model.training:
         _KEPT[model] = kept
-    return twin
+    return copied
 
 
-def _twin(module: Any, name: str, before: Laid, kept: Laid) -> Any:
+def _packed_copy(module: Any, name: str, before: Packed, kept: Packed) -> Any:
     if is_stock(module, nn.Linear) and _is_words(module.weight):
         weight = module.weight.detach()
         fingerprint = _fingerprint(weight)
         if name not in before or before[name][0] != fingerprint:
             before[name] = fingerprint, torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         kept[name] = before[name]
-        twin = copy.copy(module)
-        twin._parameters = dict[str, Any](module._parameters, weight=kept[name][1])
+        copied = copy.copy(module)
+        copied._parameters = dict[str, Any](module._parameters, weight=kept[name][1])
     elif isinstance(module, GPT) or type(module) in CONTAINERS:
-        twin = copy.copy(module)
-        twin._modules = {child: _twin(m, f"{name}.{child}", before, kept) for child, m in module._modules.items()}
-    else:  # it calls what is inside, and PyTorch's linear layer takes no laid-out weight
+        copied = copy.copy(module)
+        children = module._modules.items()
+        copied._modules = {child: _packed_copy(m, f"{name}.{child}", before, kept) for child, m in children}
+    else:  # such a module calls its linear layers itself, and nn.Linear does not take a packed weight
         return module
-    twin.training = False
-    return twin
+    copied.training = False
+    return copied
 
 
 def _is_words(weight: Tensor) -> bool:
-    """Whether the weight can be read as the 64-bit numbers of `_fingerprint`."""
+    """Whether the weight can be read as the 64-bit words that `_fingerprint` multiplies."""
     offset_bytes = weight.storage_offset() * weight.itemsize
     return weight.is_contiguous() and weight.nbytes > 8 and weight.nbytes % 8 == 0 and offset_bytes % 8 == 0
 
 
 def _fingerprint(weight: Tensor) -> Fingerprint:
-    """Tells a changed weight, also one that was changed through `.data`, which no version counts: where it is, its
-    version, and a digest of its bits, which a CPU takes at a good part of the memory's speed.
+    """The weight's address, version and a digest of its bits. The digest detects changes through `.data` too, which the
+    version does not count, and a CPU computes it at a good part of its memory bandwidth.
 
-    The digest is of products with random numbers modulo 2^64, of the weight as 64-bit words and again of words that
-    begin in the middle of these. A change whose lowest bit is the p-th of its word goes unseen with a probability of
-    2^(p-64), and in one of the two readings p is below 32. Universal hashing after Dietzfelbinger et al., 1997.
+    The digest hashes products modulo 2^64 of random numbers with the weight, read as 64-bit words twice: from its start
+    and from the middle of the first word. A change whose lowest changed bit is bit p of its word is missed with
+    probability 2^(p-64), and in one of the two readings p is below 32.
+    Source: universal hashing, Dietzfelbinger et al. 1997.
     """
     version = 0 if weight.is_inference() else weight._version
     data = weight.view(torch.uint8).view(-1).numpy()

@@ -1,10 +1,11 @@
-"""Whether a module is as PyTorch and this package made it, so that a fused region may compute it without calling it.
+"""Whether a module is an unmodified module of PyTorch or this package: a fused region may then compute it without
+calling it.
 
-    if is_stock(self.c_proj, nn.Linear): ...     # its weight and bias are all that it is
-    else: self.c_proj(y)                         # whatever somebody made of it
+    if is_stock(self.c_proj, nn.Linear): ...     # its weight and bias determine what it computes
+    else: self.c_proj(y)                         # a replaced or modified module must be called
 
-People put hooks on modules, replace them (LoRA, quantised layers), parametrise their weights, or patch their `forward`.
-A region that reads `weight` and `bias` would pass all of that over in silence. Every region asks here first.
+Users put hooks on modules, replace them (LoRA, quantised layers), parametrise their weights or patch their `forward`. A
+fused region that only reads `weight` and `bias` would silently ignore all of that, so every region asks here first.
 """
 
 from __future__ import annotations
@@ -20,49 +21,49 @@ from torch.nn.modules import module as every_module
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# Parameters that hold what they say: no quantised or sharded ones. Tensors too, as `torch.func` and packing put in a
-# parameter's place, and those that stand for them while torch.export traces.
+# Types of parameters that are neither quantised nor sharded. Besides nn.Parameter: Tensor, which `torch.func` and
+# packing put in the place of parameters, and the types that stand for them while torch.export traces.
 PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
-# What is computed in place of calling a module: the `forward` of these classes as it was when they were defined.
+# The classes that fused regions can compute, with their `forward` as it was defined, to detect a patched one.
 FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout)
 }
 
 
 def stock(kind: type[Kind]) -> type[Kind]:
-    """Decorates a module of this package whose `forward` has a fused road."""
+    """Class decorator for a module of this package that a fused region can compute."""
     FORWARDS[kind] = kind.forward
     return kind
 
 
 class LinearWeights(NamedTuple):
-    """weight (out, in) and bias (out,) of a stock layer that keeps them in another layout, as transformers' Conv1D
-    does: stands for an `nn.Linear` with these, and counts as a stock one."""
+    """weight (out, in) and bias (out,) of a stock layer that stores them in another layout, such as transformers'
+    Conv1D. It stands for an `nn.Linear` with these parameters and counts as stock."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether calling `module` computes what class `kind` does with the module's weight and bias, and nothing else.
+    """Whether calling `module` does exactly what class `kind` does with the module's weight and bias.
 
-    False for a subclass (which LoRA's and quantised layers are, and what parametrisations make of a module), where the
-    class or the module got another `forward`, for a module that `is_watched`, or with parameters of another class than
-    torch's own. kind: Linear, LayerNorm, Embedding or Dropout, or a class decorated with `stock`.
+    False for subclasses (LoRA, quantised layers and parametrised modules are subclasses), for a class or module with
+    another `forward`, for a module that `is_watched`, and for parameters of other types than `PLAIN`.
+    kind: Linear, LayerNorm, Embedding, Dropout, or a class decorated with `stock`.
     """
     if type(module) is not kind:
         return kind is nn.Linear and type(module) is LinearWeights
     if is_watched(module):
         return False
-    forward = getattr(module.forward, "__func__", None)  # torch.compile guards what is looked at, but cannot compare it
+    forward = getattr(module.forward, "__func__", None)  # torch.compile guards on it but cannot compare it
     if forward is not FORWARDS[kind] and not torch.compiler.is_compiling():
         return False
-    parameters = module._parameters  # a fifth of the time of asking for the attributes
+    parameters = module._parameters  # takes a fifth of the time of reading the attributes
     if kind is nn.Linear or kind is nn.LayerNorm:
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if kind is nn.LayerNorm and weight is not None and weight.dim() != 1:  # over more than the last dimension
+        if kind is nn.LayerNorm and weight is not None and weight.dim() != 1:  # normalises over several dimensions
             return False
         return type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
     if kind is nn.Embedding:
@@ -72,8 +73,8 @@ def is_stock(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
 
 
 def called(module: nn.Module, x: Tensor, context: Any) -> Tensor:
-    """A block, attention or MLP that is not stock: one of this package's gets the context too, one that takes an
-    argument alone, such as `nn.Sequential`, does not."""
+    """Calls a block, attention or MLP that is not stock: with x (B, T, C) and the context if its `forward` takes two
+    arguments, as this package's modules do, and with x alone otherwise, as for `nn.Sequential`."""
     kind: Any = type(module)
     return module(x, context) if _takes_two(kind) else module(x)
 
@@ -81,20 +82,20 @@ def called(module: nn.Module, x: Tensor, context: Any) -> Tensor:
 @torch.compiler.assume_constant_result
 def _takes_two(kind: Any) -> bool:
     parameters = inspect.signature(kind.forward).parameters.values()
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(places) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)  # the first is self
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]  # self included
+    return len(positional) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's `forward`: by a hook of any kind, global ones included, by
-    a `forward` of its own, or by code that its method `compile` made."""
+    """Whether calling the module does more than its class's `forward`: it has hooks (global hooks included), a
+    `forward` set on the instance, or was compiled by its method `compile`."""
     code = module._compiled_call_impl
-    compiled = code is not None and not getattr(code, "is_transparent", False)  # `graphed` put there what calls it
+    compiled = code is not None and not getattr(code, "is_transparent", False)  # `graphed` sets a transparent one
     return compiled or "forward" in module.__dict__ or has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook of any kind is called with the module, global ones included."""
+    """Whether calling the module calls a hook of any kind, global hooks included."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

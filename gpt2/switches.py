@@ -1,4 +1,4 @@
-"""Which op is computed by Triton and which by PyTorch: `Kernels`, and what "auto" means on a device."""
+"""Which ops Triton computes and which PyTorch: `Kernels`, and the meaning of "auto" on a device."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ else:
     TRITON_INSTALLED = True
 
 BACKENDS = ("triton", "torch")
-FORMER_NAMES = {"gelu": "mlp"}  # of switches; accepted wherever a switch is named
+FORMER_NAMES = {"gelu": "mlp"}  # of switches, accepted wherever a switch is named
 
 
 def current_names(toggles: Mapping[str, str]) -> dict[str, str]:
-    """The switches by the names they have now.
+    """`toggles` with former names replaced by current ones.
 
-    Raises ValueError if a switch is given by both of its names, with different values.
+    Raises ValueError if a switch is given under both of its names with different values.
     """
     current: dict[str, str] = {}
     for name, backend in toggles.items():
@@ -39,12 +39,12 @@ def current_names(toggles: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, init=False)
 class Kernels:
-    """How each op is computed: "triton" or "torch". It says nothing about the model and goes into no checkpoint.
+    """How each op is computed: "triton" or "torch". It does not describe the model and is not saved in checkpoints.
 
-    attention: causal self-attention on packed q, k, v; one new token's attention over the cache.
-    layer_norm: residual add + LayerNorm, with the projection's bias and dropout before it.
-    mlp: the MLP, with GELU and bias in one kernel and little kept for backward. `gelu` is its former name.
-    cross_entropy: the head's matrix product and the loss, without whole logits.
+    attention: causal self-attention on packed q, k, v, and the attention of one new token over the cache.
+    layer_norm: residual add + LayerNorm, with the preceding projection's bias and dropout.
+    mlp: the MLP, with GELU and bias in one kernel and fewer activations kept for backward. Its former name is `gelu`.
+    cross_entropy: the head's matrix product and the loss, without computing all logits at once.
     embedding: token and position embedding.
     """
 
@@ -64,10 +64,10 @@ class Kernels:
         *,
         gelu: str | None = None,
     ):
-        """mlp: "torch" by default. gelu: the same switch by its former name.
+        """mlp: "torch" by default. gelu: the former name of the switch mlp.
 
-        Raises ValueError for another backend, or if mlp and gelu differ, and ImportError for "triton" if it is not
-        installed.
+        Raises ValueError for an unknown backend or if mlp and gelu differ, ImportError if "triton" is chosen and the
+        package is not installed.
         """
         toggles = {name: backend for name, backend in (("mlp", mlp), ("gelu", gelu)) if backend is not None}
         toggles |= dict(attention=attention, layer_norm=layer_norm, cross_entropy=cross_entropy, embedding=embedding)
@@ -84,7 +84,7 @@ class Kernels:
             )
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        """Unpickles what any version wrote."""
+        """Also unpickles instances of earlier versions, which had the field gelu."""
         Kernels.__init__(self, **state)
 
     @property
@@ -99,14 +99,14 @@ class Kernels:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The ops that can be switched."""
+        """The names of the switches."""
         return tuple(f.name for f in dataclasses.fields(cls))
 
     @classmethod
     def parse(cls, spec: str | Kernels) -> Kernels:
-        """ "triton", "torch", "attention,mlp" (those on Triton, the rest on PyTorch) or a Kernels, unchanged.
+        """Reads "triton", "torch" or a list such as "attention,mlp" (these on Triton, the rest on PyTorch).
 
-        Raises ValueError for a name that is none of these, TypeError for another type.
+        A `Kernels` is returned unchanged. Raises ValueError for an unknown name, TypeError for another type.
         """
         if isinstance(spec, Kernels):
             return spec
@@ -125,21 +125,34 @@ class Kernels:
 
 
 def kernels_digest() -> str:
-    """SHA-256 of the kernels' files: figures and runs that belong together come from the same sources."""
+    """SHA-256 of the source files in kernels/, to tell whether two results come from the same kernels."""
     folder = Path(__file__).parents[1] / "kernels"
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
 
 
-# Made once, so that torch.compile meets constants in `kernels_for`. Without Triton "auto" is PyTorch everywhere.
+# Created once, so that they are constants for torch.compile in `kernels_for`. Without Triton, "auto" means PyTorch.
 ALL_TORCH = Kernels.all("torch")
 ALL_TRITON = Kernels.all("triton") if TRITON_INSTALLED else ALL_TORCH
+TRITON_BUT_MLP = dataclasses.replace(ALL_TRITON, mlp="torch")
 
 
-def requested_kernels(spec: str | Kernels) -> str | Kernels:
-    """Checks a user's `kernels=` argument: "auto", which the device decides later, or a Kernels.
+def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh") -> str | Kernels:
+    """Checks a user's argument `kernels` and returns "auto", which `kernels_for` resolves for a device, or a Kernels.
 
-    The environment variable FASTGPT2_KERNELS, read here, sets what "auto" means.
+    The environment variable FASTGPT2_KERNELS, read here, replaces "auto". Raises ValueError for an unknown name, and
+    for `mlp` on Triton if the model's activation is another one than the kernel's.
     """
+    requested = _requested(spec)
+    if isinstance(requested, Kernels) and requested.mlp == "triton" and activation != "gelu_tanh":
+        others = ",".join(op for op in Kernels.names() if op != "mlp")
+        raise ValueError(
+            f"kernels has mlp on Triton, which computes GELU by tanh, and the model's activation is {activation!r}: "
+            f"leave mlp to PyTorch, as kernels={others!r} does"
+        )
+    return requested
+
+
+def _requested(spec: str | Kernels) -> str | Kernels:
     if spec != "auto":
         return Kernels.parse(spec)
     spec = os.environ.get("FASTGPT2_KERNELS") or "auto"
@@ -149,16 +162,16 @@ def requested_kernels(spec: str | Kernels) -> str | Kernels:
         raise ValueError(f"the environment variable FASTGPT2_KERNELS is {spec!r}: {error}") from None
 
 
-# Compute capability -> the ways to launch a training step in which Triton's kernels were measured slower than
-# PyTorch's: "launched" (from Python), "graph" (`fastgpt2.graphed`) and "compile". What result files in bench/results
-# say of these very kernels, and nothing else: a test compares.
+# Compute capability -> the ways of launching a training step with which Triton's kernels were measured to be slower
+# than PyTorch's: "launched" (from Python), "graph" (`fastgpt2.graphed`) and "compile". A test checks that these entries
+# are exactly what the result files in bench/results say about the current kernels.
 SLOWER: dict[tuple[int, int], tuple[str, ...]] = {}
 _in_graph = False
 
 
 @contextlib.contextmanager
-def graph_road() -> Iterator[None]:
-    """Inside, "auto" is what it is for CUDA graphs: for warming up and capturing."""
+def launched_by_graph() -> Iterator[None]:
+    """Inside, "auto" has its meaning for CUDA graphs. Used while warming up for a capture and capturing."""
     global _in_graph
     before, _in_graph = _in_graph, True
     try:
@@ -167,15 +180,20 @@ def graph_road() -> Iterator[None]:
         _in_graph = before
 
 
-def kernels_for(spec: str | Kernels, device: torch.device) -> Kernels:
-    """What `requested_kernels` returned, settled for a device and for how kernels are launched now: "auto" is Triton on
-    CUDA and ROCm, but where that was measured slower, and PyTorch elsewhere."""
+def kernels_for(spec: str | Kernels, device: torch.device, activation: str = "gelu_tanh") -> Kernels:
+    """Resolves what `requested_kernels` returned for a device and the current way of launching kernels.
+
+    "auto" is Triton on CUDA and ROCm, except where it was measured to be slower (`SLOWER`), and PyTorch elsewhere. The
+    MLP is PyTorch's if the model's activation is another one than the kernel's.
+    """
     if isinstance(spec, Kernels):
         return spec
     if device.type != "cuda":
         return ALL_TORCH
     if SLOWER:
-        road = "compile" if torch.compiler.is_compiling() else "graph" if _in_graph else "launched"
-        if road in SLOWER.get(torch.cuda.get_device_capability(device), ()):
+        launched = "graph" if _in_graph else "launched"
+        if torch.compiler.is_compiling():
+            launched = "compile"
+        if launched in SLOWER.get(torch.cuda.get_device_capability(device), ()):
             return ALL_TORCH
-    return ALL_TRITON
+    return ALL_TRITON if activation == "gelu_tanh" else TRITON_BUT_MLP

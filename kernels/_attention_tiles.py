@@ -1,8 +1,8 @@
-"""What forward and backward of attention share: who sees whom, which tiles that takes, dropout's mask, loads, products.
+"""Shared by attention's forward and backward: which keys a query sees, the tiles this needs, dropout's mask, loads.
 
-Query t of a row sees keys first(t) ... t, where first(t) = max(0, t - window + 1, start of t's document) never falls
-as t grows. Seen from the other side, key j is seen by queries j ... last(j), which never falls either. So the tiles
-that a tile of queries (or keys) needs are one run, and the tiles in it that need no mask are one run inside it.
+Query t of a row sees keys first(t) ... t with first(t) = max(0, t - window + 1, start of t's document), which never
+decreases in t. Conversely, key j is seen by queries j ... last(j), and last(j) never decreases either. Therefore the
+tiles that a tile of queries (or keys) needs are consecutive, and so are those among them that need no mask.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import _tuning
 
-# The parts of the run of key tiles that a tile of queries needs, in the order of the keys. They are masked by first(t);
-# by nothing; by the diagonal; by that of a second tile of queries, where the first one sees nothing.
+# The four parts of the key tiles that a tile of queries needs, in the order of the keys. FAR_END is masked by first(t),
+# INSIDE needs no mask, DIAGONAL is masked by causality, and SECOND_DIAGONAL by the causality of a second tile of
+# queries; the first tile of queries sees nothing there.
 FAR_END = tl.constexpr(0)
 INSIDE = tl.constexpr(1)
 DIAGONAL = tl.constexpr(2)
@@ -27,10 +28,10 @@ SECOND_DIAGONAL = tl.constexpr(3)
 
 @triton.jit
 def _key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
-    """The run of key tiles that queries [start, stop) need: part p is tiles cuts[p] to cuts[p + 1] - 1.
+    """The borders `cuts` of the key tiles that queries [start, stop) need: part p is tiles cuts[p] to cuts[p + 1] - 1.
 
-    DIAGONAL is that of queries [start, middle), SECOND_DIAGONAL that of [middle, stop). nearest_first, farthest_first:
-    the lowest and the highest first(t).
+    DIAGONAL belongs to queries [start, middle), SECOND_DIAGONAL to queries [middle, stop). nearest_first,
+    farthest_first: the lowest and the highest first(t).
     """
     first = nearest_first // BLOCK_N
     last = max((stop + BLOCK_N - 1) // BLOCK_N, first)
@@ -42,10 +43,10 @@ def _key_tiles(start, middle, stop, nearest_first, farthest_first, BLOCK_N):
 
 @triton.jit
 def _query_tiles(start, stop, nearest_last, farthest_last, BLOCK_M):
-    """The run of query tiles that keys [start, stop) need: part p is tiles cuts[p + 1] to cuts[p] - 1.
+    """The borders `cuts` of the query tiles that keys [start, stop) need: part p is tiles cuts[p + 1] to cuts[p] - 1.
 
-    Keys meet the diagonal first and what masks their FAR_END last: window, document or T. nearest_last, farthest_last:
-    the lowest and the highest last(j) of these keys.
+    In the order of the queries, DIAGONAL comes first and FAR_END, masked by window, document or T, comes last.
+    nearest_last, farthest_last: the lowest and the highest last(j) of these keys.
     """
     first = start // BLOCK_M
     last = max((farthest_last + BLOCK_M) // BLOCK_M, first)
@@ -56,7 +57,10 @@ def _query_tiles(start, stop, nearest_last, farthest_last, BLOCK_M):
 
 @triton.jit
 def _document(cu_ptr, n_documents, token):
-    """(start, stop) of each token's document in the flattened batch, by bisection; (token + 1, token) for none."""
+    """(start, stop) of each token's document in the flattened batch, found by bisection.
+
+    (token + 1, token) for a token outside all documents.
+    """
     place = token * 0
     step = 1
     while step <= n_documents:
@@ -74,9 +78,9 @@ def _document(cu_ptr, n_documents, token):
 
 @triton.jit
 def _first_keys(offs_m, T, documents, window):
-    """first(t) for each of the queries offs_m; t + 1 for a query that sees nothing.
+    """first(t) of each query t in offs_m; t + 1 for a query that sees nothing.
 
-    documents: (cu_ptr, n_documents, row of the batch), or None.
+    documents: (cu_ptr, n_documents, row of the batch), or None if attention crosses documents.
     """
     first = offs_m * 0
     if window is not None:
@@ -90,7 +94,8 @@ def _first_keys(offs_m, T, documents, window):
 
 @triton.jit
 def _span(offs_m, first_keys, stop, T):
-    """Which of queries offs_m (up to `stop`) see anything; the lowest and the highest first(t) and the end of these."""
+    """For queries offs_m, up to `stop`: a mask of those that see any key, and the lowest first(t), the highest first(t)
+    and the end of the queries in that mask."""
     sees = offs_m < T
     nearest, farthest, stop = 0, 0, tl.minimum(stop, T)
     if first_keys is not None:
@@ -103,7 +108,7 @@ def _span(offs_m, first_keys, stop, T):
 
 @triton.jit
 def _seen(offs_m, offs_n, first_keys):
-    """True where queries offs_m see keys offs_n: (M, N). first_keys: None without bounds."""
+    """(M, N), True where a query of offs_m sees a key of offs_n. first_keys: None without window and documents."""
     seen = offs_n[None, :] <= offs_m[:, None]
     if first_keys is not None:
         seen = seen & (offs_n[None, :] >= first_keys[:, None])
@@ -112,7 +117,7 @@ def _seen(offs_m, offs_n, first_keys):
 
 @triton.jit
 def _last_queries(offs_n, T, documents, window):
-    """last(j) for each of the keys offs_n; less than j for a key nobody sees. documents: as of `_first_keys`."""
+    """last(j) of each key j in offs_n; less than j for a key that no query sees. documents: as in `_first_keys`."""
     last = offs_n * 0 + (T - 1)
     if window is not None:
         last = tl.minimum(offs_n + (window - 1), last)
@@ -125,10 +130,10 @@ def _last_queries(offs_n, T, documents, window):
 
 @triton.jit
 def _keep(dropout, offs_m, key, BLOCK_N: tl.constexpr, TURNED: tl.constexpr):
-    """True where dropout keeps the weight of queries offs_m for keys key ... key + BLOCK_N: (M, N), TURNED: (N, M).
+    """(M, N), or (N, M) if TURNED: True where dropout keeps the weight of queries offs_m for keys key ... key + N - 1.
 
-    dropout: (seed_ptr, threshold, row of the batch, head). One Philox call serves four keys. Its counter is
-    (key // 4, query, row, head), whatever the tiles are.
+    dropout: (seed_ptr, threshold, row of the batch, head). One Philox call gives the numbers of four keys. Its counter
+    is (key // 4, query, row, head), so that the mask does not depend on the tile sizes.
     """
     seed_ptr, threshold, row, head = dropout
     BLOCK_M: tl.constexpr = offs_m.shape[0]
@@ -142,7 +147,7 @@ def _keep(dropout, offs_m, key, BLOCK_N: tl.constexpr, TURNED: tl.constexpr):
     r0, r1, r2, r3 = tl.philox(tl.load(seed_ptr), quad, query, quad * 0 + row.to(tl.int32), quad * 0 + head)
     even = tl.join(r0.to(tl.int32, bitcast=True), r2.to(tl.int32, bitcast=True))
     odd = tl.join(r1.to(tl.int32, bitcast=True), r3.to(tl.int32, bitcast=True))
-    keep = tl.join(even, odd) >= threshold  # the two new dimensions count keys 0 to 3
+    keep = tl.join(even, odd) >= threshold  # the two dimensions added by tl.join count keys 0 to 3
     if TURNED:
         keep = tl.reshape(tl.permute(keep, (0, 2, 3, 1)), (BLOCK_N, BLOCK_M))
     else:
@@ -151,19 +156,22 @@ def _keep(dropout, offs_m, key, BLOCK_N: tl.constexpr, TURNED: tl.constexpr):
 
 
 def dropout_scalars(dropout_p: float) -> tuple[int, float]:
-    """(what a random int32 must reach for its weight to be kept, what kept weights are multiplied by)."""
+    """(threshold, scale): a weight is kept if its random int32 is at least threshold, and multiplied by scale."""
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - dropout_p)
 
 
 @triton.jit
 def _rows(ptr, first, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers (BLOCK, BLOCK_D) to rows first ... of a matrix. Inside a block 32 bits do: see `rows_contiguous`."""
+    """Pointers (BLOCK, BLOCK_D) to BLOCK rows of a matrix from row `first` on.
+
+    32-bit offsets suffice inside a block: see `rows_contiguous`.
+    """
     return ptr + first.to(tl.int64) * stride + (tl.arange(0, BLOCK) * stride)[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
 def _load_rows(ptrs, mask_row, D: tl.constexpr, MASKED: tl.constexpr):
-    """A (rows, BLOCK_D) tile; with a mask on rows where MASKED, on columns only where the head size is padded."""
+    """Loads a (rows, BLOCK_D) tile. Rows are masked if MASKED, columns only if the head size is padded to BLOCK_D."""
     BLOCK_D: tl.constexpr = ptrs.shape[1]
     if MASKED and D != BLOCK_D:
         mask = mask_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < D)
@@ -186,17 +194,18 @@ def _store_rows(ptrs, value, mask_row, D: tl.constexpr):
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x (B, T, C) itself if the kernels can read it: unit stride in a row, offsets inside a tile that fit 32 bits."""
+    """x (B, T, C) itself if the kernels can read it, else a contiguous copy. They need unit stride in a row and offsets
+    inside a tile that fit in 32 bits."""
     return x if x.stride(2) == 1 and x.stride(1) < 2**31 // 128 else x.contiguous()
 
 
 def tuning_key(
     op: str, dtype: torch.dtype, head_size: int, bounded: bool = False, dropout: bool = False
 ) -> _tuning.Key:
-    """Which row of the table: that of dropout serves with and without bounds (documents, a window).
+    """The key of a row in the tuning table. bounded: with documents or a window; rows with dropout serve both cases.
 
-    A head that is no whole number of 16-byte pieces is read by narrow loads, whose addresses take the registers that
-    float32 takes for its numbers: it has float32's rows.
+    Heads whose size in bytes is not a multiple of 16 need narrow loads. The addresses of these take as many registers
+    as float32 values do, so such heads use the rows of float32.
     """
     bits = torch.finfo(dtype).bits
     if head_size * bits % 128:
@@ -218,7 +227,8 @@ def describe(tensor: Tensor) -> str:
 
 
 def check_heads(op_name: str, toggle: str, qkv: Tensor, n_head: int, scale: float | None) -> int:
-    """The head size. Raises ValueError unless qkv is (B, T, 3*C) with heads of 16 to 128, and scale positive."""
+    """Returns the head size. Raises ValueError unless qkv is (B, T, 3*C) with heads of 16 to 128 and scale is positive
+    or None."""
     if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
         shape = f"of shape {tuple(qkv.shape)} with n_head {n_head}"
         refuse(op_name, toggle, "qkv", shape, "(B, T, 3 * n_head * head size)")

@@ -1,11 +1,11 @@
-"""Column sums of partial sums: the second launch of every backward that has parameter gradients.
+"""Column sums of partial sums: the second launch of every backward pass that computes parameter gradients.
 
     out_k[c] = sum over p of partial_k[p, c]        for k = 0, 1, 2 in one launch
 
-Shapes: each partial is (P, C) in the accumulation dtype, each out (C,) in its parameter's dtype. P is the number of
-programs of the main launch, each of which summed its own rows in registers. HBM traffic: P * C accumulators read, C
-written, per k. Numerics: the order of the additions depends on P and C alone, so the sums are bitwise reproducible; no
-atomics. Source: the two-stage reduction of Triton's layer-norm tutorial, without its locks.
+Shapes: each partial is (P, C) in the accumulation dtype, each out is (C,) in its parameter's dtype. P is the number of
+programs of the first launch; each of them summed some rows in registers. HBM traffic for each k: P * C accumulators are
+read and C elements written. Numerics: the order of the additions depends only on P and C, so the sums are bitwise
+reproducible; there are no atomics. Source: the two-stage reduction of Triton's layer-norm tutorial, without its locks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _column_sum_kernel(
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     k = tl.program_id(1)
-    first = k.to(tl.int64) * P  # row of all partials
+    first = k.to(tl.int64) * P  # the first row of partial k in (K * P, C)
     if k == 0:
         _sum_columns(partials_ptr, out0_ptr, first, offs_c, mask_c, P, C, BLOCK_P, BLOCK_C)
     if out1_ptr is not None:
@@ -55,10 +55,10 @@ def _plan(K: int, P: int, C: int, device: torch.device) -> Launch:
 
 
 def column_sum(partials: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """The K tensors `partials[k].sum(0)` in `dtypes[k]`, for contiguous `partials` (K, P, C), K of 0 to 3, one launch.
+    """The K tensors `partials[k].sum(0)` (C,) in `dtypes[k]`, in one launch. partials: contiguous (K, P, C), K 0 to 3.
 
-    The kernel gets the whole of `partials`, and adds the offset itself: what is written through a view would be copied
-    under torch.compile.
+    The kernel receives all of `partials` and adds the offset itself, because torch.compile copies the base of a view
+    that is passed to a kernel.
     """
     K, P, C = partials.shape
     if K == 0:

@@ -1,7 +1,7 @@
-"""What a row of the tuning table consists of: the key, which says what it is for, and one configuration type an op.
+"""The types of the tuning table: the key of a row, and for each op the type of its configurations.
 
-A configuration holds a kernel's block sizes and the launch options num_warps and num_stages. Where its launcher needs
-more to choose a grid (PROGRAMS_PER_SM, MIN_ROWS, ...), that is there too.
+A configuration holds a kernel's block sizes, the launch options num_warps and num_stages, and further numbers from
+which the launcher computes the grid (PROGRAMS_PER_SM, MIN_ROWS, ...).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class Key(NamedTuple):
-    """What a row is for. Fields that an op does not depend on keep their defaults."""
+    """The case that a row is for. Fields that do not matter for an op keep their defaults."""
 
-    op: str  # "attention_fwd": the kernel without its underscores
-    bits: int = 0  # of an element
-    head_size: int = 0  # heads are padded up to 64 or 128
-    rows: int = 0  # of x, that a program takes
-    row_bytes: int = 0  # rows are at most so wide
-    bounded: bool = False  # by documents or a window
+    op: str  # such as "attention_fwd" for the kernel _attention_fwd_kernel
+    bits: int = 0  # bits of an element
+    head_size: int = 0  # the head size, padded to 64 or 128
+    rows: int = 0  # rows of x that one program computes
+    row_bytes: int = 0  # the largest width of a row, in bytes
+    bounded: bool = False  # whether documents or a window bound attention
     dropout: bool = False
 
     def __str__(self) -> str:
@@ -25,12 +25,12 @@ class Key(NamedTuple):
         return " ".join([self.op, *asked])
 
     def plain(self) -> Key:
-        """The same without bounds and dropout, whose row stands for both where they have none."""
+        """The same key without bounds and dropout. Its row is used if the table has none for them."""
         return self._replace(bounded=False, dropout=False)
 
 
 class AttentionFwd(NamedTuple):
-    """A program takes BLOCK_M queries, or twice as many without bounds. BLOCK_N divides BLOCK_M."""
+    """A program computes BLOCK_M queries, or 2 * BLOCK_M without bounds. BLOCK_N must divide BLOCK_M."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -44,7 +44,8 @@ class AttentionDelta(NamedTuple):
 
 
 class AttentionBwd(NamedTuple):
-    """A program takes either DKV_BLOCK_N keys, DKV_BLOCK_M queries at a time, or the other way round."""
+    """A program computes either dk and dv of DKV_BLOCK_N keys, reading DKV_BLOCK_M queries at a time, or dq of
+    DQ_BLOCK_M queries, reading DQ_BLOCK_N keys at a time."""
 
     DKV_BLOCK_M: int
     DKV_BLOCK_N: int
@@ -55,7 +56,7 @@ class AttentionBwd(NamedTuple):
 
 
 class DecodeAttention(NamedTuple):
-    """STAGES: tiles under way. A cache of up to ONE_SPLIT places is not split."""
+    """STAGES: pipeline stages of the loop over tiles. A cache of up to ONE_SPLIT positions is not split."""
 
     BLOCK_N: int
     num_warps: int
@@ -70,7 +71,7 @@ class DecodeMerge(NamedTuple):
 
 
 class DecodeLinear(NamedTuple):
-    """A program takes as many of the weight's rows as makes PER_SM of them, from MIN_N to BLOCK_N."""
+    """A program computes MIN_N to BLOCK_N rows of the weight, chosen to give about PER_SM programs a multiprocessor."""
 
     BLOCK_N: int
     MIN_N: int
@@ -86,7 +87,8 @@ class LayerNormFwd(NamedTuple):
 
 
 class LayerNormBwd(NamedTuple):
-    """SPAN_BYTES: what the warps of one row take in one go. MIN_ROWS: that a program takes, where there are so many."""
+    """SPAN_BYTES: bytes that the warps of one row load at once. MIN_ROWS: the fewest rows of a program, if there are
+    that many."""
 
     ROWS: int
     SPAN_BYTES: int
@@ -96,7 +98,7 @@ class LayerNormBwd(NamedTuple):
 
 
 class Elementwise(NamedTuple):
-    """Of GELU's forward and of the embedding: tiles of ROWS by BLOCK_C."""
+    """For GELU's forward and the embedding: tiles of ROWS by BLOCK_C elements."""
 
     ROWS: int
     BLOCK_C: int
@@ -104,7 +106,7 @@ class Elementwise(NamedTuple):
 
 
 class GeluBwd(NamedTuple):
-    """MIN_ROWS: that a program takes, where there are so many."""
+    """MIN_ROWS: the fewest rows of a program, if there are that many."""
 
     ROWS: int
     BLOCK_C: int
@@ -129,7 +131,7 @@ class ScaleGradients(NamedTuple):
 
 
 class SegmentSum(NamedTuple):
-    """WINDOW: sorted tokens that a program looks at."""
+    """WINDOW: the number of sorted tokens that a program reads."""
 
     WINDOW: int
     ROWS: int

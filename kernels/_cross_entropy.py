@@ -1,15 +1,16 @@
-"""Cross-entropy of rows of logits, and its gradient written over them: the kernel under `linear_cross_entropy`.
+"""Cross-entropy of rows of logits, and its gradient, which overwrites them: the kernel of `linear_cross_entropy`.
 
     lse = log sum_c exp(x_c),   loss = lse - (1 - s) x_t - s/V sum_c x_c + z lse^2
     dx_c = scale ((1 + 2 z lse) exp(x_c - lse) - (1 - s) [c = t] - s/V)        t target, s label_smoothing, z z_loss
 
 Shapes: logits x (R, V) with a row stride padded to whole vectors of 16 bytes; targets, losses (R,); scale (R,) or (1,).
-HBM traffic, e bytes an element: the row is read once from memory and once more out of L2, backwards, and written once:
-2 V e bytes a row, V e without the gradient.
-Numerics: statistics in fp32 (fp64 in fp64) in base 2, an online maximum per lane, merged once at the end of the row.
+HBM traffic with e bytes an element: each row is read once from memory, read again from L2 in reverse order, and written
+once: 2 V e bytes a row, or V e without the gradient.
+Numerics: statistics in fp32 (fp64 for fp64 logits) in base 2. Each lane has an online maximum; the lanes are merged
+once at the end of the row.
 
-GPT-2's vocabulary, 50257, is odd: a mask that ends there forbids every access wider than one element. Masks here end at
-the padded stride, and the columns beyond V are dropped after the load.
+GPT-2's vocabulary size, 50257, is odd, and a mask that ends there would forbid every access wider than one element.
+Masks here end at the padded stride instead, and columns beyond V are dropped after the load.
 
 Source: Milakov and Gimelshein 2018 (arXiv 1805.02867), online softmax.
 """
@@ -28,19 +29,19 @@ from ._frozen import Launch, planned
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # finite: a lane that has seen only padding must not compute inf - inf
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # finite, so that a lane with only padding does not compute inf - inf
 
 
 @triton.jit
 def _online_softmax(x, m_i, l_i):
-    """One block x (LANES, VECTOR) into each lane's maximum m_i and sum l_i of exp(x - m_i)."""
+    """Adds one block x (LANES, VECTOR) to each lane's maximum m_i and sum l_i of exp(x - m_i)."""
     m_new = tl.maximum(m_i, tl.max(x, 1))
     return m_new, l_i * tl.exp2((m_i - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new[:, None]) * LOG2E), 1)
 
 
 @triton.jit
 def _gradient(x, m, log2_l, softmax_scale, uniform, target_scale, target, offs_v, has_target):
-    """softmax_scale * softmax(x) - uniform, less target_scale at the target, which few blocks hold."""
+    """softmax_scale * softmax(x) - uniform, minus target_scale at the target if the block has it (has_target)."""
     dx = tl.exp2((x - m) * LOG2E - log2_l) * softmax_scale - uniform
     if has_target:
         dx -= tl.where(offs_v == target, target_scale, 0.0)
@@ -53,13 +54,14 @@ def _cross_entropy_kernel(
     IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. A lane owns VECTOR neighbours, 16 bytes, of each block, and keeps their maximum and sum."""
+    """A program computes one row. In each block a lane reads VECTOR neighbours (16 bytes) and updates its maximum and
+    sum."""
     ACC = losses_ptr.dtype.element_ty
     LANES: tl.constexpr = BLOCK_V // VECTOR
     n = tl.program_id(0)
     row_ptr = logits_ptr + n.to(tl.int64) * stride_logitsn
     offs = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    full = V // BLOCK_V  # blocks without a mask; the last one may be empty
+    full = V // BLOCK_V  # blocks that need no mask; one masked block, possibly empty, follows
     offs_last = full * BLOCK_V + offs
     mask_last = offs_last < stride_logitsn
     target = tl.load(targets_ptr + n)
@@ -88,7 +90,7 @@ def _cross_entropy_kernel(
             sum_i += tl.sum(tl.where(offs_last < V, x, 0.0), 1)
         m = tl.max(m_i, 0)
         log2_l = tl.log2(tl.sum(l_i * tl.exp2((m_i - m) * LOG2E), 0))
-        # The maximum is taken off first, everywhere: lse would round at the size of the logits.
+        # The maximum is subtracted first everywhere, because lse is rounded at the magnitude of the logits.
         loss = (m - target_logit) + log2_l * LN2
         lse = m + log2_l * LN2
         if LABEL_SMOOTHING != 0:
@@ -104,7 +106,7 @@ def _cross_entropy_kernel(
             target_scale = scale * (1.0 - LABEL_SMOOTHING)
             uniform = scale * LABEL_SMOOTHING / V
             column = tl.where(in_range, target, -1).to(tl.int32)
-            # Backwards: what was read last is what the caches still hold. x_last is still in registers.
+            # In reverse order, because the caches still hold the blocks read last. x_last is still in registers.
             has_target = column >= full * BLOCK_V
             dx = _gradient(x_last, m, log2_l, softmax_scale, uniform, target_scale, column, offs_last, has_target)
             tl.store(row_ptr + offs_last, dx.to(dtype), mask=mask_last)
@@ -119,7 +121,7 @@ def _cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _inverse_count_kernel(targets_ptr, inverse_ptr, N, IGNORE_INDEX: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program: N integers are few, and one program adds in one order."""
+    """Runs as one program: N integers are few, and one program adds in a fixed order."""
     count = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
@@ -138,12 +140,12 @@ def _total_kernel(losses_ptr, factor_ptr, total_ptr, N, BLOCK_N: tl.constexpr):
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of losses, scales and sums for logits of `dtype`."""
+    """The dtype of losses, scales and sums for logits of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def padded_vocab(V: int) -> int:
-    """Row stride of the logits in elements: V rounded up to 64."""
+    """The row stride of the logits in elements: V rounded up to a multiple of 64."""
     return _tuning.cdiv(V, 64) * 64
 
 
@@ -157,9 +159,10 @@ def cross_entropy_(
     z_loss: float,
     write_grad: bool,
 ) -> None:
-    """Fills losses (R,) and, where `write_grad`, replaces logits (R, V) by gradients times scale, (R,) or (1,).
+    """Fills losses (R,) and, if `write_grad`, overwrites logits (R, V) with their gradients times scale, (R,) or (1,).
 
-    What lies between a row's V logits and the next row, the last one's too, is read and may be overwritten.
+    targets (R,) int64. The padding after the V logits of each row, including the last row, is read and may be
+    overwritten.
     """
     R, V = logits.shape
     numbers = (logits.stride(0), 1 if scale.shape[0] == R else 0, V, ignore_index, label_smoothing, z_loss, write_grad)
@@ -178,14 +181,14 @@ def _sum_plan(kernel: Any, device: torch.device, *numbers: int) -> Launch:
 
 
 def inverse_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """1 / max(1, number of targets that are neither negative nor ignore_index), as a tensor (1,)."""
+    """1 / max(1, number of targets that are neither negative nor ignore_index), as a tensor (1,) of `dtype`."""
     inverse = torch.empty(1, dtype=dtype, device=targets.device)
     _sum_plan(_inverse_count_kernel, targets.device, targets.shape[0], ignore_index)(targets, inverse)
     return inverse
 
 
 def total(losses: Tensor, factor: Tensor) -> Tensor:
-    """factor * sum of losses (R,), as a scalar, in a fixed order."""
+    """factor * sum of losses (R,) as a scalar tensor, added in a fixed order."""
     result = torch.empty((), dtype=losses.dtype, device=losses.device)
     _sum_plan(_total_kernel, losses.device, losses.shape[0])(losses, factor, result)
     return result

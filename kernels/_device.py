@@ -1,7 +1,7 @@
-"""What machine this is: whether Triton runs on it, how large it is, what its PyTorch can do.
+"""Properties of the machine: whether Triton runs on it, its architecture and size, and what its PyTorch supports.
 
-The three questions about the machine (`check_device`, `capability`, `sm_count`) are asked here and nowhere else, and
-always through this module, so that a test or a tool can answer them differently.
+`check_device`, `capability` and `sm_count` are the only functions that query the machine. They are always called
+through this module, so that a test or a tool can replace them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import torch
 import triton
 from torch import Tensor
 
-# Compiled kernels may be interpreted for debugging; Triton reads the variable when a kernel is decorated.
+# Whether Triton interprets kernels for debugging. Triton reads the variable when a kernel is decorated.
 INTERPRETED = triton.knobs.runtime.interpret
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def check_device(*tensors: Tensor) -> None:
-    """Raises RuntimeError unless Triton can run on these tensors: one CUDA or ROCm device, or an interpreted CPU."""
+    """Raises RuntimeError unless Triton can run on these tensors: all on one CUDA or ROCm device, or on the CPU while
+    Triton interprets kernels."""
     on_one_device(tensors)
-    if tensors[0].is_cuda:  # its device's type, by name, takes several times as long
+    if tensors[0].is_cuda:  # several times as fast as device.type
         return
     device = tensors[0].device
     if not (device.type == "cpu" and INTERPRETED):
         raise RuntimeError(
             f"Triton kernels run on CUDA and ROCm devices, these tensors are on '{device}': use kernels='torch', or "
-            "set the environment variable TRITON_INTERPRET=1 before Python starts, to interpret them on the CPU, slowly"
+            "set the environment variable TRITON_INTERPRET=1 before Python starts to interpret them slowly on the CPU"
         )
     if any(t.dtype == torch.bfloat16 for t in tensors) and not _interpreter_has_bfloat16():
         raise RuntimeError(
@@ -36,45 +37,49 @@ def check_device(*tensors: Tensor) -> None:
 
 
 def on_one_device(tensors: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where tensors are on more than one device."""
-    index = tensors[0].get_device()  # a number is compared much faster than a device
-    if index < 0 or any([t.get_device() != index for t in tensors]):  # -1 is the CPU, and meta
+    """Raises RuntimeError if the tensors are on more than one device."""
+    index = tensors[0].get_device()  # numbers are compared much faster than devices
+    if index < 0 or any([t.get_device() != index for t in tensors]):  # -1 stands for both the CPU and meta
         devices = {str(t.device) for t in tensors}
         if len(devices) > 1:
             raise RuntimeError(f"tensors are on several devices: {', '.join(sorted(devices))}")
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (8, 0) for the interpreter, which ignores the numbers chosen by it."""
+    """The compute capability (major, minor). (8, 0) on a CPU, where the interpreter accepts any tuning numbers."""
     return _properties(device)[0] if device.type == "cuda" else (8, 0)
 
 
 def sm_count(device: torch.device) -> int:
-    """Multiprocessors (compute units on ROCm); 2 for the interpreter, so that small grids still loop."""
+    """The number of multiprocessors (compute units on ROCm). 2 on a CPU, so that kernels loop in small tests too."""
     return _properties(device)[1] if device.type == "cuda" else 2
 
 
 @functools.cache
 def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors, kept because asking PyTorch takes as long as a launch."""
+    """Compute capability and number of multiprocessors, cached because PyTorch's query takes as long as a launch."""
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def architecture(device: torch.device) -> int | str:
-    """What tuning numbers are chosen by: 80 ... 120, or "hip" (gfx942 says (9, 4), which no NVIDIA GPU does)."""
+    """The tuning table's name of an architecture: 80 ... 120, or "hip" on ROCm.
+
+    gfx942 has capability (9, 4), which no NVIDIA GPU has, so that "hip" is found when compiling for it elsewhere too.
+    """
     major, minor = capability(device)
     return "hip" if torch.version.hip or (major, minor) == (9, 4) else 10 * major + minor
 
 
 def can_overlap(device: torch.device) -> bool:
-    """Whether a kernel may begin before the one before it has ended (_overlap.py)."""
+    """Whether a kernel can begin before the previous one has ended (see _overlap.py)."""
     number = architecture(device)
     return not INTERPRETED and isinstance(number, int) and number >= 90
 
 
 def mixed_matmul(device: torch.device) -> str:
-    """How PyTorch multiplies 16-bit matrices into fp32 here: "addmm" (and adds), "mm" (cannot add), "" (cannot)."""
+    """PyTorch's product of 16-bit matrices with an fp32 result on this device: "addmm" (can also add to a matrix), "mm"
+    (cannot add), or "" if there is none."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     if device.type != "cuda" or (torch.version.hip and version < (2, 10)):
         return ""
@@ -82,7 +87,7 @@ def mixed_matmul(device: torch.device) -> str:
 
 
 def _interpreter_has_bfloat16() -> bool:
-    """Asks the interpreter to round 1 + 3/512 to bfloat16: to nearest it is 1.0078125, cut off it is 1."""
+    """Whether the interpreter rounds 1 + 3/512 to the nearest bfloat16, 1.0078125. A broken one truncates it to 1."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle, interpreter_builder

@@ -1,12 +1,12 @@
-"""Every launch of this package is made here: the first of its kind by Triton, the later ones with what that found out.
+"""Starts every kernel of this package. Triton makes the first launch; equal later launches reuse what it prepared.
 
-Triton's own way binds arguments, asks what they specialise a kernel on, looks the kernel up and checks what it was
-compiled from: some five times as long as the start itself. All of that depends on what a `Launch`
-and its keys hold, which is more than Triton looks at: every number by its value and type, every pointer by its dtype
-and whether it is divisible by 16, every option by name. So a launch that is equal in these is the same kernel.
+Triton's launcher binds the arguments, computes their specialisation, looks up the compiled kernel and checks the values
+of globals: about five times as long as the start itself. The results depend only on what a `Launch` and its cache key
+hold: the value and type of every number, the dtype of every pointer and whether it is divisible by 16, and every option
+by name. Triton specialises on less, so launches that are equal in these use the same compiled kernel.
 
-Triton does it, as without this file, wherever somebody may be watching or may have changed the way: hooks, debugging,
-a patched `JITFunction.run`, an interpreted or autotuned kernel, a version of Triton that was not tried.
+Triton makes every launch itself if something observes or changes launches: hooks, debugging, a patched
+`JITFunction.run`, an interpreted or autotuned kernel, or a version of Triton that this file was not tested with.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from triton.runtime.jit import JITFunction
 from . import _device, _tuning
 from ._trace import is_traced, write_down
 
-# On ROCm, Triton looks at the sizes of tensors, too.
+# On ROCm, Triton specialises on the sizes of tensors too.
 TRIED = (3, 4) <= _device.TRITON_VERSION <= (3, 9) and not torch.version.hip
-MOST_PLANS = 1024  # of each kind that are remembered
+MOST_PLANS = 1024  # cache entries for each function that is `planned`
 Plan = TypeVar("Plan")
 _RUN = JITFunction.run
-# What somebody who watches launches, or changes the way to them, leaves something in: knobs that were set, and hooks.
+# Containers that are not empty if something observes or changes launches: knobs that were set, and hooks.
 _WATCHED = (
     vars(knobs.runtime),
     vars(knobs.compilation),
@@ -38,31 +38,31 @@ _WATCHED = (
 
 
 class _Frozen(NamedTuple):
-    """A compiled kernel and what it is started with, but for the stream and the addresses of tensors."""
+    """A compiled kernel and all arguments of its launcher except the stream and the tensors' addresses."""
 
     start: Any  # Triton's launcher of this kernel
-    grid: tuple[int, ...]  # three
-    before: tuple  # function, metadata, no hooks, ...
-    after: tuple  # what follows the pointers
-    packed: bool  # whether pointers and what follows them are one argument
+    grid: tuple[int, ...]  # three sizes
+    before: tuple  # the arguments before the pointers: function, metadata, no hooks, ...
+    after: tuple  # the arguments after the pointers
+    packed: bool  # whether the pointers and the arguments after them are passed as one tuple
 
 
 class Launch:
-    """`kernel[grid](*tensors, *numbers, **options)`, but for its tensors; to be made once and called often.
+    """`kernel[grid](*tensors, *numbers, **options)` with the tensors left open. Create it once and call it often.
 
-    kernel: a function decorated with `triton.jit`, whose pointers, named `..._ptr`, come first. numbers, options: its
-    other arguments in order, and constexprs and launch options such as num_warps by name.
+    kernel: a function decorated with `triton.jit` whose pointer arguments, named `..._ptr`, come first. numbers: its
+    other positional arguments in order. options: constexprs and launch options such as num_warps by name.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **options: Any):
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
-        # None where launches are always Triton's.
+        # None if Triton makes every launch.
         self.frozen: dict[tuple, _Frozen] | None = {} if TRIED and type(kernel) is JITFunction else None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Starts the kernel; inside torch.compile it becomes a node of the graph that is written down (_trace.py).
+        """Starts the kernel. While torch.compile traces, adds a node to its graph instead (_trace.py).
 
-        tensors: one for each pointer, or None.
+        tensors: a tensor or None for each pointer argument.
         """
         if is_traced():
             write_down(self.kernel, self.grid, (*tensors, *self.numbers), dict(self.options))
@@ -96,7 +96,7 @@ class Launch:
             start(x, y, z, stream, *before, *addresses, *after)
 
     def _freeze(self, compiled: Any, n_tensors: int) -> _Frozen | None:
-        """What Triton just found out, unless this is not the Triton that this file was written for."""
+        """What Triton prepared for the launch that it just made; None if Triton's interface is not as expected."""
         names = self.kernel.arg_names[n_tensors:]
         given = dict(zip(names, self.numbers, strict=False)) | self.options
         try:
@@ -108,10 +108,11 @@ class Launch:
 
 
 def _launcher(compiled: Any) -> tuple[Any, tuple, bool]:
-    """What starts a compiled kernel, its arguments after grid and stream, and whether the kernel's own are one tuple.
+    """Returns the launcher of a compiled kernel, its arguments after grid and stream, and whether it takes the kernel's
+    own arguments as one tuple.
 
-    That is Triton's launcher, which is written in Python and calls one in C. Where a kernel asks for no scratch memory
-    and for no instrumentation, the one in C is called straight: everything else that it gets never changes.
+    Triton's launcher is written in Python and calls one in C. If a kernel needs neither scratch memory nor
+    instrumentation, the launcher in C is called directly, because all its other arguments are constant.
     """
     function, metadata, no_hooks = compiled.function, compiled.packed_metadata, (None, None, None)
     run = compiled.run
@@ -126,10 +127,10 @@ def _launcher(compiled: Any) -> tuple[Any, tuple, bool]:
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
-    """`make`, which makes launches for sizes, strides, dtypes and a device, and remembers the last of them.
+    """Decorator that caches `make`, a function from sizes, strides, dtypes and a device to launches.
 
-    Who answers the questions about the machine, and for the tuning numbers, is part of what it remembers by: so a
-    search for better numbers (`bench tune`) is not answered with plans made before.
+    The functions that query the machine and the tuning table are part of the cache key. A test or tool that replaces
+    them, such as the search of `bench tune`, therefore never gets launches that were made with the original ones.
     """
 
     @functools.lru_cache(MOST_PLANS, typed=True)
@@ -140,7 +141,7 @@ def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
     def plan(*args):
         try:
             return remembered(_device.capability, _device.sm_count, _tuning.config, *args)
-        except TypeError:  # sizes that are symbols, under torch.compile, have no hash
+        except TypeError:  # symbolic sizes under torch.compile are not hashable
             return make(*args)
 
     return plan

@@ -1,4 +1,4 @@
-"""The former name of `_device`, kept for one release. It is the same object: what is patched here is patched there."""
+"""The former name of `_device`, kept for one release. Both names are one module object, also for patches."""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""Products of 16-bit matrices that stay in fp32: out = a @ b, or out += a @ b.
+"""Products of 16-bit matrices with an fp32 result: out = a @ b, or out += a @ b.
 
-Tensor cores sum in fp32. PyTorch hands those sums out on GPUs from 2.8 on (out_dtype), and later adds them to an fp32
-matrix. Where it has no such product, the interpreter's CPU for one, an operator `fastgpt2::upcast_matmul` stands in:
-slow, but one operator that reads a and b and writes out, so that who counts traffic counts what a GPU would move.
+Tensor cores accumulate in fp32. From version 2.8 on, PyTorch can return these fp32 sums on GPUs (out_dtype), and from
+2.11 on it can add them to an fp32 matrix. Where it has no such product, for example on a CPU, the operator
+`fastgpt2::upcast_matmul` replaces it. It is slow, but it is one operator that reads a and b and writes out, so that
+traffic counted on a CPU is what a GPU would move.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from . import _device
 
-PIECE = 4096  # rows of `out` at a time where something must be held beside them
+PIECE = 4096  # rows of `out` that are computed at a time where a temporary result is needed
 
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out (M, N) = or, where `add`, += a (M, K) @ b (K, N); out has a's dtype, or is fp32 where that has 16 bits."""
+    """out = a @ b, or out += a @ b if `add`: out (M, N), a (M, K), b (K, N).
+
+    out has the dtype of a and b, or is fp32 if theirs has 16 bits.
+    """
     if out.dtype == a.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif not add:

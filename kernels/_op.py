@@ -1,20 +1,20 @@
-"""A launcher becomes `torch.ops.fastgpt2.<name>`, with a fake and a gradient; eager calls skip the dispatcher.
+"""Registers a launcher as `torch.ops.fastgpt2.<name>` with a fake and a gradient. Eager calls skip the dispatcher.
 
-Several roads lead to one launcher:
+A launcher is called in one of several ways:
 
-- Eager mode calls it straight, inside a `torch.autograd.Function` when a gradient is wanted: a registered operator
-  costs several times the host time of a Function, and at GPT-2's sizes host time decides.
-- `torch.compile` sees into it. Dynamo's graph holds the registered operator and its fake; AOTAutograd, which writes
-  forward and backward down, runs the launcher on fake tensors in its place, as it does for `torch.library.triton_op`.
-  What PyTorch computes there becomes nodes that Inductor compiles with the rest (products, sums, sorting), and each
-  launch a node that its code makes by itself: no Python of ours runs between launches, and buffers are Inductor's.
-- The operator stays one opaque node, whose launcher is called from compiled code, where it was registered as `opaque`,
-  in `torch.export`'s programs, which have to be written to files, and where Triton interprets kernels, which Inductor
-  cannot.
-- Tensors that are not plain ones (DTensor, FakeTensor, ...) meet the registered operator.
+- Eager mode calls it directly, inside a `torch.autograd.Function` if a gradient is needed. A registered operator takes
+  several times the host time of a Function, and at GPT-2's sizes host time matters.
+- `torch.compile` traces into it. Dynamo's graph holds the registered operator and its fake. AOTAutograd, which traces
+  forward and backward, runs the launcher on fake tensors instead, as for `torch.library.triton_op`. PyTorch's operators
+  in the launcher (products, sums, sorting) become nodes that Inductor compiles with the rest, and each launch becomes
+  a node that Inductor's code starts: no Python of this package runs between launches, and Inductor owns the buffers.
+- The operator remains one opaque node, whose launcher compiled code calls, in three cases: it was registered as
+  `opaque`; `torch.export` traces, because its programs must be stored in files; or Triton interprets kernels, which
+  Inductor does not support.
+- Tensors of other types (DTensor, FakeTensor, ...) go through the registered operator.
 
-What a launcher may do follows from the second road: sizes may be symbols; it allocates outputs with PyTorch, and gives
-kernels whole tensors to write to, because writing to a view makes Inductor copy its base.
+Because of `torch.compile`, a launcher must accept symbolic sizes, allocate its outputs with PyTorch, and pass whole
+tensors to kernels that write to them, because Inductor copies the base of a view that is written to.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
 
-# PyTorch keeps compiled code on disk, under a key that holds the sources of the kernels noted here for an operator, and
-# the strings that they name. One function that names the digest of this folder stands for its kernels, launchers, fakes
-# and tuning numbers. Without such notes operators stay opaque: what they become would be taken from an older version.
+# PyTorch caches compiled code on disk. The cache key holds the source of the kernels registered here for an operator,
+# and of the global strings that they name. One function that names the digest of this folder therefore stands for all
+# kernels, launchers, fakes and tuning numbers. If PyTorch has no such registry (None), operators stay opaque, because
+# otherwise code compiled from an older version of this folder could be taken from the cache.
 KERNELS_IN_KEYS: dict[str, list[object]] | None = getattr(torch._library.triton, "triton_ops_to_kernels", None)
 SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
@@ -55,7 +56,7 @@ def _sources():
     SOURCES  # noqa: B018
 
 
-_SOURCES_KERNEL = triton.JITFunction(_sources)  # also where decorated kernels are the interpreter's
+_SOURCES_KERNEL = triton.JITFunction(_sources)  # also a JITFunction where Triton interprets decorated kernels
 
 
 def op(
@@ -71,21 +72,21 @@ def op(
     backward: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
-    """Registers `launcher` as `torch.ops.fastgpt2.<launcher name>` and returns the function to call it by.
+    """Registers `launcher` as `torch.ops.fastgpt2.<launcher name>` and returns the function that calls it.
 
-    launcher: positional arguments only, annotated (the operator's schema is read from them); allocates its outputs,
-        launches kernels, mutates none of its inputs but `mutates` and returns tensors that alias nothing, or None in
-        the place of one that nobody asked for: the operator then has an empty tensor (0,) there.
-    fake: same arguments, returns empty tensors with the launcher's shapes, dtypes and strides.
-    toggle: the field of `Kernels` that switches this operator off; named in errors.
-    mutates: names of tensor arguments that the kernels write to.
-    opaque: torch.compile calls the launcher, and does not look into it.
-    strided: names of tensor arguments that the launcher takes with any strides; the others it gets contiguous.
-    differentiable: of how many outputs, the first ones, there are gradients; of all by default. The others are for
-        backward: eager calls do not return them.
-    setup_context, backward: as in `torch.library.register_autograd`; both or neither.
-    flops: of the same arguments with shapes in the place of tensors, how many floating-point operations the kernels do
-        in matrix products, as `torch.utils.flop_counter` counts them; what PyTorch's products do it counts by itself.
+    launcher: has positional, annotated arguments, from which the operator's schema is made. It allocates its outputs,
+        launches kernels and changes none of its inputs except `mutates`. It returns tensors that alias nothing, or None
+        for an output that is not needed; the operator returns an empty tensor (0,) for None.
+    fake: takes the same arguments and returns empty tensors with the launcher's shapes, dtypes and strides.
+    toggle: the field of `Kernels` that switches this operator off. Errors name it.
+    mutates: names of the tensor arguments that the kernels write to, where they are not None.
+    opaque: torch.compile calls the launcher instead of tracing into it.
+    strided: names of the tensor arguments that the launcher accepts with any strides. The others are made contiguous.
+    differentiable: the number of outputs, from the first on, that have gradients; all by default. The other outputs are
+        for backward only, and eager calls with gradients do not return them.
+    setup_context, backward: as in `torch.library.register_autograd`. Give both or neither.
+    flops: takes the same arguments with shapes in the place of tensors and returns the floating-point operations of
+        matrix products inside the kernels. `torch.utils.flop_counter` counts PyTorch's own products itself.
     """
     name = launcher.__name__
     parameters = inspect.signature(launcher, eval_str=True).parameters.values()
@@ -109,15 +110,16 @@ def op(
     def launch(*args):
         index = args[tensor_places[0]].get_device()
         args = contiguous(args)
-        for place in mutated:  # so that autograd refuses a backward that needs what was there before
-            torch.autograd.graph.increment_version(args[place])
+        for place in mutated:  # so that autograd refuses a backward that needs the previous values
+            if args[place] is not None:
+                torch.autograd.graph.increment_version(args[place])
         if index < 0 or index == torch.cuda.current_device():
             return launcher(*args)
         with torch.cuda.device(index):  # Triton launches on the current device
             return launcher(*args)
 
     def trace(mode, operator, types, args, kwargs=None):
-        """What AOTAutograd calls, under which PyTorch makes everything functional, in place of the operator."""
+        """AOTAutograd calls this in place of the operator, under a mode that makes all operations functional."""
         if not _visible():
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         if not all(issubclass(t, TRACED_TYPES) or t is Tensor for t in types):
@@ -130,7 +132,7 @@ def op(
         check_device([a for a in args if isinstance(a, Tensor)])
         return _all_there(launch(*args), args)
 
-    # The strides that eager would see, which is what an operator without a tag gets too.
+    # Inputs must have the strides that they would have in eager mode, as for an operator without a tag.
     _LIBRARY.define(name + _schema(launcher, mutates), tags=(torch.Tag.needs_exact_strides,))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, dispatched, key)
@@ -171,7 +173,7 @@ def op(
 
     torch.library.register_autograd(f"fastgpt2::{name}", backward, setup_context=registered_context, lib=_LIBRARY)
     function = _autograd_function(name, launch, setup_context, _once(name, toggle, backward), differentiable)
-    # What `Function.apply` comes to without functorch's transforms, which it looks for in every argument.
+    # `Function.apply` without its search of all arguments for functorch's transforms.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     transformed = transformed_function(name, registered, registered_context, backward)
@@ -183,7 +185,7 @@ def op(
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)
         check_device(tensors)
-        # Forward-mode derivatives, of which there are none, are refused by the Function.
+        # The Function raises for forward-mode derivatives, which are not implemented.
         if _require_grad(tensors) or forward_ad._current_level >= 0:
             return apply(*args)
         return launch(*args)
@@ -192,7 +194,7 @@ def op(
 
 
 def _schema(launcher: Callable[..., Any], mutates: tuple[str, ...]) -> str:
-    """The operator's schema, in which an output that may be None is a tensor, too (`_all_there`)."""
+    """The operator's schema. An output that may be None is a tensor in it (see `_all_there`)."""
 
     def prototype():
         pass
@@ -205,7 +207,7 @@ def _schema(launcher: Callable[..., Any], mutates: tuple[str, ...]) -> str:
 
 
 def _all_there(output: Any, args: tuple) -> Any:
-    """What an operator returns for what its launcher did: tensors alone."""
+    """The launcher's output with an empty tensor (0,) for each None, because operators return tensors only."""
     if not isinstance(output, tuple):
         return output
     tensor = next(a for a in args if isinstance(a, Tensor))
@@ -219,7 +221,7 @@ def _autograd_function(
     gradient: Callable[..., Any],
     differentiable: int | None,
 ) -> type[torch.autograd.Function]:
-    """The launcher with the gradient that its operator has, without the dispatcher between."""
+    """A Function that calls the launcher and the gradient without going through the dispatcher."""
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -237,17 +239,18 @@ def _autograd_function(
 
 
 def _visible() -> bool:
-    """False while torch.export traces, whose programs keep operators because they cannot hold kernels."""
+    """False while torch.export traces: its programs cannot hold kernels and keep operators instead."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return not custom_triton_ops_decomposition_disabled()
 
 
 def _let_inductor_call(operator: str) -> None:
-    """Tells torch.compile's Inductor, which has been imported when it runs fakes, that this operator is to be called.
+    """Puts this operator on Inductor's list of operators that it calls. Inductor is imported before it runs fakes.
 
-    Else it finds that out by itself, and in PyTorch 2.11 (not in 2.13) it then writes all that the operator's arguments
-    were computed from into a text that no log takes, exponentially long in the depth of the model.
+    Otherwise Inductor adds the operator itself. In PyTorch 2.11 (not in 2.13) it then builds a log text, which is never
+    logged, of everything that the operator's arguments were computed from. Its length is exponential in the depth of
+    the model.
     """
     lowering = sys.modules.get("torch._inductor.lowering")
     called = getattr(lowering, "FALLBACK_ALLOW_LIST", None)
@@ -256,8 +259,8 @@ def _let_inductor_call(operator: str) -> None:
 
 
 def _plain(args: tuple, tensor_places: list[int]) -> list[Tensor] | None:
-    """The tensors among `args`; None where PyTorch must see the operator: under torch.compile, or where one of them is
-    not a plain one."""
+    """The tensors among `args`; None if the registered operator must be called: under torch.compile, or if a tensor is
+    not a plain Tensor or Parameter."""
     if torch.compiler.is_compiling():
         return None
     tensors = []
@@ -284,9 +287,9 @@ def _no_second_derivative(name: str, toggle: str) -> str:
 
 
 def _once(name: str, toggle: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """`gradient`, which refuses to be recorded for a second derivative.
+    """`gradient`, but it raises RuntimeError if a second derivative is asked for.
 
-    PyTorch's `once_differentiable` drops that one, without a word, where the upstream gradient is a constant.
+    PyTorch's `once_differentiable` silently drops the second derivative if the upstream gradient is a constant.
     """
 
     def once(ctx, *grads):
@@ -318,8 +321,8 @@ def check_shape(op_name: str, toggle: str, argument: str, tensor: Tensor | None,
 def dropout_seed(
     op_name: str, toggle: str, dropout_p: float, seed: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """What the mask is a function of: `seed`, drawn by torch's generator of the device where it is None; None without
-    dropout. Raises ValueError for a dropout_p outside [0, 1) and a seed that is not one int64."""
+    """The seed that determines the dropout mask: `seed`, or one drawn from the device's generator if `seed` is None, or
+    None without dropout. Raises ValueError for a dropout_p outside [0, 1) and a seed that is not one int64."""
     if dropout_p == 0.0:
         return None
     if not 0.0 <= dropout_p < 1.0:
@@ -335,15 +338,15 @@ def dropout_seed(
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(..., C) as (N, C) with a contiguous last dimension: a view where strides allow, else a copy."""
+    """x (..., C) as (N, C) with a contiguous last dimension: a view if the strides allow it, else a copy."""
     C = x.shape[-1] if x.dim() else 1
     x = x.reshape(x.numel() // max(C, 1), C)
     return x if C == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
-    """(..., C) as memory where rows of C elements lie, and how many elements from one to the next: a kernel's two
-    arguments, which for a contiguous x need no view."""
+    """x (..., C) as a tensor of rows of C elements and its row stride in elements: two arguments of a kernel. A
+    contiguous x is returned itself, which saves creating a view."""
     shape = x.shape
     if x.is_contiguous():
         return x, shape[-1] if shape else 1
@@ -352,34 +355,34 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, of the shape of x. Several times as fast as `new_empty` where x is what is wanted."""
+    """A contiguous tensor of x's shape. Several times as fast as `new_empty` if x is contiguous and of `dtype`."""
     if x.dtype == dtype and x.is_contiguous():
         return torch.empty_like(x)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
-    """`check`, which looks at shapes, dtypes and values, and says nothing of arguments in which these are known."""
+    """`check`, but skipped for arguments whose shapes, dtypes and values have passed it before."""
     passed: dict[tuple, Any] = {}
 
     def checked(*args):
         if torch.compiler.is_compiling():
             return check(*args)
-        key = tuple([a if a is None else (a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        key = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
         try:
             return passed[key]
         except KeyError:
             if len(passed) >= MOST_PLANS:
                 passed.clear()
             return passed.setdefault(key, check(*args))
-        except TypeError:  # sizes that are symbols have no hash
+        except TypeError:  # symbolic sizes are not hashable
             return check(*args)
 
     return checked
 
 
 def autocast_dtype(tensor: Tensor, default: torch.dtype) -> torch.dtype:
-    """The dtype that the next matrix product will take: autocast's where it is on, but float64 stays as it is."""
-    kind = "cuda" if tensor.is_cuda else tensor.device.type  # to ask for it by name takes several times as long
+    """The dtype of the next matrix product's inputs: autocast's if it is on, else `default`. float64 is never cast."""
+    kind = "cuda" if tensor.is_cuda else tensor.device.type  # is_cuda is several times as fast as device.type
     cast = torch.is_autocast_enabled(kind) and default != torch.float64
     return torch.get_autocast_dtype(kind) if cast else default

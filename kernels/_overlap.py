@@ -1,13 +1,13 @@
-"""Programmatic dependent launch: a kernel begins while the one before it ends, on sm_90 and newer.
+"""Programmatic dependent launch: a kernel begins while the previous one is still running, on sm_90 and newer.
 
-    if OVERLAP: start_next()               # the kernel launched after this one may begin
-    (reads of what the last launch without OVERLAP found already written: neither its own writes nor the chain's)
-    if OVERLAP: wait_for_previous()        # the kernel before has ended, and with it all before; its writes are seen
+    if OVERLAP: start_next()               # the next kernel may begin
+    ...                                    # read only what was written before the last launch without OVERLAP began
+    if OVERLAP: wait_for_previous()        # all earlier kernels have ended and their writes are visible
 
-A kernel with OVERLAP is launched with `launch_pdl=True`, and waits in every program before it reads what others have
-written or writes anything. Kernels without it wait for all before them, as ever. So a chain of them is in order; but
-before its wait a kernel may run beside any of the chain, not only the one before. What it can do then is ask for
-weights: for one token, most of its time.
+A kernel with OVERLAP is launched with `launch_pdl=True`. Each of its programs waits before it writes anything or reads
+what an earlier kernel of the chain wrote. Kernels without OVERLAP wait for all earlier kernels, as usual. A chain of
+kernels therefore has its effects in order, but before its wait a kernel may run at the same time as any kernel of the
+chain, not only the previous one. In that time it can load weights, which for one token is most of its work.
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, griddepcontrol.
 """

@@ -1,4 +1,4 @@
-"""Launches that are written down, not made: how torch.compile comes to see them (_op.py)."""
+"""Recording launches in torch.compile's graph instead of making them (see _op.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class _Thread(threading.local):
-    traced = False  # in a thread that has not said anything
+    traced = False  # the value in a new thread
 
 
 _thread = _Thread()
@@ -19,7 +19,7 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
-    """Inside, launches of this thread become nodes of the graph that PyTorch is writing down."""
+    """Inside, launches of this thread become nodes of the graph that PyTorch is tracing."""
     before = is_traced()
     _thread.traced = True
     try:
@@ -29,11 +29,11 @@ def traced() -> Iterator[None]:
 
 
 def is_traced() -> bool:
-    """Whether launches are written down. Tensors are fake then, and sizes may be symbols."""
+    """Whether launches are recorded in a graph. Tensors are then fake, and sizes may be symbolic."""
     return _thread.traced
 
 
 def write_down(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
     """Adds `kernel[grid](*args, **options)` to the graph."""
-    options.pop("enable_fp_fusion", None)  # Inductor would drop it in silence: it compiles with Triton's default
+    options.pop("enable_fp_fusion", None)  # Inductor ignores it and compiles with Triton's default
     torch.library.wrap_triton(kernel)[grid](*args, **options)

@@ -1,4 +1,4 @@
-"""Every tuning number: block sizes, warps and stages, by what a row is for and by architecture.
+"""All tuning numbers: block sizes, warps and stages, by case and architecture.
 
 `fastgpt2 bench tune` rewrites this file. Nothing is tuned at run time.
 """
@@ -30,16 +30,16 @@ from ._configurations import (
     SegmentSum,
 )
 
-# Compute capabilities (80, 86, 89, 90, 100, 120), "hip", and ANY for those that have no row of their own.
+# A compute capability (80, 86, 89, 90, 100, 120), "hip", or ANY for architectures without an entry.
 Architecture: TypeAlias = "int | str"
 ANY = "any"
-Table: TypeAlias = "dict[Key, dict[Architecture, Any]]"  # configurations; a key's are all of one type
+Table: TypeAlias = "dict[Key, dict[Architecture, Any]]"  # all configurations of a key have the same type
 
-# Where rows of an architecture were measured, as `fastgpt2 bench tune` notes it; the others follow from compiled code.
+# GPU and date of the measurements by `fastgpt2 bench tune`. Other architectures were tuned on compiled code alone.
 TUNED: dict[Architecture, str] = {90: "NVIDIA H200, 2026-11-26"}
 
 TABLE: Table = {
-    # Bounds and random numbers take registers: smaller tiles, or they spill. Rows with dropout serve bounds too.
+    # Bounds and random numbers need registers: smaller tiles avoid spills. Rows with dropout serve bounds too.
     Key("attention_fwd", bits=16, head_size=64): {
         ANY: AttentionFwd(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3),
         120: AttentionFwd(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3),
@@ -86,7 +86,7 @@ TABLE: Table = {
     Key("attention_delta", bits=64, head_size=128): {ANY: AttentionDelta(BLOCK_M=16, num_warps=4)},
     Key("attention_bwd", bits=16, head_size=64): {
         ANY: AttentionBwd(DKV_BLOCK_M=32, DKV_BLOCK_N=64, DQ_BLOCK_M=64, DQ_BLOCK_N=64, num_warps=4, num_stages=3),
-        # 32 rows a warp: fewest reads of shared memory for each product; 255 registers.
+        # 32 rows a warp need the fewest reads of shared memory for each product, and 255 registers.
         80: AttentionBwd(DKV_BLOCK_M=32, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=32, num_warps=4, num_stages=2),
         100: AttentionBwd(DKV_BLOCK_M=64, DKV_BLOCK_N=64, DQ_BLOCK_M=64, DQ_BLOCK_N=64, num_warps=4, num_stages=2),
     },
@@ -124,8 +124,8 @@ TABLE: Table = {
     Key("attention_bwd", bits=64, head_size=128): {
         ANY: AttentionBwd(DKV_BLOCK_M=16, DKV_BLOCK_N=16, DQ_BLOCK_M=16, DQ_BLOCK_N=16, num_warps=4, num_stages=1),
     },
-    # A tile is 8 to 16 KiB of keys and as many of values. A cache of up to ONE_SPLIT places is not split: merging takes
-    # longer than reading its few tiles one after another.
+    # A tile has 8 to 16 KiB of keys and as much of values. A cache of up to ONE_SPLIT positions is not split, because
+    # merging would take longer than reading its few tiles one after another.
     Key("decode_attention", bits=16, head_size=64): {
         ANY: DecodeAttention(BLOCK_N=64, num_warps=4, STAGES=3, PROGRAMS_PER_SM=2, ONE_SPLIT=256),
     },
@@ -148,7 +148,7 @@ TABLE: Table = {
     Key("decode_merge", bits=32, head_size=128): {ANY: DecodeMerge(BLOCK_P=16, num_warps=4)},
     Key("decode_merge", bits=64, head_size=64): {ANY: DecodeMerge(BLOCK_P=16, num_warps=4)},
     Key("decode_merge", bits=64, head_size=128): {ANY: DecodeMerge(BLOCK_P=16, num_warps=4)},
-    # A thread's part of one row of the weight is one or two 128-bit accesses.
+    # A thread reads its part of one row of the weight with one or two 128-bit accesses.
     Key("decode_linear", bits=16, rows=1): {
         ANY: DecodeLinear(BLOCK_N=16, MIN_N=4, PER_SM=4, BLOCK_K=1024, num_stages=1, num_warps=4),
     },
@@ -178,8 +178,8 @@ TABLE: Table = {
     Key("decode_linear", bits=64, rows=32): {
         ANY: DecodeLinear(BLOCK_N=16, MIN_N=16, PER_SM=1, BLOCK_K=64, num_stages=1, num_warps=4),
     },
-    # The warps of one row take 512 bytes each in one go. With 64 rows a program, the partial sums that backward writes
-    # and reads stay below 5% of its traffic.
+    # Each warp of a row loads 512 bytes at once. With 64 rows a program, the partial sums that backward writes and
+    # reads stay below 5% of its traffic.
     Key("layer_norm_fwd", row_bytes=512): {ANY: LayerNormFwd(num_warps=1, PROGRAMS_PER_SM=16)},
     Key("layer_norm_fwd", row_bytes=1024): {ANY: LayerNormFwd(num_warps=1, PROGRAMS_PER_SM=16)},
     Key("layer_norm_fwd", row_bytes=1536): {ANY: LayerNormFwd(num_warps=1, PROGRAMS_PER_SM=16)},
@@ -231,7 +231,7 @@ TABLE: Table = {
     Key("layer_norm_bwd", row_bytes=4096, dropout=True): {
         ANY: LayerNormBwd(ROWS=2, SPAN_BYTES=2048, num_warps=8, PROGRAMS_PER_SM=1, MIN_ROWS=64),
     },
-    # 256 columns are a warp's 128-bit accesses and divide every MLP width of GPT-2.
+    # 256 columns are one 128-bit access of each lane of a warp, and they divide every MLP width of GPT-2.
     Key("gelu_fwd", bits=16): {ANY: Elementwise(ROWS=16, BLOCK_C=256, num_warps=4)},
     Key("gelu_fwd", bits=32): {ANY: Elementwise(ROWS=8, BLOCK_C=256, num_warps=4)},
     Key("gelu_fwd", bits=64): {ANY: Elementwise(ROWS=4, BLOCK_C=256, num_warps=4)},
@@ -241,8 +241,8 @@ TABLE: Table = {
     },
     Key("gelu_bwd", bits=32): {ANY: GeluBwd(ROWS=8, BLOCK_C=256, num_warps=4, PROGRAMS_PER_SM=16, MIN_ROWS=64)},
     Key("gelu_bwd", bits=64): {ANY: GeluBwd(ROWS=4, BLOCK_C=256, num_warps=4, PROGRAMS_PER_SM=16, MIN_ROWS=64)},
-    # Few, wide programs an SM, so that the rows between their two readings fit into L2: 6 MB where sm_86 has it, 40 MB
-    # and more on the others.
+    # Few and wide programs on each SM, so that the rows fit in L2 until they are read a second time: 6 MB on sm_86,
+    # 40 MB and more on the others.
     Key("cross_entropy", bits=16): {
         ANY: CrossEntropy(BLOCK_V=4096, num_warps=16),
         86: CrossEntropy(BLOCK_V=8192, num_warps=32),
@@ -253,7 +253,7 @@ TABLE: Table = {
     Key("scale_gradients"): {ANY: ScaleGradients(BLOCK=4096, num_warps=8)},
     Key("embedding_fwd"): {ANY: Elementwise(ROWS=8, BLOCK_C=256, num_warps=4)},
     Key("embedding_batch_sum"): {ANY: Elementwise(ROWS=4, BLOCK_C=256, num_warps=4)},
-    # Wide blocks: every program of a row reads the window's keys again.
+    # Wide blocks, because every program of a row reads the window's keys again.
     Key("embedding_segment_sum"): {ANY: SegmentSum(WINDOW=32, ROWS=8, BLOCK_C=1024, num_warps=4)},
     Key("column_sum"): {ANY: ColumnSum(BLOCK_P=32, BLOCK_C=64, num_warps=4)},
     # A thread's part of a block is two 128-bit accesses to each of p, g, m, v. Every program reads a sum a chunk.
@@ -262,15 +262,15 @@ TABLE: Table = {
     Key("adamw", bits=64): {ANY: AdamW(CHUNK=32768, BLOCK=512, num_warps=4)},
 }
 
-# Rows that stand in for those of TABLE before a version of Triton, where theirs would spill registers or not compile.
-# The oldest version first: the first row found is taken.
+# Rows that replace those of TABLE before a version of Triton with which the latter would spill registers or fail to
+# compile. Versions are in rising order, and the first row found is used.
 BEFORE_TRITON: dict[tuple[int, int], Table] = {
     (3, 5): {
         Key("attention_bwd", bits=16, head_size=64): {
             80: AttentionBwd(DKV_BLOCK_M=32, DKV_BLOCK_N=64, DQ_BLOCK_M=64, DQ_BLOCK_N=64, num_warps=4, num_stages=3),
         },
     },
-    (3, 6): {  # it multiplies no fewer than 16 columns
+    (3, 6): {  # before it, tl.dot needs at least 16 columns
         Key("decode_linear", bits=16, rows=16): {
             ANY: DecodeLinear(BLOCK_N=32, MIN_N=16, PER_SM=1, BLOCK_K=256, num_stages=3, num_warps=4),
             90: DecodeLinear(BLOCK_N=32, MIN_N=16, PER_SM=1, BLOCK_K=256, num_stages=4, num_warps=4),
@@ -318,16 +318,16 @@ BEFORE_TRITON: dict[tuple[int, int], Table] = {
 
 
 def config(key: Key, device: torch.device) -> dict[str, int]:
-    """Block sizes and launch options of one op: `kernel[grid](..., **config(Key("column_sum"), device))`.
+    """Block sizes and launch options by name: `kernel[grid](..., **config(Key("column_sum"), device))`.
 
-    Raises KeyError if the table has no such row.
+    Raises KeyError if the table has no row for `key`.
     """
-    # Contracting a * b + c into one rounding: the default that changes in Triton 3.10, so it is asked for.
+    # Contracting a * b + c into one rounding is set explicitly, because Triton 3.10 changes the default.
     return row(key, _device.architecture(device))._asdict() | {"enable_fp_fusion": True}
 
 
 def row(key: Key, architecture: Architecture) -> Any:
-    """The configuration for this version of Triton. Without a row for bounds or dropout, that of the plain op."""
+    """The configuration of `key` for this version of Triton, or of `key.plain()` if the table has no row for it."""
     known = key if key in TABLE else key.plain()
     older = (table for version, table in BEFORE_TRITON.items() if _device.TRITON_VERSION < version)
     for table in (*older, TABLE):
@@ -338,7 +338,7 @@ def row(key: Key, architecture: Architecture) -> Any:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. Triton's, which kernels call too, takes ten times as long on the host."""
+    """a / b rounded up. On the host, `triton.cdiv` takes ten times as long."""
     return -(-a // b)
 
 

@@ -1,7 +1,7 @@
-"""What an operator is to those who watch or transform what PyTorch computes: torch.func and the FLOP counter.
+"""How operators appear to torch.func and to PyTorch's FLOP counter.
 
-vmap calls an operator sample by sample, grad takes its gradient, and of that there is no other. The FLOP counter sees
-PyTorch's products inside a launcher by itself, and for kernels with products of their own needs the operator.
+Under vmap an operator is called once for each sample; grad uses its gradient, and there is no second derivative. The
+FLOP counter sees PyTorch's matrix products inside a launcher, but products inside a kernel only through the operator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def register_flops(packet: Any, flops: Callable[..., int]) -> None:
-    """flops: of the operator's arguments, with shapes in the place of tensors."""
+    """Registers the FLOP formula of an operator. flops: called with the operator's arguments, shapes in the place of
+    tensors."""
     formula = flop_counter.register_flop_formula(packet)
     formula(lambda *shapes, out_shape=None, **_: flops(*shapes))
 
@@ -31,7 +32,8 @@ def transformed_function(
     setup: Callable[[Any, tuple, Any], None],
     gradient: Callable[..., Any],
 ) -> type[torch.autograd.Function]:
-    """The operator inside of vmap, grad and the other transforms of torch.func, which want the parts separate."""
+    """The operator as a Function for vmap, grad and other transforms of torch.func, which require a separate
+    setup_context."""
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -53,7 +55,7 @@ def transformed_function(
 
 
 def refusing(message: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The setup_context and backward of an operator that has no gradient."""
+    """setup_context and backward of an operator without a gradient: backward raises RuntimeError(message)."""
 
     def refuse(ctx, *grads):
         raise RuntimeError(message)
@@ -62,7 +64,7 @@ def refusing(message: str) -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 def one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-    """What `vmap` makes of an operator: a call a sample, the results stacked."""
+    """The vmap rule of an operator: calls it for each sample and stacks the results."""
     calls = [
         operator(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)

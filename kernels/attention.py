@@ -1,17 +1,18 @@
-"""Causal multi-head attention on packed qkv: flash attention that reads c_attn's output as it lies.
+"""Causal multi-head attention on packed qkv: flash attention that reads the output of c_attn without a copy.
 
     s[t, j] = scale * q[t] . k[j] where j <= t (and t - window < j, and j is in t's document), else -inf
     out = dropout(softmax(s)) v,   lse[t] = log2(sum over j of exp(s[t, j]))
 
-qkv (B, T, 3*C) = (B, T, [q | k | v], H, D), by strides -> out (B, T, C), and lse (B, H, T) in float32 for backward.
+qkv (B, T, 3*C) = (B, T, [q | k | v], H, D), with any strides of B and T -> out (B, T, C), and lse (B, H, T) in float32
+(float64 for float64 inputs) for backward.
 
-HBM traffic: q, k, v are read once, out and lse written once; tiles read k and v again, from L2. One launch.
-Numerics: products and the softmax's state in float32 (float64 for float64 inputs), p rounded once before p v, out once
-at the end. A query that sees nothing gives 0 and a finite lse.
-Tiles: one program walks the run of key tiles that its queries see: masked at its far end (window or document), without
-a mask in the middle, masked on the diagonal (_attention_tiles.py). Without window and documents it takes two tiles of
-BLOCK_M queries of one head, so that each tile of k and v is read for both; they share all of the run but its end, where
-the first one stops at its diagonal. Heaviest programs first.
+HBM traffic: q, k and v are read once, out and lse are written once; tiles read k and v again from L2. One launch.
+Numerics: products and the softmax's state in float32 (float64 for float64 inputs). p is rounded once before p v, out
+once at the end. A query that sees nothing gives 0 and a finite lse.
+Tiles: a program loops over the key tiles that its queries see: masked at the far end (window or document), without a
+mask in the middle, masked on the diagonal (_attention_tiles.py). Without window and documents it computes two tiles of
+BLOCK_M queries of one head, so that each tile of k and v is read once for both. They need the same key tiles, except
+that the first one stops at its diagonal. The programs with the most work start first.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); Philox (Salmon et al., SC 2011).
 """
@@ -64,13 +65,16 @@ def causal_attention_reference(
     window: int | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """qkv (B, T, 3*C) -> (B, T, C). keep (B, H, T, T): dropout's factors, 0 or 1 / (1 - p)."""
+    """The reference for `causal_attention` in plain PyTorch: qkv (B, T, 3*C) -> (B, T, C).
+
+    keep (B, H, T, T): dropout's factors, 0 or 1 / (1 - p).
+    """
     B, T, C3 = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
     s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     seen = visible(B, T, cu_seqlens, window, qkv.device)
     p = torch.softmax(s.masked_fill(~seen, -math.inf), -1)
-    p = p.masked_fill(~seen, 0.0)  # softmax makes NaN of a row that sees nothing
+    p = p.masked_fill(~seen, 0.0)  # the softmax of a row that sees nothing is NaN
     if keep is not None:
         p = p * keep
     return (p @ v).transpose(1, 2).reshape(B, T, C3 // 3)
@@ -86,7 +90,7 @@ def visible(
         seen = seen & (t[:, None] - t[None, :] < window)
     if cu_seqlens is not None:
         tokens = torch.arange(B * T, device=device, dtype=cu_seqlens.dtype)
-        document = torch.searchsorted(cu_seqlens, tokens, right=True).view(B, 1, T)  # 0: before the first one
+        document = torch.searchsorted(cu_seqlens, tokens, right=True).view(B, 1, T)  # 0: before the first document
         inside = (document > 0) & (document < cu_seqlens.numel())
         seen = seen & (document[..., :, None] == document[..., None, :]) & inside[..., :, None]
     return seen
@@ -99,9 +103,9 @@ def visible(
 def _attend(
     q, offs_m, first_keys, k, v, key, state, scale_log2, dropout, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The online softmax's step: queries q (M, D) meet the tile of keys and values k, v (N, D) that starts at `key`.
+    """A step of the online softmax: queries q (M, D) attend to the keys k (N, D) and values v (N, D) from `key` on.
 
-    first_keys: None without bounds. dropout: as of `_keep`, or None. state and what is returned: (m_i, l_i, acc).
+    first_keys: None without bounds. dropout: as in `_keep`, or None. state: (m_i, l_i, acc), returned updated.
     """
     m_i, l_i, acc = state
     BLOCK_N: tl.constexpr = k.shape[0]
@@ -120,7 +124,8 @@ def _attend(
 
 @triton.jit
 def _finish(out_ptr, lse_ptr, state, offs_m, start, sees, T, C, factor, D: tl.constexpr):
-    """Divides by the softmax's sum and stores queries start ... of one head: out 0 and lse 0 where nothing is seen."""
+    """Divides by the softmax's sum and stores the queries from `start` on of one head. Queries that see nothing get out
+    0 and lse 0."""
     m_i, l_i, acc = state
     sees = sees & (l_i > 0.0)
     lse = tl.where(sees, m_i + tl.log2(tl.where(sees, l_i, 1.0)), 0.0)
@@ -155,7 +160,7 @@ def _attention_fwd_kernel(
         BLOCK_M % BLOCK_N == 0, "BLOCK_N must divide BLOCK_M: the two tiles of queries part on a tile's edge"
     )
     BOUNDED: tl.constexpr = cu_ptr is not None or window is not None
-    PAIR: tl.constexpr = not BOUNDED  # two tiles of queries with bounds may see other keys each
+    PAIR: tl.constexpr = not BOUNDED  # with bounds, two tiles of queries could need different keys
     QUERIES: tl.constexpr = 2 * BLOCK_M if PAIR else BLOCK_M
     ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_tiles = tl.cdiv(T, QUERIES)
@@ -182,7 +187,7 @@ def _attention_fwd_kernel(
     cuts = _key_tiles(start, start + BLOCK_M, stop, nearest, farthest, BLOCK_N)
 
     scale_log2 = tl.full((), scale, ACC) * 1.4426950408889634
-    # The lowest finite number and not -inf: a row that sees nothing yet would get -inf - -inf = NaN.
+    # The lowest finite number instead of -inf, with which a row that sees nothing yet would compute inf - inf = NaN.
     m_0 = tl.full((BLOCK_M,), -3.4028234663852886e38, ACC)
     l_0 = tl.zeros((BLOCK_M,), ACC)
     acc_0 = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -222,14 +227,14 @@ def _attention_fwd_kernel(
 @planned
 def _fwd_plan(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
-    strides: tuple[int, int], documents: int, window: int | None, dropout_p: float, scale: float,
+    strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float, scale: float,
 ) -> Launch:  # fmt: skip
-    bounded = documents > 0 or window is not None
+    bounded = n_documents > 0 or window is not None
     config = _tuning.config(tuning_key("attention_fwd", dtype, D, bounded, dropout), device)
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
     return Launch(
         _attention_fwd_kernel, (_tuning.cdiv(T, queries) * B, n_head),
-        *strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        *strides, T, n_head, n_documents, window, *dropout_scalars(dropout_p), scale,
         D=D, BLOCK_D=block_d(D), PRECISION="tf32" if tf32 else "ieee", **config,
     )  # fmt: skip
 
@@ -250,10 +255,10 @@ def causal_attention_fwd(
     if out.numel() == 0:
         return out, lse
     qkv = rows_contiguous(qkv)
-    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    n_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     launch = _fwd_plan(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
-        qkv.stride()[:2], documents, window, dropout_p, scale,
+        qkv.stride()[:2], n_documents, window, dropout_p, scale,
     )  # fmt: skip
     launch(qkv, cu_seqlens, seed, out, lse)
     return out, lse
@@ -284,7 +289,7 @@ def _backward(ctx, dout, *_):
 
 
 def _flops(qkv, *_):
-    """Two products of (T, T, D) a head; as PyTorch counts, which does not discount what causality leaves out."""
+    """Two products of (T, T, D) for each head. As in PyTorch's counter, causality is not discounted."""
     B, T, C3 = qkv
     return 4 * B * T * T * (C3 // 3)
 
@@ -309,15 +314,17 @@ def causal_attention(
     window: int | None = None,
     tf32: bool = False,
 ) -> Tensor:
-    """qkv (B, T, 3*C) = [q | k | v] -> (B, T, C), C = n_head * head size; any T, head sizes 16 to 128.
+    """Causal self-attention: qkv (B, T, 3*C) = [q | k | v] -> (B, T, C) in qkv's dtype, C = n_head * head size.
 
-    scale: what q.k is multiplied by, 1 / sqrt(head size) by default.
-    dropout_p: probability to drop a weight of the softmax. seed: int64 tensor of one element on qkv's device that the
-        mask is a function of; drawn from torch's generator of the device where None.
-    cu_seqlens: int32 (n_documents + 1,), rising: where each document starts in the B*T flattened tokens, and where the
-        last one ends. Tokens see their own document in their own row; tokens outside all documents get 0.
-    window: a token sees itself and the window - 1 tokens before it.
-    tf32: float32 products on tensor cores, 10 bits of mantissa.
+    Any T, head sizes 16 to 128; bfloat16, float16, float32 or float64.
+    scale: the factor on q . k, 1 / sqrt(head size) by default.
+    dropout_p: the probability of dropping a weight of the softmax. seed: int64 tensor of one element on qkv's device,
+        which determines the mask; by default it is drawn from the device's generator.
+    cu_seqlens: int32 (n_documents + 1,), rising: the start of each document in the B*T flattened tokens, then the end
+        of the last one. Tokens attend within their document and row; tokens outside all documents get 0.
+    window: a token attends to itself and the window - 1 tokens before it.
+    tf32: computes float32 products on tensor cores with 10 bits of mantissa.
+    Raises TypeError for an unsupported dtype, ValueError for an argument that is not allowed.
     """
     _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window)
     if dropout_p == 0.0:

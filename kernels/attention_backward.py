@@ -3,12 +3,15 @@
     delta[t] = out[t] . dout[t]      p = exp2(s * log2(e) - lse)      keep: dropout's factors, 0 or 1 / (1 - dropout_p)
     dv = (p * keep)^T dout      ds = p * (keep * dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
 
-dout, out (B, T, C), qkv (B, T, 3*C) by strides, lse (B, H, T) -> dqkv (B, T, 3*C), packed, each element written once.
+dout, out (B, T, C), qkv (B, T, 3*C), lse (B, H, T) -> dqkv (B, T, 3*C), packed. dout and qkv may have any strides of B
+and T.
 
-HBM traffic: out and dout once for delta; then qkv and dout once, dqkv once. Two launches: delta, and one grid whose
-programs each own either a tile of keys (dk, dv) or a tile of queries (dq). Nothing is summed across programs, so there
-are no atomics and the result is bitwise the same every time; the price is s and dp computed twice.
-Numerics: as forward. p is set to 0 *after* exp2 where it is masked, so that no inf or NaN of a masked score survives.
+HBM traffic: out and dout are read once for delta; then qkv and dout are read once and dqkv is written once. Two
+launches: delta, and a grid in which each program computes either dk and dv of a tile of keys or dq of a tile of
+queries. Nothing is summed across programs, so there are no atomics and the result is bitwise reproducible. The price is
+that s and dp are computed twice.
+Numerics: as in forward. Masked elements of p are set to 0 *after* exp2, so that no inf or NaN of a masked score
+survives.
 
 Sources: FlashAttention-2 (arXiv 2307.08691), p from lse; FlexAttention (arXiv 2412.05496), one grid for both halves.
 """
@@ -73,7 +76,7 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _dot_minus(a, b, c, PRECISION: tl.constexpr):
-    """a b^T - c: the sum starts at -c, which saves the subtraction."""
+    """a b^T - c. The accumulator starts at -c, which saves a subtraction."""
     start = tl.broadcast_to(-c, (a.shape[0], b.shape[0]))
     return tl.dot(a, tl.trans(b), start, input_precision=PRECISION, out_dtype=start.dtype)
 
@@ -104,9 +107,10 @@ def _dkv_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk, dv of one tile of keys; products are (keys, queries). Pointers are to one head of one row of the batch.
+    """Computes dk and dv of one tile of keys. Products are (keys, queries).
 
-    tensors: pointers and strides, as unpacked below. documents: as of `_first_keys`. dropout: as of `_keep`, or None.
+    tensors: pointers to one head of one row of the batch, and strides, as unpacked below. documents: as in
+    `_first_keys`. dropout: as in `_keep`, or None.
     """
     qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot = tensors
     BOUNDED: tl.constexpr = documents is not None or window is not None
@@ -137,7 +141,7 @@ def _dkv_tile(
     dout_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_ot + offs_d[None, :]
     for part in tl.static_range(DIAGONAL, FAR_END - 1, -1):
         for tile in range(cuts[part + 1], cuts[part]):
-            # Queries past T load as 0 with dout and delta 0: they add 0 to both sums.
+            # Queries past T are loaded as 0, with dout and delta 0, and so add 0 to both sums.
             offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             q = _load_rows(q_ptr + q_offsets, offs_m < T, D, part != INSIDE)
             lse = _load_vector(lse_ptr + offs_m, offs_m < T, part != INSIDE)
@@ -162,7 +166,7 @@ def _dkv_tile(
             dout_ptr += BLOCK_M * stride_ot
 
     dk *= scale
-    if documents is not None:  # a token may be in none
+    if documents is not None:  # a token may be outside all documents
         dk = tl.where(seen_at_all[:, None], dk, 0.0)
         dv = tl.where(seen_at_all[:, None], dv, 0.0)
     dk_ptrs = _rows(dqkv_ptr + C, first_key, 3 * C, BLOCK_N, BLOCK_D)
@@ -187,7 +191,7 @@ def _dq_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq of one tile of queries; products are (queries, keys). Arguments are those of `_dkv_tile`."""
+    """Computes dq of one tile of queries. Products are (queries, keys). Arguments as for `_dkv_tile`."""
     qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot = tensors
     BOUNDED: tl.constexpr = documents is not None or window is not None
     ACC: tl.constexpr = scale.dtype
@@ -204,7 +208,7 @@ def _dq_tile(
     if BOUNDED:
         first_keys = _first_keys(offs_m, T, documents, window)
     sees, nearest, farthest, stop = _span(offs_m, first_keys, first_query + BLOCK_M, T)
-    # The one tile of queries is first and second in one: tiles from DIAGONAL to the last are its diagonal.
+    # There is only one tile of queries, so its DIAGONAL extends to the last key tile.
     first, inside, diagonal, _, last = _key_tiles(first_query, first_query + BLOCK_M, stop, nearest, farthest, BLOCK_N)
     cuts = (first, inside, diagonal, last)
 
@@ -304,20 +308,20 @@ def _attention_bwd_kernel(
 @planned
 def _plans(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
-    strides: tuple[int, int], dout_strides: tuple[int, int], documents: int, window: int | None, dropout_p: float,
+    strides: tuple[int, int], dout_strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float,
     scale: float,
 ) -> tuple[Launch, Launch]:  # fmt: skip
-    """The two launches."""
+    """The launches of delta and of the gradients."""
     sizes = dict(D=D, BLOCK_D=block_d(D))
     config = _tuning.config(tuning_key("attention_delta", dtype, D), device)
     grid = (_tuning.cdiv(T, config["BLOCK_M"]) * B, n_head)
     delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
-    bounded = documents > 0 or window is not None
+    bounded = n_documents > 0 or window is not None
     config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
     tiles = _tuning.cdiv(T, config["DKV_BLOCK_N"]) + _tuning.cdiv(T, config["DQ_BLOCK_M"])
     return delta, Launch(
         _attention_bwd_kernel, (tiles * B, n_head),
-        *strides, *dout_strides, T, n_head, documents, window, *dropout_scalars(dropout_p), scale,
+        *strides, *dout_strides, T, n_head, n_documents, window, *dropout_scalars(dropout_p), scale,
         **sizes, PRECISION="tf32" if tf32 else "ieee", **config,
     )  # fmt: skip
 
@@ -341,10 +345,10 @@ def causal_attention_bwd(
     if out.numel() == 0:
         return dqkv
     qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
-    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    n_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     launch_delta, launch_bwd = _plans(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
-        qkv.stride()[:2], dout.stride()[:2], documents, window, dropout_p, scale,
+        qkv.stride()[:2], dout.stride()[:2], n_documents, window, dropout_p, scale,
     )  # fmt: skip
     delta = torch.empty_like(lse)
     launch_delta(out, dout, delta)
@@ -357,7 +361,7 @@ def _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, w
 
 
 def _flops(dout, *_):
-    """Five products of (T, T, D) a head, counted as the forward's."""
+    """Five products of (T, T, D) for each head, counted as in forward."""
     B, T, C = dout
     return 10 * B * T * T * C
 

@@ -1,18 +1,20 @@
-"""One new token's attention over the KV cache, which the same launch appends its k and v to.
+"""Attention of one new token over the KV cache. The same launch appends the token's k and v to the cache.
 
     cache[0, b, h, lengths[b]] = k[b, h],   cache[1, b, h, lengths[b]] = v[b, h]
     s[j] = scale * q . cache[0, b, h, j] for j <= lengths[b],   out = softmax(s) cache[1, b, h]
 
 qkv (B, 1, 3*C) = (B, 1, [q | k | v], H, D), cache (2, B, H, S, D) = [keys | values], lengths (B,) -> out (B, 1, C).
+Keys and values may be two tensors of equal strides, and a row may begin at starts[b]: j runs from there.
 
-HBM traffic: the part of the cache that is filled and qkv are read once, k, v and out written once. The tokens of a head
-are split over programs, as many as fill the GPU (those of a short cache are not), a number that depends on shapes
-alone, so that a CUDA graph holds for every length; how many tokens each takes follows from the length, on the device.
-Splits leave an output and its lse in float32, D + 1 numbers, that a second launch merges; with one there is one launch.
+HBM traffic: qkv and the filled part of the cache are read once; k, v and out are written once. The tokens of a head are
+split over as many programs as fill the GPU; a short cache is not split. The number of splits depends only on shapes, so
+that one CUDA graph serves every length; the device computes from the length how many tokens each split reads. Each
+split writes its output and lse, D + 1 numbers in float32, and a second launch merges them. With one split there is one
+launch.
 Numerics: products and the softmax's state in float32 (float64 for float64 inputs), one rounding at the store.
-Tiles: every row of a tile keeps a softmax of its own (maximum, sum, sum of values) until the end, so that threads
-exchange nothing in the loop but the products q . k. The new token is not read from the cache: the first split, which
-writes it there, takes it from qkv.
+Tiles: each row of a tile has its own online softmax (maximum, sum, sum of values) until the end of the loop, so that
+threads exchange only the products q . k in the loop. The new token is read from qkv and not from the cache: the first
+split computes with it and writes it to the cache.
 
 Sources: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); FlashAttention-2 (arXiv 2307.08691).
 """
@@ -34,23 +36,34 @@ from ._overlap import start_next, wait_for_previous
 
 OP = "decode_attention"
 TOGGLE = "attention"
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: rows that have seen nothing meet without inf - inf
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that merging rows without tokens computes no inf - inf
 
 
 def decode_attention_reference(
-    qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, *, scale: float | None = None
+    qkv: Tensor,
+    cache: Tensor | tuple[Tensor, Tensor],
+    lengths: Tensor,
+    n_head: int,
+    *,
+    scale: float | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """qkv (B, 1, 3*C), cache (2, B, H, S, D), changed in place, lengths (B,) -> (B, 1, C)."""
+    """The reference for `decode_attention` in plain PyTorch: qkv (B, 1, 3*C), lengths and starts (B,) -> (B, 1, C).
+
+    cache (2, B, H, S, D), or two tensors (B, H, S, D), is changed in place.
+    """
     B, _, C3 = qkv.shape
     q, k, v = qkv.reshape(B, 3, n_head, 1, C3 // (3 * n_head)).unbind(1)  # (B, H, 1, D) each
-    place = torch.arange(cache.shape[3], device=cache.device)
-    seen = (place < lengths[:, None])[:, None, :, None]  # (B, 1, S, 1)
+    place = torch.arange(cache[0].shape[2], device=qkv.device)
+    seen = place < lengths[:, None]
+    seen = (seen if starts is None else seen & (place >= starts[:, None]))[:, None, :, None]  # (B, 1, S, 1)
     keys, values = (torch.cat((c.masked_fill(~seen, 0.0), new), 2) for c, new in zip(cache, (k, v), strict=True))
     s = (keys @ q.mT).squeeze(3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = torch.cat((seen, seen.new_ones(B, 1, 1, 1)), 2).squeeze(3)  # the last one is the token itself
+    visible = torch.cat((seen, seen.new_ones(B, 1, 1, 1)), 2).squeeze(3)  # the last key is the token's own
     p = torch.softmax(s.masked_fill(~visible, float("-inf")), -1)
     here = (place == lengths[:, None])[:, None, :, None]
-    cache.copy_(torch.where(here, torch.stack((k, v)), cache))
+    for c, new in zip(cache, (k, v), strict=True):
+        c.copy_(torch.where(here, new, c))
     return (p[:, :, None] @ values).reshape(B, 1, C3 // 3)
 
 
@@ -59,7 +72,7 @@ def decode_attention_reference(
 
 @triton.jit
 def _meet(s, v, m_i, l_i, acc):
-    """The online softmax's step, row by row: weights exp2(s) (N,), values v (N, D) or (1, D)."""
+    """A step of each row's online softmax: weights exp2(s) with s (N,), values v (N, D) or (1, D)."""
     m_new = tl.maximum(m_i, s)
     alpha = tl.exp2(m_i - m_new)
     p = tl.exp2(s - m_new)
@@ -68,17 +81,17 @@ def _meet(s, v, m_i, l_i, acc):
 
 @triton.jit
 def _finish(m_i, l_i, acc):
-    """The rows' softmaxes as one: values (D,), and log2 of the sum of weights."""
+    """Merges the rows' softmaxes: the weighted mean of the values (D,), and log2 of the sum of the weights."""
     m = tl.max(m_i, 0)
     w = tl.exp2(m_i - m)
     total = tl.sum(l_i * w, 0)
-    total = tl.where(total > 0.0, total, 1.0)  # a split without tokens, which is not stored
+    total = tl.where(total > 0.0, total, 1.0)  # 0 for a split without tokens, whose result is not stored
     return tl.sum(acc * w[:, None], 0) / total, m + tl.log2(total)
 
 
 @triton.jit
 def _split_size(length, n_splits, S, BLOCK_N: tl.constexpr):
-    """(tokens that the cache holds, how many of them each split takes)."""
+    """(number of tokens in the cache, number of tokens of each split)."""
     cached = tl.minimum(tl.maximum(length, 0), S)
     return cached, tl.maximum(tl.cdiv(tl.cdiv(cached, BLOCK_N), n_splits), 1) * BLOCK_N
 
@@ -87,7 +100,9 @@ def _split_size(length, n_splits, S, BLOCK_N: tl.constexpr):
 def _decode_attention_kernel(
     qkv_ptr,
     cache_ptr,
+    values_ptr,
     lengths_ptr,
+    starts_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -105,7 +120,8 @@ def _decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Split `split` of one head: out (B, H, n_splits, D) and lse (B, H, n_splits); one split is not merged: no lse."""
+    """Computes one split of one head: out (B, H, n_splits, D) and lse (B, H, n_splits). With one split there is no lse,
+    because nothing is merged."""
     ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
     if OVERLAP:
         start_next()
@@ -114,12 +130,21 @@ def _decode_attention_kernel(
     row = (tl.program_id(0) // (n_splits * H)).to(tl.int64)
     head = tl.program_id(0) // n_splits % H
     length = tl.load(lengths_ptr + row)
+    if values_ptr is None:
+        values_ptr = cache_ptr + stride_cw
+    offset = row * stride_cb + head.to(tl.int64) * stride_ch
+    if starts_ptr is not None:
+        begin = tl.load(starts_ptr + row)
+        offset += begin.to(tl.int64) * stride_cs
+        length -= begin
+        S -= begin
     cached, size = _split_size(length, n_splits, S, BLOCK_N)
     first = split * size
     last = tl.minimum(first + size, cached)
     is_first = split == 0
     qkv_ptr += row * stride_qb + head * D
-    cache_ptr += row * stride_cb + head.to(tl.int64) * stride_ch
+    cache_ptr += offset
+    values_ptr += offset
 
     offs_d = tl.arange(0, BLOCK_D)
     q = tl.load(qkv_ptr + offs_d, mask=offs_d < D, other=0.0).to(ACC) * (tl.full((), scale, ACC) * 1.4426950408889634)
@@ -127,22 +152,24 @@ def _decode_attention_kernel(
     k_new = tl.load(qkv_ptr + H * D + offs_d, mask=mask_new, other=0.0)
     v_new = tl.load(qkv_ptr + 2 * H * D + offs_d, mask=mask_new, other=0.0)
     mask_stored = offs_d < tl.where(is_first & (length >= 0) & (length < S), D, 0)
-    new_ptr = cache_ptr + length.to(tl.int64) * stride_cs + offs_d
-    tl.store(new_ptr, k_new, mask=mask_stored)
-    tl.store(new_ptr + stride_cw, v_new, mask=mask_stored)
+    offs_new = length.to(tl.int64) * stride_cs + offs_d
+    tl.store(cache_ptr + offs_new, k_new, mask=mask_stored)
+    tl.store(values_ptr + offs_new, v_new, mask=mask_stored)
 
     m_i = tl.full((BLOCK_N,), LOWEST, ACC)
     l_i = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     k_ptrs = _rows(cache_ptr, first, stride_cs, BLOCK_N, BLOCK_D)
-    # Named at the loop, because Triton lets loads that feed no tl.dot run ahead only where that is asked for.
+    v_ptrs = _rows(values_ptr, first, stride_cs, BLOCK_N, BLOCK_D)
+    # num_stages is given at the loop, because Triton otherwise does not pipeline loads that feed no tl.dot.
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         mask_n = start + tl.arange(0, BLOCK_N) < last
         k = _load_rows(k_ptrs, mask_n, D, True)
-        v = _load_rows(k_ptrs + stride_cw, mask_n, D, True)
+        v = _load_rows(v_ptrs, mask_n, D, True)
         s = tl.where(mask_n, tl.sum(q[None, :] * k.to(ACC), 1), float("-inf"))
         m_i, l_i, acc = _meet(s, v.to(ACC), m_i, l_i, acc)
         k_ptrs += BLOCK_N * stride_cs
+        v_ptrs += BLOCK_N * stride_cs
 
     is_new = tl.arange(0, BLOCK_N) < tl.where(is_first, 1, 0)
     s = tl.where(is_new, tl.sum(q * k_new.to(ACC), 0), float("-inf"))
@@ -161,6 +188,7 @@ def _decode_merge_kernel(
     parts_ptr,
     lse_ptr,
     lengths_ptr,
+    starts_ptr,
     out_ptr,
     S,
     H,
@@ -171,13 +199,18 @@ def _decode_merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """out (B, H, D) = the splits' outputs weighted with exp2(lse); a program takes one head."""
+    """out (B, H, D) = the mean of the splits' outputs with weights exp2(lse). A program computes one head."""
     if OVERLAP:
         start_next()
         wait_for_previous()
     ACC: tl.constexpr = parts_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64)
-    cached, size = _split_size(tl.load(lengths_ptr + place // H), n_splits, S, BLOCK_N)
+    length = tl.load(lengths_ptr + place // H)
+    if starts_ptr is not None:
+        begin = tl.load(starts_ptr + place // H)
+        length -= begin
+        S -= begin
+    cached, size = _split_size(length, n_splits, S, BLOCK_N)
     take_part = tl.maximum(tl.cdiv(cached, size), 1)
     lse_ptr += place * n_splits
     offs_d = tl.arange(0, BLOCK_D)
@@ -199,24 +232,32 @@ def _decode_merge_kernel(
 # ----------------------------------------------------------------------------------------------- fake and launcher
 
 
-def decode_attention_fwd(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, scale: float) -> Tensor:
-    """qkv (B, 1, 3*C) -> out (B, 1, C); cache is changed in place."""
-    out = _fwd_fake(qkv, cache, lengths, n_head, scale)
+def decode_attention_fwd(
+    qkv: Tensor,
+    cache: Tensor,
+    values: Tensor | None,
+    lengths: Tensor,
+    starts: Tensor | None,
+    n_head: int,
+    scale: float,
+) -> Tensor:
+    """qkv (B, 1, 3*C) -> out (B, 1, C). Writes k and v to the cache in place; with values, cache has the keys alone."""
+    out = _fwd_fake(qkv, cache, values, lengths, starts, n_head, scale)
     if out.numel() == 0:
         return out
     B, _, C = out.shape
-    S, D = cache.shape[3:]
+    S, D = cache.shape[-2:]
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    strides = (qkv.stride(0), *cache.stride()[:4])
+    strides = (qkv.stride(0), *((0,) if values is not None else ()), *cache.stride()[:-1])
     n_splits, attend, merge = _plans(B, n_head, S, D, qkv.dtype, strides, scale, qkv.device)
     parts, lse = out, None
     if n_splits > 1:
         statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         parts = out.new_empty((B, n_head, n_splits, D), dtype=statistics)
         lse = out.new_empty((B, n_head, n_splits), dtype=statistics)
-    attend(qkv, cache, lengths, parts, lse)
+    attend(qkv, cache, values, lengths, starts, parts, lse)
     if lse is not None:
-        merge(parts, lse, lengths, out)
+        merge(parts, lse, lengths, starts, out)
     return out
 
 
@@ -225,13 +266,13 @@ def _plans(
     B: int, n_head: int, S: int, D: int, dtype: torch.dtype, strides: tuple[int, ...], scale: float,
     device: torch.device,
 ) -> tuple[int, Launch, Launch]:  # fmt: skip
-    """Splits of the cache, and the two launches."""
+    """The number of splits of the cache, and the launches of attention and merge."""
     config = _tuning.config(tuning_key("decode_attention", dtype, D), device)
     programs, block_n = config.pop("PROGRAMS_PER_SM") * _device.sm_count(device), config["BLOCK_N"]
     splits = 1 if S <= config.pop("ONE_SPLIT") else _tuning.cdiv(S, block_n)
     n_splits = max(1, min(programs // (B * n_head), splits))
     shared: dict[str, Any] = dict(D=D, BLOCK_D=block_d(D))
-    shared["OVERLAP"] = B == 1 and _device.can_overlap(device)  # as its neighbours' launches
+    shared["OVERLAP"] = B == 1 and _device.can_overlap(device)  # as in decode_linear, before and after it
     if shared["OVERLAP"]:
         shared["launch_pdl"] = True
     grid = (B * n_head * n_splits,)
@@ -243,58 +284,86 @@ def _plans(
     return n_splits, attend, merge
 
 
-def _fwd_fake(qkv, cache, lengths, n_head, scale):
+def _fwd_fake(qkv, cache, values, lengths, starts, n_head, scale):
     return qkv.new_empty((qkv.shape[0], 1, qkv.shape[2] // 3))
 
 
 def _flops(qkv, cache, *_):
-    """Two products a head, over all that the cache has room for: how much it holds only the device knows."""
+    """Two products for each head over all S positions of the cache: only the device knows how many are filled."""
     B, _, C3 = qkv
-    return 4 * B * cache[3] * (C3 // 3)
+    return 4 * B * cache[-2] * (C3 // 3)
 
 
-# Opaque: the cache is written to, and Inductor would copy it.
+# Opaque, because Inductor would copy the cache, which is written to.
 _decode_attention = op(
-    decode_attention_fwd, _fwd_fake, toggle=TOGGLE, mutates=("cache",), opaque=True, strided=("qkv",), flops=_flops
+    decode_attention_fwd,
+    _fwd_fake,
+    toggle=TOGGLE,
+    mutates=("cache", "values"),
+    opaque=True,
+    strided=("qkv",),
+    flops=_flops,
 )
 
 
 # ---------------------------------------------------------------------------------------------------------- public
 
 
-def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor, n_head: int, *, scale: float | None = None) -> Tensor:
-    """qkv (B, 1, 3*C) = [q | k | v] of one new token a row -> (B, 1, C), C = n_head * head size of 16 to 128.
+def decode_attention(
+    qkv: Tensor,
+    cache: Tensor | tuple[Tensor, Tensor],
+    lengths: Tensor,
+    n_head: int,
+    *,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Attention of one new token a row: qkv (B, 1, 3*C) = [q | k | v] -> (B, 1, C), C = n_head * head size.
 
-    cache: (2, B, n_head, S, head size), keys then values, of qkv's dtype, changed in place: k and v are stored at
-        position lengths[b]. Any strides but the last; what lies at lengths[b] and beyond is never read.
-    lengths: int32 (B,) on qkv's device: the tokens in the cache before this one. The caller advances it. A row whose
-        length is not in 0 ... S - 1 stores nothing, and its token sees what the cache holds and itself.
-    scale: what q.k is multiplied by, 1 / sqrt(head size) by default.
+    cache: (2, B, n_head, S, head size) of qkv's dtype, keys then values, with head sizes 16 to 128; or keys and values
+        as two tensors (B, n_head, S, head size) of equal strides. k and v are stored in it at position lengths[b]. The
+        last dimension must be contiguous; positions from lengths[b] on are never read.
+    lengths: int32 (B,) on qkv's device, the number of tokens in the cache before this one. The caller increments it. A
+        row whose length is not in 0 ... S - 1 stores nothing; its token attends to the cached tokens and itself.
+    scale: the factor on q . k, 1 / sqrt(head size) by default.
+    starts: int32 (B,), the position at which each row's tokens begin, 0 ... lengths[b]; positions before it, which are
+        padding, are not read. Default: 0.
 
-    There are no gradients: an input that requires one is refused where gradients are recorded.
+    Raises TypeError for an unsupported dtype and ValueError for an argument that is not allowed. There is no gradient:
+    while gradients are recorded, an input that requires one raises ValueError.
     """
     check_dtypes(OP, TOGGLE, qkv=qkv)
-    _check(qkv, cache, lengths, n_head, scale)
+    keys, values = cache if isinstance(cache, tuple) else (cache, None)
+    _check(qkv, keys, values, lengths, starts, n_head, scale)
     if scale is None:
-        scale = cache.shape[4] ** -0.5
-    return _decode_attention(qkv, cache, lengths, n_head, float(scale))
+        scale = keys.shape[-1] ** -0.5
+    return _decode_attention(qkv, keys, values, lengths, starts, n_head, float(scale))
 
 
-def _check(qkv, cache, lengths, n_head, scale):
+def _check(qkv, cache, values, lengths, starts, n_head, scale):
     D = check_heads(OP, TOGGLE, qkv, n_head, scale)
     B, T, _ = qkv.shape
     if T != 1:
         refuse(OP, TOGGLE, "qkv", f"of shape {tuple(qkv.shape)}", "(B, 1, 3 * C): one new token a row")
-    shape = tuple(cache.shape)
-    if cache.dim() != 5 or shape[:3] + shape[4:] != (2, B, n_head, D) or not shape[3] or cache.dtype != qkv.dtype:
-        refuse(OP, TOGGLE, "cache", describe(cache), f"{qkv.dtype} (2, {B}, {n_head}, S, {D}), S at least 1")
+    shape, halves = tuple(cache.shape), (2,) if values is None else ()
+    wanted = (*halves, B, n_head, *shape[-2:-1], D)
+    if len(shape) < 4 or shape != wanted or not shape[-2] or cache.dtype != qkv.dtype:
+        sizes = ", ".join(map(str, (*halves, B, n_head, "S", D)))
+        refuse(OP, TOGGLE, "cache", describe(cache), f"{qkv.dtype} ({sizes}), S at least 1")
     shared = any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), shape, strict=True))
-    if cache.stride(4) != 1 or shared or cache.stride(3) >= 2**31 // 128:
+    if cache.stride(-1) != 1 or shared or cache.stride(-2) >= 2**31 // 128:
         allowed = "a contiguous last dimension, no memory shared between elements, positions less than 2^24 apart"
         refuse(OP, TOGGLE, "cache", f"of strides {cache.stride()}", allowed)
-    if lengths.dtype != torch.int32 or tuple(lengths.shape) != (B,):
-        refuse(OP, TOGGLE, "lengths", describe(lengths), f"torch.int32 ({B},) on {qkv.device}")
+    if values is not None:
+        if tuple(values.shape) != shape or values.dtype != cache.dtype:
+            refuse(OP, TOGGLE, "cache", f"keys and values {describe(values)}", f"values as keys, {describe(cache)}")
+        if values.stride() != cache.stride():
+            strides = f"of strides {cache.stride()} and {values.stride()}"
+            refuse(OP, TOGGLE, "cache", strides, "the same strides for keys and values")
+    for argument, places in (("lengths", lengths), ("starts", starts)):
+        if places is not None and (places.dtype != torch.int32 or tuple(places.shape) != (B,)):
+            refuse(OP, TOGGLE, argument, describe(places), f"torch.int32 ({B},) on {qkv.device}")
     if torch.is_grad_enabled():
-        for argument, tensor in (("qkv", qkv), ("cache", cache)):
-            if tensor.requires_grad:
+        for argument, tensor in (("qkv", qkv), ("cache", cache), ("cache", values)):
+            if tensor is not None and tensor.requires_grad:
                 refuse(OP, TOGGLE, argument, "a tensor that requires grad", "a call under torch.no_grad()")

@@ -1,19 +1,19 @@
-"""A linear layer for the few rows that writing text has, with what GPT-2 does before and after it in the same launch.
+"""A linear layer for the few rows of a decoding step, together with the operations of GPT-2 before and after it.
 
-    h = LayerNorm(x) or x,    p = h W^T,    y = residual + gelu(p + bias)        each part but the product optional
+    h = LayerNorm(x) or x,    p = h W^T,    y = residual + gelu(p + bias)        all parts but the product are optional
 
-Shapes: x (..., K) = (M, K) rows, weight (N, K), bias (N,), norm_weight and norm_bias (K,), residual, y (..., N). Four
-such launches and attention's are a block of GPT-2.
+Shapes: x (..., K) = (M, K) rows, weight (N, K), bias (N,), norm_weight and norm_bias (K,), residual, y (..., N). A
+block of GPT-2 is four such launches and one of attention.
 
-HBM traffic: the weight is read once, by programs that take some of its rows and all of x, up to 32 rows, which are few
-enough to stay in L2; every program takes the LayerNorm's statistics anew, which costs less than a launch.
-Numerics: products, sums and statistics in fp32 (fp64 for fp64). Rounded to x's dtype on the way are h and, where more
-than a bias comes after it, p: as by the separate kernels, so that a token's numbers are those of a whole pass. A large
-mean does not cancel: see `_statistics`.
-One row is multiplied element by element, the weight going from memory to registers; more go to the tensor cores. For
-one row on sm_90 and newer the weight is asked for while the kernel before still runs: see _overlap.py.
+HBM traffic: the weight is read once. Each program reads some rows of the weight and up to 32 rows of x, few enough to
+stay in L2. Every program computes the LayerNorm's statistics itself, which costs less than a launch.
+Numerics: products, sums and statistics in fp32 (fp64 for fp64). h is rounded to x's dtype, and so is p if more than a
+bias is added to it. The separate kernels round at the same places, so that decoding gives the numbers of a whole pass.
+A large mean does not cancel: see `_statistics`.
+One row is multiplied element by element, with the weight loaded to registers; more rows are multiplied on tensor cores.
+For one row on sm_90 and newer, the weight is prefetched while the previous kernel still runs: see _overlap.py.
 
-Sources: as of layer_norm.py and gelu.py.
+Sources: those of layer_norm.py and gelu.py.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from ._overlap import start_next, wait_for_previous
 from .gelu import _sigmoid_2u
 
 OP = "decode_linear"
-TOGGLE = "layer_norm='torch' or mlp"  # either one switches it off: errors go on with ='torch'
+TOGGLE = "layer_norm='torch' or mlp"  # either switch turns it off; errors append ='torch'
 TO_TORCH = f" (toggle: {TOGGLE}='torch')"
-MOST_ROWS = 32  # of a program
+MOST_ROWS = 32  # rows of x in one program
 
 
 def decode_linear_reference(
@@ -48,7 +48,7 @@ def decode_linear_reference(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The truth for `decode_linear`: (..., K) -> (..., N)."""
+    """The reference for `decode_linear` in plain PyTorch: (..., K) -> (..., N)."""
     h = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     y = F.linear(h, weight, bias)
     y = F.gelu(y, approximate="tanh") if gelu else y
@@ -60,16 +60,16 @@ def decode_linear_reference(
 
 @triton.jit
 def _tile(row_ptrs, mask_rows, offs_k, K: tl.constexpr):
-    """(rows, BLOCK_K) of a matrix at columns offs_k; row_ptrs, mask_rows (rows, 1)."""
+    """Loads (rows, BLOCK_K) of a matrix at columns offs_k. row_ptrs and mask_rows are (rows, 1)."""
     return tl.load(row_ptrs + offs_k[None, :], mask=mask_rows & (offs_k < K)[None, :], other=0.0)
 
 
 @triton.jit
 def _statistics(x, x_ptrs, mask_m, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """-> pivot, shift and 1 / sqrt(var + eps) of each row, (BLOCK_M, 1): its mean is pivot + shift.
+    """-> pivot, shift and 1 / sqrt(var + eps) of each row, all (BLOCK_M, 1). The mean of a row is pivot + shift.
 
-    x: the rows' first BLOCK_K elements, whose mean is the pivot. It is no more than sqrt(K / BLOCK_K) standard
-    deviations from that of all, so that the difference of squares below loses no more than K / BLOCK_K last bits.
+    x: the rows' first BLOCK_K elements. The pivot is their mean, which is at most sqrt(K / BLOCK_K) standard deviations
+    from the mean of the row, so that the difference of squares below loses at most a factor K / BLOCK_K of precision.
     """
     offs_k = tl.arange(0, BLOCK_K)
     pivot = tl.sum(x.to(ACC), 1, keep_dims=True) / min(K, BLOCK_K)
@@ -87,7 +87,7 @@ def _statistics(x, x_ptrs, mask_m, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, 
 
 @triton.jit
 def _fetch(row_ptrs, mask_n, K: tl.constexpr):
-    """Asks for the weight's rows, of K elements, to be brought into L2."""
+    """Prefetches the weight's rows, of K elements each, into L2."""
     LINE: tl.constexpr = 1024 // row_ptrs.dtype.element_ty.primitive_bitwidth  # 128 bytes
     LINES: tl.constexpr = triton.next_power_of_2((K + LINE - 1) // LINE)
     lines = tl.arange(0, LINES)[None, :] * LINE
@@ -104,7 +104,7 @@ def _fetch(row_ptrs, mask_n, K: tl.constexpr):
 
 @triton.jit
 def _columns(ptr, offs_k, otherwise: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
-    """(1, BLOCK_K) of a parameter of the LayerNorm, or what stands for one that there is not."""
+    """Loads (1, BLOCK_K) of a LayerNorm parameter, or returns the constant `otherwise` if ptr is None."""
     columns = tl.full(offs_k.shape, otherwise, ACC)
     if ptr is not None:
         columns = tl.load(ptr + offs_k, mask=offs_k < K, other=0.0).to(ACC)
@@ -117,7 +117,7 @@ def _decode_linear_kernel(
     M, N, K: tl.constexpr, eps: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y (BLOCK_M, BLOCK_N) of as many rows of x and of the weight."""
+    """Computes y (BLOCK_M, BLOCK_N) from BLOCK_M rows of x and BLOCK_N rows of the weight."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,7 +128,7 @@ def _decode_linear_kernel(
     weight_ptrs = weight_ptr + offs_n[:, None] * stride_wn
     pivot, shift, rstd = 0.0, 0.0, 1.0
 
-    # Before the wait parameters only: they are under way while the kernel before ends.
+    # Before the wait, only parameters are read: their loads overlap with the previous kernel.
     if OVERLAP:
         start_next()
         _fetch(weight_ptrs, mask_n, K)
@@ -202,7 +202,7 @@ def decode_linear_fwd(
         return y
     x = _op.as_rows(x)
     if weight.stride(1) != 1:
-        weight, overlap = weight.contiguous(), False  # the copy is what runs before
+        weight, overlap = weight.contiguous(), False  # the copy is written by the previous kernel
     residual = None if residual is None else _op.as_rows(residual)
     (M, K), N = x.shape, weight.shape[0]
     strides = x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)
@@ -224,12 +224,12 @@ def _plan(
     config["BLOCK_M"] = block_m
     config["BLOCK_N"] = min(max(wanted, least), most)
     block_k = min(max(_tuning.next_power_of_2(K), 16), config["BLOCK_K"])
-    while M > 1 and block_k > 64 and 0 < K % block_k < block_k // 2:  # the last tile would be half empty and more
+    while M > 1 and block_k > 64 and 0 < K % block_k < block_k // 2:  # the last tile would be more than half empty
         block_k //= 2
     config["BLOCK_K"] = block_k
     programs = _tuning.cdiv(N, config["BLOCK_N"])
-    # Programs that find no room yet cannot begin early, and with more rows than one a program keeps so much of a
-    # multiprocessor while it waits that the kernel before suffers: slower, both (H200).
+    # No overlap in two cases in which it was slower on an H200: with more programs than the GPU can hold at once, which
+    # cannot begin early, and with several rows, where a waiting program takes resources that the previous kernel needs.
     config["OVERLAP"] = overlap and M == 1 and programs <= 8 * multiprocessors and _device.can_overlap(device)
     if config["OVERLAP"]:
         config["launch_pdl"] = True
@@ -245,7 +245,7 @@ def _flops(x, weight, *_):
     return 2 * math.prod(x) * weight[0]
 
 
-# Opaque: Inductor does not launch early.
+# Opaque, because Inductor cannot launch with overlap.
 _decode_linear = _op.op(
     decode_linear_fwd, _fwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight", "residual"), flops=_flops
 )
@@ -266,14 +266,15 @@ def decode_linear(
     residual: Tensor | None = None,
     overlap: bool = False,
 ) -> Tensor:
-    """residual + gelu(LayerNorm(x) weight^T + bias): x (..., K) -> (..., N), for few rows; without gradients.
+    """residual + gelu(LayerNorm(x) weight^T + bias): x (..., K) -> (..., N), for few rows, without gradients.
 
-    weight (N, K), of x's dtype; bias (N,). norm_weight, norm_bias (K,), eps: of the LayerNorm, which needs norm_weight.
-    residual (..., N): what is added, in its dtype, which the result then has. Weights are read once for 32 rows.
-    overlap: the weight, the bias and the LayerNorm's may be read while kernels launched before still run. The caller
-        knows that an ordinary launch lies between what wrote them and this (see _overlap.py; no effect before sm_90).
+    weight (N, K) of x's dtype; bias (N,). norm_weight, norm_bias (K,) and eps: of the LayerNorm, which is computed if
+    norm_weight is given. residual (..., N): the result then has its dtype. The weight is read once for 32 rows.
+    overlap: the kernel may read all parameters while earlier kernels still run. The caller guarantees that an ordinary
+        launch lies between the kernel that wrote them and this one (see _overlap.py). No effect before sm_90.
 
-    There are no gradients: an input that requires one is refused where gradients are recorded.
+    Raises TypeError for an unsupported dtype and ValueError for an argument that is not allowed. There is no gradient:
+    while gradients are recorded, an input that requires one raises ValueError.
     """
     _op.check_dtypes(
         OP, TOGGLE, x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual

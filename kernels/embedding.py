@@ -1,4 +1,4 @@
-"""Token plus position embedding, with dropout, in one launch; its gradients without atomics.
+"""Token plus position embedding with dropout in one launch, and its gradients without atomics.
 
     y[b, t] = dropout(token_weight[idx[b, t]] + position_weight[positions[b, t]])       positions: t where None
     dtoken_weight[v] = sum over (b, t) with idx[b, t] = v of dropout'(dy[b, t]),         dposition_weight likewise
@@ -6,15 +6,16 @@
 Shapes: idx (B, T), token_weight (V, C), position_weight (P, C), positions (B, T) or (T,), y (B, T, C); N = B*T rows.
 An index outside its table is never used as an address: its row of y is NaN, and it takes part in no gradient.
 
-HBM traffic, e bytes an element: forward N C e written, as much read (position rows come out of L2), 1 launch. Backward:
-position_weight's gradient sums over the batch, 1 launch that reads dy once. token_weight's gradient is a sum over equal
-indices: they are sorted (stably), and a program for each run of equal ones adds up its rows of dy. A run is cut where a
-WINDOW of sorted positions ends, so that many programs add up a frequent token; pieces of cut runs go to fp32 partials,
-two a window at most, which a second launch adds up. The host never knows how many different tokens there are: one
-program starts per sorted position, and returns unless a piece begins there. dy is read once, V C e are zeroed.
+HBM traffic with e bytes an element: forward writes N C e and reads as much (position rows come from L2) in 1 launch.
+Backward: the gradient of position_weight is a sum over the batch, 1 launch that reads dy once. The gradient of
+token_weight is a sum over equal indices: the indices are sorted (stably), and a program for each run of equal ones adds
+its rows of dy. Runs are cut at the end of each WINDOW of sorted positions, so that several programs add the rows of a
+frequent token. The pieces of cut runs, at most two a window, go to fp32 partial sums, which a second launch adds. The
+host does not know the number of different tokens: one program starts per sorted position and returns unless a piece
+begins there. dy is read once, and V C e bytes are zeroed.
 
-Numerics: sums in fp32 (fp64), one rounding at the store; the order of every sum is fixed by the sort: bitwise
-reproducible. Dropout is Philox at (seed, row * C + column), drawn again in backward.
+Numerics: sums in fp32 (fp64 for fp64 tensors), one rounding at the store. The sort fixes the order of every sum, so the
+result is bitwise reproducible. Dropout is Philox at (seed, row * C + column), recomputed in backward.
 
 Sources: the sort-and-segment scheme of PyTorch's embedding_dense_backward; Philox, Salmon et al. 2011.
 """
@@ -45,7 +46,7 @@ def token_position_embedding_reference(
     dropout_p: float = 0.0,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """The truth, (B, T) -> (B, T, C), with the dropout mask (B, T, C) given as `keep`."""
+    """The reference in plain PyTorch: idx (B, T) -> (B, T, C). keep: the dropout mask (B, T, C)."""
     positions = torch.arange(idx.shape[1], device=idx.device) if positions is None else positions
     y = F.embedding(idx, token_weight) + F.embedding(positions, position_weight)
     return y if keep is None else y * keep / (1 - dropout_p)
@@ -53,7 +54,7 @@ def token_position_embedding_reference(
 
 @triton.jit
 def _dropout(x, seed_ptr, rows, offs_c, C, dropout_p: tl.constexpr):
-    """x (ROWS, BLOCK_C) with dropped elements 0 and the others divided by 1 - p."""
+    """x (ROWS, BLOCK_C) with dropped elements set to 0 and the others divided by 1 - p."""
     if dropout_p > 0.0:
         u = tl.rand(tl.load(seed_ptr), rows[:, None] * C + offs_c[None, :])
         x = tl.where(u >= dropout_p, x * (1.0 / (1.0 - dropout_p)), 0.0)
@@ -91,7 +92,7 @@ def _batch_sum_kernel(
     dy_ptr, seed_ptr, dweight_ptr, stride_dyb, stride_dyt, B, T, P, C: tl.constexpr,
     dropout_p: tl.constexpr, FP64: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dweight (P, C) = sum over b of dy (B, T, C), zeros for positions from T on."""
+    """dweight (P, C) = sum over b of dy (B, T, C), with zeros for positions from T on."""
     ACC = tl.float64 if FP64 else tl.float32
     offs_t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -113,7 +114,8 @@ def _segment_sum_kernel(
     keys_ptr, order_ptr, dy_ptr, seed_ptr, dweight_ptr, partial_ptr, stride_dyb, stride_dyt, N, T, V, C: tl.constexpr,
     dropout_p: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program i: where a piece of a run begins at sorted position i, its sum, to dweight if it is the whole run."""
+    """Program i: if a piece of a run begins at sorted position i, writes its sum, to dweight if the piece is the whole
+    run and to the partial sums otherwise."""
     ACC = partial_ptr.dtype.element_ty
     i = tl.program_id(0)
     key = tl.load(keys_ptr + i)
@@ -139,7 +141,7 @@ def _segment_sum_kernel(
             dweight = acc.to(dweight_ptr.dtype.element_ty)
             tl.store(dweight_ptr + key.to(tl.int64) * C + offs_c, dweight, mask=mask_c)
         else:
-            # Piece 0 of a window begins where the window does; another one that goes on beyond it is piece 1.
+            # A piece that begins with its window is piece 0; a later one that continues beyond the window is piece 1.
             piece = 2 * window.to(tl.int64) + (i != window * WINDOW).to(tl.int64)
             tl.store(partial_ptr + piece * C + offs_c, acc, mask=mask_c)
 
@@ -149,7 +151,7 @@ def _merge_pieces_kernel(
     keys_ptr, partial_ptr, dweight_ptr, N, V, C: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program w: the sum of the pieces of the run that begins in window w and goes on beyond it, if there is one."""
+    """Program w: if a run begins in window w and continues beyond it, writes the sum of its pieces."""
     window = tl.program_id(0)
     end = (window + 1) * WINDOW  # at most N - 1
     key = tl.load(keys_ptr + end - 1)
@@ -180,7 +182,7 @@ def _merge_pieces_kernel(
 
 @planned
 def _plan(kernel: Any, op: str, rows: int, C: int, device: torch.device, *numbers: Any) -> Launch:
-    """Of `kernel`, with the table's numbers for `op`, over blocks of rows and of columns."""
+    """A launch of `kernel` with the tuning numbers of `op`, on a grid of blocks of rows and blocks of columns."""
     options = _tuning.config(_tuning.Key(op), device)
     grid = (_tuning.cdiv(rows, options["ROWS"]), _tuning.cdiv(C, options["BLOCK_C"]))
     return Launch(kernel, grid, *numbers, **options)
@@ -190,7 +192,7 @@ def _plan(kernel: Any, op: str, rows: int, C: int, device: torch.device, *number
 def _segment_plans(
     strides: tuple[int, int], B: int, T: int, V: int, C: int, dropout_p: float, device: torch.device
 ) -> tuple[int, Launch, Launch]:
-    """Windows, and the two launches."""
+    """The number of windows, and the launches of the segment sum and of the merge."""
     options = _tuning.config(_tuning.Key("embedding_segment_sum"), device)
     windows, column_blocks = _tuning.cdiv(B * T, options["WINDOW"]), _tuning.cdiv(C, options["BLOCK_C"])
     numbers = (*strides, B * T, T, V, C, dropout_p)
@@ -242,7 +244,7 @@ def token_position_embedding_bwd(
     token_dtype: torch.dtype | None,
     position_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """-> dtoken_weight (token_rows, C), dposition_weight (position_rows, C); None for one whose dtype is None."""
+    """-> dtoken_weight (token_rows, C), dposition_weight (position_rows, C); None for each whose dtype is None."""
     dy = _with_rows(dy)
     dtoken = dposition = None
     if token_dtype is not None:
@@ -261,7 +263,7 @@ def _bwd_fake(dy, idx, positions, seed, dropout_p, token_rows, position_rows, to
 
 
 def _batch_sum(dy: Tensor, seed: Tensor | None, dropout_p: float, P: int, dtype: torch.dtype) -> Tensor:
-    """(P, C): the sum of dy (B, T, C) over the batch in rows 0 ... T-1, zeros below."""
+    """(P, C): the sum of dy (B, T, C) over the batch in rows 0 ... T-1, zeros in the other rows."""
     B, T, C = dy.shape
     dweight = torch.empty(P, C, dtype=dtype, device=dy.device)
     if dweight.numel() > 0:
@@ -273,12 +275,12 @@ def _batch_sum(dy: Tensor, seed: Tensor | None, dropout_p: float, P: int, dtype:
 def _segment_sum(
     dy: Tensor, index: Tensor, seed: Tensor | None, dropout_p: float, V: int, dtype: torch.dtype
 ) -> Tensor:
-    """(V, C): in row v the sum of the rows of dy (B, T, C) where index (B, T) is v."""
+    """(V, C): row v is the sum of the rows of dy (B, T, C) at which index (B, T) is v."""
     B, T, C = dy.shape
     dweight = torch.zeros(V, C, dtype=dtype, device=dy.device)
     if dy.numel() == 0:
         return dweight
-    # 32-bit keys halve the passes of the sort; what lies outside the table stays outside.
+    # 32-bit keys halve the passes of the sort. The clamp keeps indices outside the table outside.
     keys, order = torch.sort(index.reshape(-1).clamp(-1, V).to(torch.int32), stable=True)
     windows, launch, merge = _segment_plans(dy.stride()[:2], B, T, V, C, dropout_p, dy.device)
     sum_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
@@ -325,10 +327,11 @@ def token_position_embedding(
 ) -> Tensor:
     """dropout(token_weight[idx] + position_weight[positions]): idx (B, T) int64 -> (B, T, C).
 
-    token_weight (V, C); position_weight (P, C); positions (B, T) or (T,) int64, 0 ... T-1 where None, for which T must
-    not exceed P. The output has the dtype of the weights' sum, the gradients are dense, in the weights' own dtypes.
-    Indices are not checked, which would wait for the GPU: one outside its table gives a row of NaN.
-    seed: int64 () or (1,) on the device, drawn there by torch's generator where it is None.
+    token_weight (V, C); position_weight (P, C); positions (B, T) or (T,) int64, by default 0 ... T-1, for which T must
+    not exceed P. The output has the dtype of the weights' sum. Gradients are dense, in the weights' dtypes.
+    Indices are not checked, because that would wait for the GPU: an index outside its table gives a row of NaN.
+    seed: int64 () or (1,) on the device, by default drawn from the device's generator.
+    Raises TypeError for an unsupported dtype, ValueError for shapes that do not fit and a dropout_p outside [0, 1).
     """
     _check(idx, token_weight, position_weight, positions)
     if positions is not None and positions.dim() == 1:

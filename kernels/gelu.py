@@ -1,17 +1,17 @@
-"""GELU, tanh form, with the bias of the projection before it added in the same pass.
+"""GELU in its tanh form, together with the bias of the preceding linear layer.
 
     gelu(x) = x/2 * (1 + tanh(u)) = x * sigmoid(2u),    u = sqrt(2/pi) * (x + 0.044715 x^3)
     dgelu/dx = s + x * s * (1 - s) * 2u',               s = sigmoid(2u)
 
-Shapes: x, y (..., C) = (N, C) rows, last dimension contiguous, rows at any stride; bias (C,). Kept for backward: x and
-bias, as they came.
+Shapes: x, y (..., C) = (N, C) rows with a contiguous last dimension and any row stride; bias (C,). x and bias are saved
+for backward.
 
-HBM traffic at 2 bytes an element: forward 4 B, 1 launch. Backward 6 B, 1 launch; with a bias 2 launches: the main one
-keeps partial sums of dbias in registers over at least 64 rows a program, which adds less than 3%.
+HBM traffic per element of 2 bytes: forward 4 bytes in 1 launch; backward 6 bytes in 1 launch, or with a bias in 2
+launches: the first keeps partial sums of dbias in registers over at least 64 rows a program, which adds less than 3%.
 
-Numerics: fp32 (fp64 for fp64 tensors) after the load, one rounding at the store. The sigmoid form by exp2 is portable
-and needs no tanh; it keeps the relative accuracy of the left tail, where 1 + tanh(u) cancels. The bias joins in fp32
-whatever its dtype, as in a GEMM's epilogue. No atomics.
+Numerics: fp32 (fp64 for fp64 tensors) after the load, one rounding at the store. The sigmoid is computed with exp2,
+which is portable and needs no tanh. It keeps the relative accuracy of the left tail, where 1 + tanh(u) cancels. The
+bias is added in fp32, whatever its dtype, as in the epilogue of a GEMM. No atomics.
 
 Source: Hendrycks, Gimpel 2016 (arXiv 1606.08415); the constants are those of OpenAI's GPT-2.
 """
@@ -37,12 +37,12 @@ CUBIC_GRAD = tl.constexpr(2 * 0.7978845608028654 * 0.044715 * 3)
 
 
 def gelu_reference(x: Tensor) -> Tensor:
-    """The truth for `gelu`: (..., C) -> (..., C)."""
+    """The reference for `gelu` in plain PyTorch: (..., C) -> (..., C)."""
     return F.gelu(x, approximate="tanh")
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
-    """The truth for `bias_gelu`: (..., C), (C,) -> (..., C)."""
+    """The reference for `bias_gelu` in plain PyTorch: (..., C), (C,) -> (..., C)."""
     return F.gelu(x + bias, approximate="tanh")
 
 
@@ -53,7 +53,7 @@ def _sigmoid_2u(x, xx):
 
 @triton.jit
 def _gelu_grad(x, xx, s):
-    # Beyond |x| = 10^4 the second term is 0, and the square may be infinite: 0 * inf is NaN.
+    # Beyond |x| = 10^4 the second term is 0, but the square may be infinite and 0 * inf is NaN: hence the minimum.
     return s + x * (s * (1.0 - s)) * (LINEAR_GRAD + CUBIC_GRAD * tl.minimum(xx, 1e8))
 
 
@@ -79,7 +79,7 @@ def _gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, y_ptr, dx_ptr, dbias_ptr, stride_dyn, stride_xn, N, C,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and what is asked for of y = gelu(x + bias), computed again, and dbias (P, C), partial sums."""
+    """Writes dx. Optionally also writes y = gelu(x + bias), recomputed, and partial sums of dbias (P, C)."""
     ACC = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks_c = tl.cdiv(C, BLOCK_C)
     pid_n, pid_c = tl.program_id(0) // blocks_c, tl.program_id(0) % blocks_c
@@ -103,7 +103,7 @@ def _gelu_bwd_kernel(
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if y_ptr is not None:
             tl.store(y_ptr + offs, (x * s).to(y_ptr.dtype.element_ty), mask=mask)
-        dbias += dx  # 0 outside the mask, where dy is
+        dbias += dx  # 0 outside the mask, because dy is 0 there
     if dbias_ptr is not None:
         tl.store(dbias_ptr + pid_n.to(tl.int64) * C + offs_c, tl.sum(dbias, axis=0), mask=mask_c)
 
@@ -116,7 +116,7 @@ def _fwd_plan(N: int, C: int, itemsize: int, stride_xn: int, device: torch.devic
 
 
 def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
-    """-> gelu(x + bias), (..., C) in the dtype of x."""
+    """-> gelu(x + bias) (..., C) in the dtype of x."""
     y = empty_like(x, x.dtype)
     if y.numel() == 0:
         return y
@@ -135,7 +135,7 @@ def _gelu_fwd_fake(x, bias):
 def _bwd_plan(
     N: int, C: int, itemsize: int, strides: tuple[int, int], sums: bool, device: torch.device
 ) -> tuple[int, Launch]:
-    """How many programs share the rows, and the launch."""
+    """The number of programs that share the rows, and the launch."""
     options = _tuning.config(_tuning.Key("gelu_bwd", bits=8 * itemsize), device)
     programs_per_sm, min_rows = options.pop("PROGRAMS_PER_SM"), options.pop("MIN_ROWS")
     blocks_c = _tuning.cdiv(C, options["BLOCK_C"])
@@ -149,7 +149,10 @@ def _bwd_plan(
 def launch_gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, y: Tensor | None, dx: Tensor, dbias_dtype: torch.dtype | None
 ) -> Tensor | None:
-    """Fills dx, which may be dy, and y, both contiguous, for rows (..., C); -> dbias (C,) where its dtype is given."""
+    """Fills dx, which may be dy itself, and y if it is given, both contiguous (..., C).
+
+    -> dbias (C,), or None if dbias_dtype is None.
+    """
     C = x.shape[-1] if x.dim() else 1
     if dx.numel() == 0:
         return None if dbias_dtype is None else dx.new_zeros(C, dtype=dbias_dtype)
@@ -169,7 +172,7 @@ def launch_gelu_bwd(
 def gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """-> dx (..., C) in the dtype of x; dbias (C,), None where its dtype is None."""
+    """-> dx (..., C) in the dtype of x, and dbias (C,), or None if dbias_dtype is None."""
     dx = empty_like(x, x.dtype)
     return dx, launch_gelu_bwd(dy, x, bias, None, dx, dbias_dtype)
 
@@ -196,13 +199,16 @@ _gelu_fwd = _op.op(
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU, tanh form: (..., C) -> (..., C) in the dtype of x."""
+    """GELU in its tanh form: x (..., C) -> (..., C) in the dtype of x. Raises TypeError for an unsupported dtype."""
     _op.check_dtypes("gelu", "mlp", x=x)
     return _gelu_fwd(x, None)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias): (..., C), (C,) -> (..., C) in the dtype of x, whatever that of bias."""
+    """gelu(x + bias): x (..., C), bias (C,) of any floating dtype -> (..., C) in the dtype of x.
+
+    Raises TypeError for an unsupported dtype, ValueError if the shapes do not fit.
+    """
     _op.check_dtypes("bias_gelu", "mlp", x=x, bias=bias)
     _op.check_shape("bias_gelu", "mlp", "bias", bias, x.shape[-1:])
     return _gelu_fwd(x, bias)

@@ -1,4 +1,4 @@
-"""LayerNorm over the last dimension; residual add, the previous projection's bias and dropout ride in the same pass.
+"""LayerNorm over the last dimension, together with the preceding residual add, projection bias and dropout.
 
     total = residual + dropout(x + x_bias)
     y     = (total - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + eps)
@@ -6,16 +6,16 @@
     wdy   = dy * weight,   xhat = (total - mean) * rstd
     dtotal += rstd * (wdy - mean_C(wdy) - xhat * mean_C(wdy * xhat)),  dweight = sum_N(dy * xhat),  dbias = sum_N(dy)
 
-Shapes: x, residual, total, y (..., C) = (N, C) rows, last dimension contiguous, rows at any stride; weight, bias,
-x_bias (C,); mean, rstd (N,), one tensor. What backward needs is kept once: total (without a residual: x), mean, rstd.
+Shapes: x, residual, total, y (..., C) = (N, C) rows with a contiguous last dimension and any row stride; weight, bias,
+x_bias (C,); mean and rstd (N,), stored as one tensor (N, 2). Saved for backward: total (x without a residual) and both.
 
-HBM traffic at 2 bytes an element: forward 4 B (with the residual 8 B: read 2, write 2), 1 launch. Backward 6 B (8 B:
-read total, dy and the gradient of total, write one tensor that is both dx and dresidual), 2 launches: the main one
-keeps partial sums of the parameter gradients in registers over 64 rows a program or more: they add less than 5%.
+HBM traffic per element of 2 bytes: forward 4 bytes (8 with a residual: 2 reads, 2 writes) in 1 launch. Backward 6 bytes
+(8 with a residual: reads of total, dy and the gradient of total, one write of dx, which is also dresidual) in 2
+launches: the first keeps partial sums of parameter gradients in registers over 64 or more rows and adds less than 5%.
 
-Numerics: fp32 (fp64 for fp64 tensors) statistics from registers: the mean, then mean and squares of what is left, so
-that a large mean does not cancel. The statistics are those of `total` as stored, rounded to its dtype: y is bitwise
-layer_norm(total). Dropout is Philox at (seed, row * C + column), drawn again in backward. No atomics.
+Numerics: statistics in fp32 (fp64 for fp64 tensors): first the mean, then mean and squares of the centred row, so that
+a large mean does not cancel. They are computed from `total` rounded to its dtype, so that y is bitwise equal to
+layer_norm(total). Dropout is Philox at (seed, row * C + column), recomputed in backward. No atomics.
 
 Sources: Ba, Kiros, Hinton 2016 (arXiv 1607.06450); the two-stage reduction of Triton's layer-norm tutorial.
 """
@@ -35,11 +35,11 @@ from ._column_sum import column_sum
 from ._frozen import Launch, planned
 from ._op import empty_like, rows
 
-ROW_BYTES = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)  # variants in the tuning table
+ROW_BYTES = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)  # the widths in the tuning table
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """The truth for `layer_norm`: (..., C) -> (..., C)."""
+    """The reference for `layer_norm` in plain PyTorch: (..., C) -> (..., C)."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -54,20 +54,20 @@ def add_layer_norm_reference(
     dropout_p: float = 0.0,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The truth for `add_layer_norm`, with the dropout mask (..., C) given as `keep`."""
+    """The reference for `add_layer_norm` in plain PyTorch. keep: the dropout mask (..., C)."""
     x = x if x_bias is None else x + x_bias
     x = x if keep is None else x * keep / (1 - dropout_p)
     total = residual + x
     return total, layer_norm_reference(total, weight, bias, eps)
 
 
-# In both kernels what lies past C is made 0 by `tl.where`: the compiler, which knows C, drops registers that lie there
-# in every lane, and 768 columns cost three fourths of 1024.
+# Both kernels set columns past C to 0 with `tl.where`. The compiler knows C and removes registers that are past C in
+# every lane, so that 768 columns cost three quarters of 1024.
 
 
 @triton.jit
 def _dropout_scale(seed_ptr, rows, offs_c, C, dropout_p: tl.constexpr):
-    """0 where (row, column) is dropped, 1 / (1 - p) elsewhere, fp32."""
+    """0 where (row, column) is dropped, 1 / (1 - p) elsewhere, in fp32."""
     u = tl.rand(tl.load(seed_ptr), rows * C + offs_c)
     return tl.where(u >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
 
@@ -77,7 +77,7 @@ def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, total_ptr, y_ptr, statistics_ptr,
     stride_xn, stride_rn, N, C: tl.constexpr, eps: tl.constexpr, dropout_p: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A row at a time: for GPT-2's widths in one warp, whose sums are shuffles without a barrier."""
+    """Computes one row at a time. At GPT-2's widths one warp computes a row, so that sums need no barrier."""
     ACC = statistics_ptr.dtype.element_ty
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_c < C
@@ -102,7 +102,7 @@ def _layer_norm_fwd_kernel(
 
         mean = tl.sum(total) / C
         centred = tl.where(mask, total - mean, 0.0)
-        # The sum of a row with a large mean is off by several of its last bits: what they are is the mean of the rest.
+        # A large mean is off by several of its last bits. The mean of the centred row corrects that.
         shift = tl.sum(centred) / C
         var = tl.maximum(tl.sum(centred * centred) / C - shift * shift, 0.0)
         rstd = tl.rsqrt(var + eps)
@@ -114,14 +114,14 @@ def _layer_norm_fwd_kernel(
         tl.store(statistics_ptr + row * 2 + 1, rstd)
 
 
-# Tiles of backward are (CHUNKS, ROWS, SPAN): a row is CHUNKS * SPAN columns, a SPAN one 128-bit access of its lanes. In
-# memory the first two are one dimension, which wraps over warps: ROWS are warps', CHUNKS lie in a thread. Which of two
-# dimensions the warps get depends on Triton's version.
+# Tiles of backward are (CHUNKS, ROWS, SPAN): a row has CHUNKS * SPAN columns, and its lanes load a SPAN with one
+# 128-bit access each. Loads and stores use one dimension CHUNKS * ROWS, which Triton distributes so that warps differ
+# in ROWS and a thread holds all CHUNKS. With two dimensions the distribution would depend on Triton's version.
 
 
 @triton.jit
 def _load_tile(ptr, stride, rows, offs_c, mask, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-    """(CHUNKS * ROWS, SPAN) in memory -> (CHUNKS, ROWS, SPAN)."""
+    """Loads (CHUNKS * ROWS, SPAN) and returns it as (CHUNKS, ROWS, SPAN)."""
     return tl.reshape(tl.load(ptr + rows * stride + offs_c, mask=mask, other=0.0), (CHUNKS, ROWS, SPAN))
 
 
@@ -133,13 +133,13 @@ def _store_tile(ptr, stride, rows, offs_c, mask, tile, CHUNKS: tl.constexpr, ROW
 
 @triton.jit
 def _sum_rows(tile):
-    """(CHUNKS, ROWS, SPAN) -> (1, ROWS, 1)."""
+    """The sum of each row: (CHUNKS, ROWS, SPAN) -> (1, ROWS, 1)."""
     return tl.sum(tl.sum(tile, axis=0), axis=1)[None, :, None]
 
 
 @triton.jit
 def _sum_columns(tile, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-    """(CHUNKS, ROWS, SPAN) -> (CHUNKS, 1, SPAN): halves added to halves, a third of the instructions of tl.sum here."""
+    """(CHUNKS, ROWS, SPAN) -> (CHUNKS, 1, SPAN). Adding halves takes a third of the instructions of tl.sum here."""
     rows = tl.permute(tile, (0, 2, 1))
     for i in tl.static_range(6):
         if ROWS >> i > 1:
@@ -154,7 +154,7 @@ def _layer_norm_bwd_kernel(
     stride_dyn, stride_dtn, stride_tn, N, C: tl.constexpr, dropout_p: tl.constexpr, DWEIGHT: tl.constexpr,
     DBIAS: tl.constexpr, DX_BIAS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """partials (K, P, C): sums of each of the P programs for those K of dweight, dbias, dx_bias that are wanted."""
+    """partials (K, P, C): each program's sums for the K of dweight, dbias and dx_bias that are needed."""
     ACC = statistics_ptr.dtype.element_ty
     pid = tl.program_id(0)
     offs_c = tl.arange(0, CHUNKS)[:, None, None] * SPAN + tl.arange(0, SPAN)[None, None, :]
@@ -212,7 +212,7 @@ def _layer_norm_bwd_kernel(
 
 
 def _options(op: str, C: int, itemsize: int, dropout: bool, device: torch.device) -> dict[str, int]:
-    """What the table has for the narrowest rows that are as wide as these."""
+    """The tuning table's options for the smallest width that is at least as wide as these rows."""
     narrowest = bisect.bisect_left(ROW_BYTES, C * itemsize)
     return _tuning.config(_tuning.Key(op, row_bytes=ROW_BYTES[narrowest], dropout=dropout), device)
 
@@ -238,7 +238,7 @@ def layer_norm_fwd(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """-> total (..., C), or None without a residual; y (..., C) in `dtype`; statistics (N, 2): mean and rstd."""
+    """-> total (..., C), None without a residual; y (..., C) in `dtype`; statistics (N, 2), mean and rstd."""
     total, y, statistics = _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype)
     N, C = statistics.shape[0], x.shape[-1]
     if N == 0:
@@ -264,7 +264,7 @@ def _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p
 def _bwd_plan(
     N: int, C: int, itemsize: int, strides: tuple[int, ...], dropout_p: float, wanted: tuple, device: torch.device
 ) -> tuple[int, Launch]:
-    """Programs, and the launch. wanted: whether dweight, dbias, dx_bias are."""
+    """The number of programs, and the launch. wanted: whether dweight, dbias and dx_bias are needed."""
     options = _options("layer_norm_bwd", C, itemsize, dropout_p > 0.0, device)
     span = options.pop("SPAN_BYTES") // itemsize
     programs = _device.sm_count(device) * options.pop("PROGRAMS_PER_SM")
@@ -287,7 +287,7 @@ def layer_norm_bwd(
     dbias_dtype: torch.dtype | None,
     dx_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """-> dx, dresidual (..., C), dweight, dbias, dx_bias (C,); None for one whose dtype is None."""
+    """-> dx, dresidual (..., C), dweight, dbias, dx_bias (C,); None for each whose dtype is None."""
     N, C = statistics.shape[0], total.shape[-1]
     dtypes = (dweight_dtype, dbias_dtype, dx_bias_dtype)
     dx, dresidual = empty_like(total, dx_dtype), None if dresidual_dtype is None else empty_like(total, dresidual_dtype)
@@ -327,15 +327,15 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dtotal, dy, *_):
     total, weight, statistics, seed = ctx.saved_tensors
     x_dtype, residual_dtype, *dtypes = ctx.dtypes
-    dtotal = None if residual_dtype is None else dtotal  # there was no total
+    dtotal = None if residual_dtype is None else dtotal  # without a residual, forward returned no total
     if dy is None and dtotal is None:
         return (None,) * 9
     if dy is None:
         dy = total.new_zeros(()).expand(total.shape)
     needs = ctx.needs_input_grad
-    # One tensor is the gradient of x and of residual where they are equal.
+    # The gradients of x and residual are one tensor if they are equal.
     shared = residual_dtype == x_dtype and ctx.dropout_p == 0.0
-    wanted = [t if need else None for t, need in zip(dtypes, needs[2:5])]  # noqa: B905 (strict= takes a call more)
+    wanted = [t if need else None for t, need in zip(dtypes, needs[2:5])]  # noqa: B905 (strict=True is slower)
     dx, dresidual, *parameters = _layer_norm_bwd(
         dy, dtotal, total, weight, statistics, seed, ctx.dropout_p,
         x_dtype, residual_dtype if needs[1] and not shared else None, *wanted,
@@ -352,9 +352,9 @@ _layer_norm_fwd = _op.op(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last dimension: x (..., C), weight and bias (C,) -> (..., C).
+    """LayerNorm over the last dimension: x (..., C), weight and bias (C,) -> (..., C) in x's dtype.
 
-    The output has the dtype of x, or autocast's, in which the next matrix product will read it.
+    Under autocast the output has autocast's dtype, which the next matrix product reads. Raises TypeError, ValueError.
     """
     _check("layer_norm", x, None, weight, bias, None)
     dtype = _op.autocast_dtype(x, x.dtype)
@@ -372,10 +372,10 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> total = residual + dropout(x + x_bias), and LayerNorm of total.
+    """-> total = residual + dropout(x + x_bias), and LayerNorm of total. Raises TypeError, ValueError.
 
-    x, residual (..., C), weight, bias and x_bias (C,). total has the dtype of residual + x, the second output that of
-    total or autocast's. seed: int64 () or (1,) on the device, drawn there by torch's generator where it is None.
+    x, residual (..., C), weight, bias, x_bias (C,). total has the dtype of residual + x, the other output that of total
+    or autocast's. seed: int64 () or (1,) on the device, by default drawn from the device's generator.
     """
     _check("add_layer_norm", x, residual, weight, bias, x_bias)
     seed = _op.dropout_seed("add_layer_norm", "layer_norm", dropout_p, seed, x.device)

@@ -1,33 +1,35 @@
-"""Language-model head and loss in one: cross-entropy of `x @ weight.T` by chunks of rows; whole logits never exist.
+"""Language-model head and loss in one op: cross-entropy of `x @ weight.T` in chunks of rows, so that the logits of all
+rows are never stored at once.
 
     logits = x @ weight[:vocab_size].T                                  x (N, C), weight (V, C), targets (N,)
     lse_n  = log sum_c exp(logits_nc)
     loss_n = lse_n - (1 - s) logits_nt - s/V sum_c logits_nc + z lse_n^2     t = targets_n, s label_smoothing, z z_loss
     dx = dlogits @ weight,   dweight = dlogits.T @ x
 
-"sum" adds loss_n over the rows that count, "mean" divides by their number (0 when none counts), "none" is loss_n.
-A row whose target is negative or ignore_index does not count: loss 0, gradient 0. A target of vocab_size or more is
-never used as an address: its loss, and each gradient that it takes part in, is NaN.
+"sum" adds loss_n over the rows that count, "mean" divides by their number (and is 0 if none counts), "none" is loss_n.
+A row whose target is negative or ignore_index does not count: its loss and gradient are 0. A target of vocab_size or
+more is never used as an address: its loss is NaN, and so is every gradient that it contributes to.
 
-Chunks of rows, as many as `chunk_bytes` of logits hold (at least one), go through one buffer: a matrix product writes
-the logits, one kernel replaces them by dlogits, two products give dx and dweight. With "mean" and "sum" the forward
-does all of it; the backward multiplies by the upstream gradient in one launch and leaves what was saved as it was, so
-that it can run again. With "none" each row has its own upstream gradient, over which dweight sums: there the forward
-computes the loss only, and the backward makes the logits again. An input or weight without gradient skips its product.
+All chunks use one buffer of at most `chunk_bytes` of logits (at least one row): a matrix product writes the logits, a
+kernel overwrites them with dlogits, and two products give dx and dweight. With "mean" and "sum" the forward does all of
+this; the backward multiplies by the upstream gradient in one launch and leaves the saved tensors unchanged, so that it
+can run again. With "none" each row has its own upstream gradient, and dweight sums over rows: the forward then computes
+only the loss, and the backward recomputes the logits. A gradient that is not needed skips its product.
 
-HBM traffic for a chunk of R rows, e bytes an element and s of a sum (4; 8 in fp64): the weight is read twice, 2 V C e;
-logits take 5 R V e (6 where L2 does not serve the second read), dweight V C s, or twice that from the second chunk on;
-the backward reads V C s and writes V C e. Peak extra memory, V' = V rounded up to 64 and R rows a chunk, `extra_bytes`:
-    R V' e  +  N C s [dx]  +  V C s [dweight]  +  (N + 1) s        [.]: where that gradient is wanted
-and, for the second and later chunks in 16 bits, min(V, 4096) C s where PyTorch cannot add a product to an fp32 matrix
-(`_matmul`); under autocast the casts of x and weight. The backward's gradients come when the buffer is free again.
+HBM traffic for a chunk of R rows with e bytes an element and s a sum (4; 8 in fp64): the weight is read twice, 2 V C e;
+logits take 5 R V e (6 if L2 does not serve the second read), dweight V C s, or twice that from the second chunk on; the
+backward reads V C s and writes V C e. Peak extra memory with V' = V rounded up to 64 and R rows a chunk, `extra_bytes`:
+    R V' e  +  N C s [dx]  +  V C s [dweight]  +  (N + 1) s        [.]: if that gradient is needed
+plus min(V, 4096) C s for the second and later chunks in 16 bits if PyTorch cannot add a product to an fp32 matrix (see
+`_matmul`), plus the casts of x and weight under autocast. The backward's gradients are allocated after the buffer is
+freed.
 
-Numerics: dlogits stay at the scale of probabilities (times 4096 in fp16, whose range is small, and less beside a large
-z), and both gradients in fp32 (fp64), until the backward knows the upstream gradient: nothing underflows before a loss
-scaler's factor has come, and each gradient is rounded once. For "none" dlogits carry the upstream gradient. No atomics,
-sums in a fixed order.
+Numerics: dlogits have the scale of probabilities (times 4096 in fp16, because of its small range, or less for a large
+z), and both gradients stay in fp32 (fp64) until the backward knows the upstream gradient. So nothing underflows before
+the factor of a loss scaler is applied, and each gradient is rounded once. For "none" dlogits include the upstream
+gradient. No atomics; sums have a fixed order.
 
-Sources: gradients in the forward, Liger Kernel (Hsu et al. 2024, arXiv 2410.10989); chunks without whole logits, Cut
+Sources: gradients in the forward, Liger Kernel (Hsu et al. 2024, arXiv 2410.10989); chunks instead of all logits, Cut
 Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009); z-loss, PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
 """
 
@@ -61,7 +63,7 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The truth: x (..., C), weight (V, C), targets (...) -> scalar, or (...) for "none"."""
+    """The reference in plain PyTorch: x (..., C), weight (V, C), targets (...) -> scalar, or (...) for "none"."""
     logits = F.linear(x, weight[:vocab_size])  # (..., V)
     counts = (targets >= 0) & (targets != ignore_index)
     lse = torch.logsumexp(logits, -1)
@@ -78,7 +80,8 @@ def _scale_gradients_kernel(
     dloss_ptr, factor_ptr, dx_ptr, dweight_ptr, dx_out_ptr, dweight_out_ptr,
     dx_size, dweight_size, dweight_out_size, dx_programs, LOGITS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Both gradients times dloss * factor / LOGITS_SCALE; the first programs do dx. dweight_out beyond dweight is 0."""
+    """Multiplies both gradients by dloss * factor / LOGITS_SCALE. The first programs compute dx, the others dweight;
+    dweight_out beyond dweight is 0."""
     factor = tl.load(factor_ptr) * tl.load(dloss_ptr) * (1.0 / LOGITS_SCALE)
     pid = tl.program_id(0)
     if pid < dx_programs:
@@ -88,31 +91,35 @@ def _scale_gradients_kernel(
     else:
         offs = (pid - dx_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         dweight = tl.load(dweight_ptr + offs, mask=offs < dweight_size, other=0.0).to(factor.dtype) * factor
-        dweight = tl.where(offs < dweight_size, dweight, 0.0)  # 0 also where factor is NaN
+        dweight = tl.where(offs < dweight_size, dweight, 0.0)  # 0 even if factor is NaN
         tl.store(dweight_out_ptr + offs, dweight.to(dweight_out_ptr.dtype.element_ty), mask=offs < dweight_out_size)
 
 
 def chunk_rows(N: int, V: int, itemsize: int, chunk_bytes: int) -> int:
-    """Rows a chunk: as many as fit into chunk_bytes, then evened out over the chunks in multiples of 128."""
+    """The number of rows of a chunk: as many as fit in chunk_bytes, then evened out over chunks in multiples of 128."""
     fit = max(1, min(N, chunk_bytes // (padded_vocab(V) * itemsize)))
     even = _tuning.cdiv(N, max(1, _tuning.cdiv(N, fit)))
     return max(1, min(fit, _tuning.cdiv(even, 128) * 128))
 
 
 def _logits_scale(dtype: torch.dtype, z_loss: float) -> float:
-    """What dlogits, 1 + 2 z lse at most without it, are multiplied by from the forward's kernel to the backward.
+    """The factor on dlogits between the forward's kernel and the backward: 1 except in fp16.
 
-    A power of two with which the largest lse that fp16 logits have does not reach infinity: 4096 up to a z of 1e-4.
+    Without it, dlogits are at most 1 + 2 z lse. In fp16 it is a power of two with which dlogits stay finite for the
+    largest lse of fp16 logits: 4096 for a z up to 1e-4.
     """
     if dtype != torch.float16:
         return 1.0
     largest = torch.finfo(dtype).max
-    room = largest / (1.0 + 2.0 * abs(z_loss) * (largest + 32.0))  # 32 nats for more columns than there will be
+    room = largest / (1.0 + 2.0 * abs(z_loss) * (largest + 32.0))  # lse exceeds the largest logit by less than 32 nats
     return min(4096.0, 2.0 ** math.floor(math.log2(room)))
 
 
 def extra_bytes(N: int, C: int, V: int, dtype: torch.dtype, chunk_bytes: int, need_dx: bool, need_dweight: bool) -> int:
-    """Peak memory of the forward beyond its arguments and their casts to `dtype`, at most; V is vocab_size."""
+    """An upper bound, in bytes, of the forward's peak memory besides its arguments and their casts to `dtype`.
+
+    V: vocab_size.
+    """
     rows, sums = chunk_rows(N, V, dtype.itemsize, chunk_bytes), statistics_dtype(dtype).itemsize
     kept = sums * (N * C * need_dx + V * C * need_dweight + N + 1)
     beside = sums * min(V, PIECE) * C if need_dweight and rows < N and dtype.itemsize == 2 else 0
@@ -132,7 +139,7 @@ def _losses_and_gradients(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """losses (N,), dx (N, C) and dweight (V, C) in fp32 (fp64), the gradients times scale, (1,) or (N,).
+    """-> losses (N,), and dx (N, C) and dweight (V, C) times scale, (1,) or (N,), all in fp32 (fp64).
 
     None for a gradient that is not needed.
     """
@@ -145,7 +152,7 @@ def _losses_and_gradients(
     dweight = (torch.empty if N else torch.zeros)(V, C, dtype=sums, device=x.device) if need_dweight else None
     for n in range(0, N, rows):
         chunk = slice(n, min(n + rows, N))
-        one = chunk.stop - n == N  # the only chunk, of which no views are needed
+        one = chunk.stop - n == N  # the only chunk, so no views are needed
         x_n, targets_n, losses_n = (x, targets, losses) if one else (x[chunk], targets[chunk], losses[chunk])
         logits = buffer[: chunk.stop - n, :V]
         torch.mm(x_n, weight.t(), out=logits)
@@ -173,9 +180,9 @@ def linear_cross_entropy_fwd(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """-> loss; dx (N, C) and dweight (vocab_size, C) but for the upstream gradient and factor; factor (1,).
+    """-> loss; dx (N, C) and dweight (vocab_size, C), not yet multiplied by factor and upstream gradient; factor (1,).
 
-    None for a gradient that is not needed, and for both with "none".
+    None for a gradient that is not needed, and for both gradients with "none".
     """
     in_forward = reduction != "none"
     scale = torch.full((1,), _logits_scale(dtype, z_loss), dtype=statistics_dtype(dtype), device=x.device)
@@ -211,7 +218,10 @@ def linear_cross_entropy_scale(
     dx_dtype: torch.dtype,
     dweight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight (V', C) times dloss * factor / logits_scale -> (N, C) and (weight_rows, C), zeros beyond V'."""
+    """dx (N, C) and dweight (V', C) times dloss * factor / logits_scale -> (N, C) and (weight_rows, C).
+
+    Rows of the latter beyond V' are zeros.
+    """
     dx_out, dweight_out = _scale_fake(dloss, factor, dx, dweight, weight_rows, logits_scale, dx_dtype, dweight_dtype)
     sizes = (dx.numel(), dweight.numel(), dweight_out.numel())
     if sizes != (0, 0, 0):
@@ -221,7 +231,7 @@ def linear_cross_entropy_scale(
 
 @planned
 def _scale_plan(sizes: tuple[int, int, int], logits_scale: float, device: torch.device) -> Launch:
-    """sizes: of dx, dweight and dweight_out."""
+    """sizes: the numbers of elements of dx, dweight and dweight_out."""
     options = _tuning.config(_tuning.Key("scale_gradients"), device)
     dx_programs = _tuning.cdiv(sizes[0], options["BLOCK"])
     grid = (dx_programs + _tuning.cdiv(sizes[2], options["BLOCK"]),)
@@ -247,7 +257,7 @@ def linear_cross_entropy_bwd(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dlosses (N,) -> dx (N, C), dweight (V, C) for reduction "none"; None for one that is not needed."""
+    """For reduction "none": dlosses (N,) -> dx (N, C), dweight (V, C); None for each that is not needed."""
     _, dx, dweight = _losses_and_gradients(
         x, weight[:vocab_size], targets, dlosses, ignore_index, label_smoothing, z_loss,
         chunk_bytes, dtype, need_dx, need_dweight,
@@ -289,7 +299,7 @@ def _backward(ctx, dloss, *_):
 
 
 _scale = _op.op(linear_cross_entropy_scale, _scale_fake, toggle=TOGGLE)
-# Opaque: Inductor would write every chunk down, and make a copy of the buffer of logits for each.
+# Opaque, because Inductor would unroll the chunks and copy the buffer of logits for each.
 _bwd = _op.op(linear_cross_entropy_bwd, _bwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight"))
 _fwd = _op.op(
     linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight"), differentiable=1,
@@ -309,11 +319,12 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_bytes: int = 512 * 2**20,
 ) -> Tensor:
-    """Cross-entropy of `F.linear(x, weight)`: x (..., C), weight (V, C), targets (...) int64 -> scalar or (...), fp32.
+    """Cross-entropy of `F.linear(x, weight)`: x (..., C), weight (V, C), targets (...) int64 -> scalar or (...).
 
-    Negative targets are ignored, whatever ignore_index says. vocab_size: weight rows from there on are padding and take
-    no part. chunk_bytes: what the logits of one chunk of rows may take. Under autocast x and weight are cast as in
-    F.linear, and each gradient comes in the dtype of its tensor.
+    The loss is fp32 (fp64 for fp64 inputs). Negative targets are ignored, whatever ignore_index is.
+    reduction: "mean", "sum" or "none". vocab_size: weight rows from there on are padding and take no part. chunk_bytes:
+    the size of the buffer of logits. Under autocast x and weight are cast as in F.linear, and each gradient has the
+    dtype of its tensor. Raises TypeError for a wrong dtype, ValueError for an argument that is not allowed.
     """
     vocab_size = _check(x, weight, targets, reduction, label_smoothing, vocab_size, chunk_bytes)
     dtype = x.dtype if torch.float64 in (x.dtype, weight.dtype) else _op.autocast_dtype(x, x.dtype)
@@ -331,7 +342,7 @@ def linear_cross_entropy(
 
 @_op.check_once
 def _check(x, weight, targets, reduction, label_smoothing, vocab_size, chunk_bytes) -> int:
-    """Raises for what is not allowed; returns vocab_size."""
+    """Returns vocab_size. Raises TypeError or ValueError for an argument that is not allowed."""
     name, toggle = "linear_cross_entropy", f"(toggle: {TOGGLE}='torch')"
     _op.check_dtypes(name, TOGGLE, x=x, weight=weight)
     if targets.dtype != torch.int64:

@@ -1,4 +1,4 @@
-"""GPT-2's MLP as one autograd unit, which keeps its pre-activation and computes the activation again in backward.
+"""GPT-2's MLP as one autograd function, which saves the pre-activation and recomputes the activation in backward.
 
     pre = x fc_weight^T                       act = gelu(pre + fc_bias)
     out = act proj_weight^T + proj_bias
@@ -7,12 +7,12 @@
     dproj_weight = dout^T act                 dfc_weight = dpre^T x,                dx = dpre fc_weight
 
 Shapes: x (..., C), fc_weight (F, C), fc_bias (F,), proj_weight (C', F), proj_bias (C',), out (..., C'); F is 4 C in
-GPT-2. Kept for backward: x and pre. The activation, as large as pre, is not.
+GPT-2. Backward needs x and pre. The activation, which is as large as pre, is not saved.
 
-HBM traffic beside the matrix products, in bytes per element of pre at 2 bytes each: forward 4 (read pre, write act),
-1 launch; backward 8 (read pre and dact, write act and dpre over dact), 2 launches with the sums of dfc_bias.
-Numerics: those of gelu.py; the products are PyTorch's. Sources: gelu.py; recomputation after Chen et al. 2016
-(arXiv 1604.06174).
+HBM traffic besides the matrix products, in bytes per element of pre at 2 bytes each: forward 4 (read pre, write act) in
+1 launch; backward 8 (read pre and dact, write act, overwrite dact with dpre) in 2 launches, the second of which sums
+dfc_bias. Numerics: as in gelu.py; PyTorch computes the matrix products.
+Sources: gelu.py; recomputation, Chen et al. 2016 (arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .gelu import bias_gelu_reference, gelu_fwd, gelu_reference, launch_gelu_bwd
 def mlp_reference(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None = None
 ) -> Tensor:
-    """The truth for `mlp`: (..., C) -> (..., C')."""
+    """The reference for `mlp` in plain PyTorch: (..., C) -> (..., C')."""
     pre = F.linear(x, fc_weight)
     act = gelu_reference(pre) if fc_bias is None else bias_gelu_reference(pre, fc_bias)
     return F.linear(act, proj_weight, proj_bias)
@@ -56,10 +56,10 @@ def mlp_bwd(
     proj_weight: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """-> the gradients of x, fc_weight, fc_bias, proj_weight, proj_bias; None for one that is not needed."""
+    """-> the gradients of x, fc_weight, fc_bias, proj_weight and proj_bias; None for each that is not needed."""
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     dout = dout.reshape(-1, dout.shape[-1])  # (N, C')
-    dpre = torch.mm(dout, proj_weight)  # (N, F): dact, and dpre once the kernel has run
+    dpre = torch.mm(dout, proj_weight)  # (N, F): holds dact until the kernel overwrites it with dpre
     act = torch.empty_like(dpre) if need_proj_weight else None
     dfc_bias_dtype = fc_bias.dtype if fc_bias is not None and need_fc_bias else None
     dfc_bias = launch_gelu_bwd(dpre, pre, fc_bias, act, dpre, dfc_bias_dtype)
@@ -108,10 +108,10 @@ _mlp_fwd = _op.op(
 def mlp(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None = None
 ) -> Tensor:
-    """proj(gelu(fc(x))): (..., C) -> (..., C'), weights as in nn.Linear, (out, in).
+    """proj(gelu(fc(x))): (..., C) -> (..., C'). Weights are (out, in) as in nn.Linear.
 
-    Under autocast x and the weights are cast as F.linear casts them. Raises TypeError for an unsupported dtype,
-    ValueError for shapes that do not fit or dtypes of x and the weights that differ.
+    Under autocast x and the weights are cast as by F.linear. Raises TypeError for an unsupported dtype, ValueError for
+    shapes that do not fit, or if x and the weights have different dtypes outside autocast.
     """
     _check(x, fc_weight, fc_bias, proj_weight, proj_bias)
     if torch.is_autocast_enabled(x.device.type):

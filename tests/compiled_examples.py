@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastgpt2.bench.audit import asm
-from fastgpt2.bench.audit.compiled import AUDITED_ROWS, recording
+from fastgpt2.bench.audit.compiled import ROWS_TO_COMPILE, recording
 
 
 @triton.jit
@@ -91,11 +91,11 @@ def main(file: str) -> None:
         for name, (kernel, options) in examples.items():
             if architecture != "80" and name not in ("good", "dot", "plain_dot"):
                 continue
-            x = torch.empty(AUDITED_ROWS, 1024, dtype=torch.bfloat16)
+            x = torch.empty(ROWS_TO_COMPILE, 1024, dtype=torch.bfloat16)
             y = torch.empty(1024) if name == "atomic" else torch.empty_like(x)
             with recording(architecture) as launches:
-                kernel[(64,)](x, y, x.stride(0), AUDITED_ROWS, 1024, BLOCK=1024, num_warps=4, **options)
-            figures = dataclasses.asdict(launches[0].figures(AUDITED_ROWS))
+                kernel[(64,)](x, y, x.stride(0), ROWS_TO_COMPILE, 1024, BLOCK=1024, num_warps=4, **options)
+            figures = dataclasses.asdict(launches[0].figures(ROWS_TO_COMPILE))
             figures["vector_share"] = asm.vector_share(figures["widths"], {})
             results[f"{name} {architecture}"] = figures
     Path(file).write_text(json.dumps(results), encoding="utf-8")

@@ -17,6 +17,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+from fastgpt2.bench.audit.traffic import count_launches
 from fastgpt2.bench.timing.no_device import last_launch, launches, no_device, write_down
 from fastgpt2.kernels import _device, _frozen
 from fastgpt2.kernels._frozen import Launch, planned
@@ -172,6 +173,23 @@ def plain_road() -> dict:
     return dict(runs=found, launches=seen)
 
 
+def counted() -> dict:
+    """Launches counted by Triton's hook: every one, frozen ones too, beside a hook that was there before."""
+    x, seen = torch.empty(32), []
+    launch = Launch(_example_kernel, (1,), 1, 0, 2.0, EXTRA=None, BLOCK=32)
+    with no_device(), _hook("launch_enter_hook", seen.append):
+        with count_launches() as first:
+            launch(x, None, x)
+            launch(x, None, x)
+    knobs_left = len(vars(knobs.runtime)), len(getattr(knobs.runtime.launch_enter_hook, "calls", ()))
+    with no_device():
+        launch(x, None, x)
+        before = len(launch.frozen), launches()
+        launch(x, None, x)
+    frozen = len(launch.frozen) == before[0] == 1 and launches() == before[1] + 1
+    return dict(names=[entry.name for entry in first], others=len(seen), knobs_left=knobs_left, frozen=frozen)
+
+
 def _counting(run, runs):
     def counted(self, *args, **kwargs):
         runs.append(self)
@@ -181,10 +199,7 @@ def _counting(run, runs):
 
 
 @contextlib.contextmanager
-def _hook(name):
-    def hook(metadata):
-        pass
-
+def _hook(name, hook=lambda metadata: None):
     chain = getattr(knobs.runtime, name)
     if chain is None:  # Triton 3.4, where it is the one hook
         with _knob(knobs.runtime, name, hook):

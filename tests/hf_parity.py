@@ -9,6 +9,7 @@ import torch
 from hf_models import DEVICE, hf_gpt2
 from numerics import compare
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2 import hf
 
@@ -71,7 +72,24 @@ def same_as(
     assert not failures, "\n".join(failures)
 
 
+class Copies(TorchDispatchMode):
+    """Names of operators that write floating-point inputs elsewhere. (`copy_` is how Triton's interpreter works.)"""
+
+    NAMES = ("clone", "cat", "stack", "_to_copy", "constant_pad_nd", "repeat", "index", "gather")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.NAMES and result.is_floating_point():
+            self.found.append(function.overloadpacket.__name__)
+        return result
+
+
 def written(model: nn.Module, new: int = 4, **more: Any) -> Tensor:
     """Greedy ids after IDS."""
     model.eval()
-    return model.generate(IDS, max_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=True, **more)
+    settings = dict(max_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=True) | more
+    return model.generate(IDS, **settings)

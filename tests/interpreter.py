@@ -9,7 +9,7 @@
         y = op(zone(x))                  zone(x): a copy of x, same strides, between NaNs
     far_apart(x)                         a copy of x whose rows int32 offsets cannot tell apart
 
-The first two need TRITON_INTERPRET=1; on a GPU `count_launches` gives names and grids, no bytes.
+The first two need TRITON_INTERPRET=1; on a GPU `count_launches` gives names, neither grids nor bytes.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ BENCH_FOLDERS = {
     "audit": {"report", "cases"},
     "report": {"cases"},
     "verify": {"report", "cases"},
+    "hub": set(),
     "cases": set(),
 }
 # nanoGPT's and HuggingFace's interfaces are methods of the model, which import what they call when they are called.
@@ -94,6 +95,10 @@ def broken_rules(path: Path, root: Path = ROOT) -> list[str]:
             broken.append(f"{sorted(layers - allowed)} imported: only gpt2/ops.py opens the door to kernels/")
     elif layers - {"gpt2", "kernels", "bench"}:
         broken.append(f"bench/ imports {sorted(layers)}")
+    if "argparse" in roots or (
+        "tyro" in roots and path not in (root / "gpt2" / "options.py", root / "gpt2" / "command_line.py")
+    ):
+        broken.append("options are dataclasses that gpt2/command_line.py reads, with tyro")
     if late := {name.split(".")[0] for name in imports(path, False, False, root)} & LATE:
         broken.append(f"{late} must be imported inside the functions that need them")
     return broken
@@ -182,6 +187,8 @@ def write(root: Path, files: dict[str, str]) -> list[Path]:
         ("kernels/x.py", "from fastgpt2.kernels import gelu", "relative"),
         ("bench/sub/x.py", "from fastgpt2.tests import numerics", "tests"),
         ("bench/sub/x.py", "import transformers", "inside the functions"),
+        ("bench/sub/x.py", "def f():\n    import argparse", "options are dataclasses"),
+        ("gpt2/cli/x.py", "from tyro import cli", "options are dataclasses"),
     ],
 )
 def test_a_wrong_import_is_seen(tmp_path, name, text, said):

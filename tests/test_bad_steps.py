@@ -38,14 +38,15 @@ def worse(monkeypatch, steps, change):
     [
         (lambda loss: loss * math.nan, "step 25: the loss is nan"),
         (lambda loss: loss * math.inf, "step 25: the loss is inf"),
-        (lambda loss: loss + 50, r"step 25: the loss is \d+\.\d+, the mean of the 20 before it \d\.\d+"),
+        (lambda loss: loss + 50, r"step 25: the loss is \d+\.\d+, the 20 losses before it have mean \d\.\d+"),
     ],
     ids=["nan", "inf", "spike"],
 )
 def test_a_bad_step_stops_the_run_or_is_left_out(settings, monkeypatch, change, said):
     worse(monkeypatch, {25}, change)
     with pytest.raises(
-        FloatingPointError, match=f"{said}.*a lower lr, or go on without such steps: --resume RUN --bad-steps skip"
+        FloatingPointError,
+        match=f"{said}.*a lower lr, or resume and leave out such steps: --resume RUN --bad-steps skip",
     ):
         run(settings)
     result, log, console = run(settings, out=settings["out"] + "-skip", bad_steps="skip")
@@ -112,7 +113,7 @@ def test_a_spike_is_told_from_noise():
     for step in range(RECENT_STEPS):
         assert watch.problem(5.0 + step % 2, 1.0) is None
     assert watch.problem(10.4, 1.0) is None
-    assert "their standard deviation" in watch.problem(30.0, 1.0)
+    assert "and standard deviation" in watch.problem(30.0, 1.0)
     again = LossWatch(spike=10.0)
     again.load_state_dict(watch.state_dict())
     assert again.recent == watch.recent and again.problem(30.0, 1.0) is not None
@@ -131,7 +132,7 @@ def test_a_resumed_run_knows_the_losses_before(settings, monkeypatch):
         patch.setattr(Trainer, "step", stopping)
         result, *_ = run(settings)
     worse(monkeypatch, {25}, lambda loss: loss + 50)
-    with pytest.raises(FloatingPointError, match="step 25: .*the mean of the 20 before it"):
+    with pytest.raises(FloatingPointError, match="step 25: .*the 20 losses before it have mean"):
         finish(None, resume=result.folder)
 
 

@@ -155,7 +155,7 @@ def test_what_was_slower_is_known_by_road(tmp_path):
 def test_auto_is_pytorch_where_triton_was_slower(monkeypatch, road):
     def kernels() -> dict[str, ops.Kernels]:
         found = {"launched": ops.kernels_for("auto", GPU)}
-        with ops.graph_road():
+        with ops.launched_by_graph():
             found["graph"] = ops.kernels_for("auto", GPU)
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench.cases import peers
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases import peers, registry
+from fastgpt2.bench.cases.registry import operations, sized_cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import ops, peaks, timing
 from fastgpt2.bench.verify import gate
@@ -27,7 +27,7 @@ SMALL = ops.Scope(shapes=((16, 64),), tokens=32, dtype=torch.float32, compiled=F
 def small(monkeypatch):
     """Small shapes, a small vocabulary, known peaks, verify green."""
     monkeypatch.setattr(ops.Scope, "of", classmethod(lambda cls, device, quick: SMALL))
-    monkeypatch.setattr(cases, "VOCABULARY", 96)
+    monkeypatch.setattr(registry, "VOCABULARY", 96)
     monkeypatch.setattr(peaks, "copy_bytes_per_s", lambda device: 1e9)
     monkeypatch.setattr(peaks, "matmul_flops_per_s", lambda device, dtype: 1e12)
     monkeypatch.setattr(gate, "verified", lambda device: True)
@@ -42,10 +42,10 @@ def run(folder, *more) -> Results:
 def test_every_op_has_rows_in_every_direction(tmp_path, capsys):
     results = run(tmp_path)
     found = {(row["op"], row["direction"]) for row in results.rows if row["label"] == ops.PYTORCH}
-    listed = list(cases.sized_cases(16, 64, torch.float32))
+    listed = list(sized_cases(16, 64, torch.float32))
     without = {case.op for case in listed if case.backward_bytes is None}
-    assert {case.op for case in listed} == set(cases.operations())
-    every = {(op, d) for op in cases.operations() for d in ops.DIRECTIONS if op not in without or d == "forward"}
+    assert {case.op for case in listed} == set(operations())
+    every = {(op, d) for op in operations() for d in ops.DIRECTIONS if op not in without or d == "forward"}
     assert found == every and without == {"adamw", "decode_attention", "decode_linear"}
     out = capsys.readouterr().out
     assert all(row["name"].split(" ")[0] in out for row in results.rows)
@@ -72,7 +72,7 @@ def test_compiled_code_is_timed_in_every_direction(tmp_path, monkeypatch):
 
 
 def test_figures_follow_from_the_case(tmp_path):
-    (case,) = (c for c in cases.sized_cases(16, 64, torch.float32, 32) if c.op == "mlp")
+    (case,) = (c for c in sized_cases(16, 64, torch.float32, 32) if c.op == "mlp")
     rows = {row["direction"]: row for row in run(tmp_path, "--op", "mlp").rows}
     both = rows["both"]
     seconds = both["time_ms"]["median"] * 1e-3
@@ -84,7 +84,7 @@ def test_figures_follow_from_the_case(tmp_path):
 
 def test_products_that_nobody_can_tell_apart_have_no_rate():
     """Our loss makes gradients in the forward, others in the backward: only both together compare."""
-    (case,) = (c for c in cases.sized_cases(16, 64, torch.float32) if c.op == "linear_cross_entropy")
+    (case,) = (c for c in sized_cases(16, 64, torch.float32) if c.op == "linear_cross_entropy")
     assert [case.work(d)[1] for d in ops.DIRECTIONS] == [0, 0, 6 * 16 * 64 * 96]
 
 
@@ -138,7 +138,7 @@ def test_shapes_can_be_chosen(tmp_path):
 @pytest.mark.parametrize("again", [True, False])
 def test_backward_can_be_timed_again(again, device):
     """Ours keeps what it saved when asked to, and gives the same gradients."""
-    for case in cases.sized_cases(16, 64, torch.float32):
+    for case in sized_cases(16, 64, torch.float32):
         if case.backward_bytes is not None:
             inputs = case.inputs(device)
             outputs = case.forward(inputs)

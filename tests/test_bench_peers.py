@@ -13,14 +13,14 @@ import torch.nn.functional as F
 
 from fastgpt2.bench import __main__ as bench
 from fastgpt2.bench.cases import peers
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.registry import operations, sized_cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import ops, peaks, timing
 from fastgpt2.bench.verify import gate
 from fastgpt2.kernels import _device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-CASES = {case.op: case for case in cases.sized_cases(16, 64, torch.float32, 32, V=96)}
+CASES = {case.op: case for case in sized_cases(16, 64, torch.float32, 32, V=96)}
 
 
 def attend(q, k, v, causal):
@@ -80,7 +80,7 @@ def test_a_peer_gets_our_inputs(monkeypatch, label, op, module, function, comput
 
 def test_every_peer_is_of_an_op():
     for peer in peers.PEERS.values():
-        assert peer.module and peer.package and set(peer.makers) <= set(cases.operations())
+        assert peer.module and peer.package and set(peer.makers) <= set(operations())
 
 
 def test_every_stub_is_of_a_peer():
@@ -157,7 +157,7 @@ def test_a_peer_for_other_gpus_says_what_it_needs(monkeypatch):
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(peers, "installed", lambda module: module == "torch")
-    for op in cases.operations():
+    for op in operations():
         found, missing = peers.peers(op, GPU if op != "causal_attention" else CPU)
         for label, peer in peers.PEERS.items():
             if op in peer.makers and peer.module != "torch":

@@ -58,7 +58,7 @@ def test_the_machine_and_what_was_left_out_are_there(report):
 
 def test_a_busy_machine_is_told(capsys, report):
     tables.show(bench_results.train_results())
-    assert "busy (load 6.5)" in capsys.readouterr().out and "6.5 (a calm machine" in report[0]
+    assert "busy (load 6.5)" in capsys.readouterr().out and "6.5 (an idle machine" in report[0]
     results = bench_results.train_results()
     results.machine = results.machine | dict(load=0.3)
     tables.show(results)
@@ -194,7 +194,7 @@ def test_the_status_says_whether_something_became_slower(tmp_path, capsys, facto
 
 
 def test_a_change_is_the_ratio_with_its_noise():
-    changes, lost, missing = differences.compare(changed(1.0), changed(1.5))
+    changes, lost, missing = differences.list_changes(changed(1.0), changed(1.5))
     assert not missing and not lost and changes[0].ratio == pytest.approx(1.5) and changes[0].verdict == "slower"
     assert changes[0].low == pytest.approx(1.5 * 0.97 / 1.04) and changes[0].high == pytest.approx(1.5 * 1.04 / 0.97)
     assert {c.verdict for c in changes[1:]} == {"same"}
@@ -205,7 +205,7 @@ def test_what_cannot_be_compared_is_listed():
     gone, new = b.rows.pop(3)["name"], copy.deepcopy(b.rows[0])
     b.rows.append({**new, "name": "new"})
     a.rows[2]["time_ms"] = None
-    _, lost, missing = differences.compare(a, b)
+    _, lost, missing = differences.list_changes(a, b)
     assert missing == [f"{gone}: only in A", "new: only in B", f"{a.rows[2]['name']}: no time in A"] and not lost
 
 
@@ -236,13 +236,13 @@ def test_other_machines_and_versions_are_named(tmp_path, capsys):
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
     ops, train = bench_results.ops_results(), bench_results.train_results()
     with pytest.raises(ValueError, match="kinds 'ops' and 'train'"):
-        differences.compare(ops, train)
+        differences.list_changes(ops, train)
     other = bench_results.ops_results()
     other.rows = []
     with pytest.raises(ValueError, match="no timed row in common"):
-        differences.compare(ops, other)
+        differences.list_changes(ops, other)
     with pytest.raises(ValueError, match="--threshold is -1"):
-        differences.compare(ops, ops, -1)
+        differences.list_changes(ops, ops, -1)
     with pytest.raises(ValueError, match="leave the others out"):
         bench.main(["report", "x.json", "--compare", "a.json", "b.json"])
 

@@ -111,13 +111,14 @@ def test_every_variant_computes_the_same_gradient(nanogpt, device):
         torch.testing.assert_close(gradient, first, rtol=1e-3, atol=1e-6)
 
 
-def test_naive_attention_is_naive(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+def test_naive_attention_is_naive_and_trains_the_same_parameters(monkeypatch):
     model = GPT(config.GPTConfig(**TINY))
-    with variants.naive_attention(True):
-        model(torch.zeros(1, 4, dtype=torch.int64))
+    naive = variants.with_naive_attention(model)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    naive(torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(TypeError, match="not callable"):
         model(torch.zeros(1, 4, dtype=torch.int64))
+    assert {id(p) for p in naive.parameters()} == {id(p) for p in model.parameters()}
 
 
 # --------------------------------------------------------------------------------------------------------- a run
@@ -175,7 +176,7 @@ def test_a_wrong_variant_stops_everything(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "triu", lambda self, diagonal: torch.zeros_like(self))
     assert run(tmp_path) == 1
     out, err = capsys.readouterr()
-    assert "red: PyTorch, naive attention" in err and "tokens/s" not in out and not list(tmp_path.iterdir())
+    assert "failed: PyTorch, naive attention" in err and "tokens/s" not in out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("green", [True, False, "a kernel that does not compile"])
@@ -194,7 +195,7 @@ def test_on_a_gpu_verify_runs_in_this_process(green, capsys, monkeypatch):
     assert gate.verified(torch.device("cuda")) is (green is True)
     gate.verified.cache_clear()
     out, err = capsys.readouterr()
-    assert "verify: the verdict" in out if green is True else "a table" in err and "red" in err
+    assert "verify: the verdict" in out if green is True else "a table" in err and "failed, so" in err
     assert green not in ("a kernel that does not compile",) or green in err
 
 
@@ -206,7 +207,12 @@ def test_a_red_verify_prints_no_numbers(tmp_path, capsys, monkeypatch):
     assert bench.main(["train", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
     gate.verified.cache_clear()
     out, err = capsys.readouterr()
-    assert "red" in err and "2.7 in red" in err and "tokens" not in out and not list(tmp_path.iterdir())
+    assert (
+        "failed, so nothing is measured" in err
+        and "2.7 in red" in err
+        and "tokens" not in out
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_memory_that_ends_is_a_row(tmp_path, monkeypatch):
@@ -330,10 +336,11 @@ def test_mistakes_are_named(tmp_path, args, message):
 
 def test_without_a_command_a_quick_set_and_a_report_run(monkeypatch):
     ran = []
+    monkeypatch.setattr(bench.pace, "default_lines", lambda device: bench.pace.COMPLETE)
     for module in bench.COMMANDS:
         monkeypatch.setattr(module, "main", lambda options: ran.append(options) or 0)
     assert bench.main([]) == 0
-    assert len(ran) == len(bench.DEFAULT) and all(options.quick for options in ran[:-1])
+    assert len(ran) == len(bench.pace.COMPLETE) and all(options.quick for options in ran[:-1])
     ran.clear()
     monkeypatch.setattr(bench.COMMANDS[0], "main", lambda options: ran.append(options) or 3)
     assert bench.main([]) == 3 and len(ran) == 1, "a red one stops the rest"

@@ -11,11 +11,11 @@ from numerics import compare
 import fastgpt2.kernels.gelu
 from fastgpt2.bench.cases.call import Call
 from fastgpt2.bench.cases.description import Description, Size, Sizes
-from fastgpt2.bench.cases.registry import DESCRIPTIONS, cases
+from fastgpt2.bench.cases.registry import DESCRIPTIONS, all_cases
 from fastgpt2.gpt2.ops import Kernels
 
 ROWS = 64
-SMALL = [case for case in cases(ROWS) if case.dtype == torch.float32]
+SMALL = [case for case in all_cases(ROWS) if case.dtype == torch.float32]
 KERNELS = Path(fastgpt2.kernels.gelu.__file__).parent
 TESTS = Path(__file__).parent
 
@@ -80,7 +80,7 @@ def test_what_is_missing_is_named():
 
 
 def test_names_are_unique():
-    names = [case.name for case in cases()]
+    names = [case.name for case in all_cases()]
     assert len(set(names)) == len(names)
 
 

@@ -301,5 +301,5 @@ def test_the_log_goes_back_to_the_checkpoint(tmp_path):
         read_log(tmp_path / "log.jsonl")
     for line in ('{"loss": 2.0}', "[1]", '{"step": "1"}'):
         (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
-        with pytest.raises(ValueError, match="log.jsonl, line 2 is no record of a step"):
+        with pytest.raises(ValueError, match="log.jsonl, line 2 is not the record of a step"):
             read_log(tmp_path / "log.jsonl")

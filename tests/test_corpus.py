@@ -16,7 +16,7 @@ from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokeni
 def test_text_is_encoded_and_split(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 100)
     corpus = load_corpus(str(tmp_path), "char", 0.1, block_size=8)
-    assert isinstance(corpus.tokenizer, CharTokenizer) and corpus.documents == 1
+    assert isinstance(corpus.tokenizer, CharTokenizer) and corpus.n_documents == 1
     assert (len(corpus.train), len(corpus.val)) == (270, 30) and set(corpus.train) == {1, 2, 3}
     assert load_corpus(None, "byte", 0.1, block_size=8).prompt == "def "
 
@@ -40,7 +40,7 @@ def test_shards_without_a_tokenizer_need_its_name(tmp_path, monkeypatch):
     vocabulary = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + 50256))))
     monkeypatch.setattr(tokenizers, "gpt2", lambda: vocabulary)
     corpus = load_corpus(str(tmp_path), "gpt2", 0.1, block_size=8)
-    assert corpus.tokenizer is vocabulary and corpus.documents is None
+    assert corpus.tokenizer is vocabulary and corpus.n_documents is None
     assert (corpus.train[:] == TOKENS).all() and (corpus.val[:] == TOKENS[:100]).all()
 
 

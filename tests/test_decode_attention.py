@@ -202,6 +202,46 @@ def test_strided_cache(device, strided):
     assert int((storage != before).sum()) == 2 * 3 * 2 * 16
 
 
+@pytest.mark.parametrize("n_splits", (1, 9))
+@pytest.mark.parametrize("begin", (None, (0, 3, 70)), ids=["from-0", "later"])
+def test_keys_and_values_in_two_tensors_and_rows_that_begin_later(device, begin, n_splits):
+    """As another library's cache has them: read and written where they lie, and nothing before a row's beginning."""
+    qkv, cache = token_and_cache(3, 2, 150, 16, torch.float32, device)
+    lengths = lengths_of(149, 3, 80, device=device)
+    starts = None if begin is None else lengths_of(*begin, device=device)
+    cache = unfilled(cache, lengths)
+    if starts is not None:
+        before = torch.arange(150, device=device) < starts[:, None]
+        cache = cache.masked_fill(before[:, None, :, None], torch.nan)
+    pair = tuple(half.transpose(1, 2).contiguous().transpose(1, 2) for half in cache)  # time first
+    truth = decode_attention_reference(
+        qkv.double(), tuple(half.double().nan_to_num() for half in pair), lengths, 2, starts=starts
+    )
+    with splits(n_splits):
+        ours = decode_attention(qkv, pair, lengths, 2, starts=starts)
+        joined = decode_attention(qkv, cache, lengths, 2, starts=starts)
+    torch.testing.assert_close(ours.double(), truth, atol=2e-6, rtol=2e-6)
+    assert torch.equal(ours, joined)
+    for half, other in zip(pair, cache, strict=True):
+        torch.testing.assert_close(half, other, atol=0, rtol=0, equal_nan=True)
+    if starts is not None:  # the row without its beginning is the row
+        short = cache[:, 2:, :, 70:].contiguous()
+        with splits(n_splits):
+            alone = decode_attention(qkv[2:], short, lengths_of(10, device=device), 2)
+        torch.testing.assert_close(ours[2:], alone)
+
+
+def test_no_tokens_beyond_the_room_of_a_row_that_begins_later(device):
+    """A length out of range with a start: what lies behind the row, of other rows, is neither read nor written."""
+    qkv, cache = token_and_cache(2, 1, 8, 16, torch.float32, device)
+    starts = lengths_of(5, 0, device=device)
+    expected = decode_attention(qkv, cache.clone(), lengths_of(8, 7, device=device), 1, starts=starts)
+    kept = cache.clone()
+    kept[:, 1] = torch.nan
+    out = decode_attention(qkv, kept, lengths_of(11, 7, device=device), 1, starts=starts)
+    assert torch.equal(out[0], expected[0]) and torch.equal(kept[:, 0], cache[:, 0])
+
+
 @interpreted
 @pytest.mark.parametrize("what", ("qkv", "rows", "heads", "tokens"))
 def test_offsets_have_64_bits(device, what):
@@ -239,6 +279,7 @@ def test_a_short_cache_is_not_split(device):
         assert len(log) == launches
 
 
+@interpreted
 def test_launches(device):
     """One where one split does, else two, and the grid follows from shapes alone."""
     qkv, cache = token_and_cache(2, 3, 200, 16, torch.float16, device)

@@ -198,6 +198,7 @@ def test_offsets_have_64_bits(device, what):
     assert torch.equal(decode_linear(**{**tensors, what: far_apart(tensors[what])}), expected)
 
 
+@interpreted
 def test_one_launch_for_every_number_of_rows(device):
     for M, N, programs in ((1, 70, (18, 1)), (1, 9, (3, 1)), (16, 70, (3, 1)), (32, 70, (3, 1)), (70, 16, (2, 3))):
         tensors, gelu = inputs_of(M, 24, N, PARTS["all"], torch.float32, device)

@@ -16,7 +16,10 @@ def test_opcheck(device, multiprocessors):
     qkv, cache = token_and_cache(2, 2, 270, 16, torch.float32, device)
     lengths = lengths_of(3, 69, device=device)
     with mock.patch.object(_device, "sm_count", lambda device: multiprocessors):
-        torch.library.opcheck(torch.ops.fastgpt2.decode_attention_fwd.default, (qkv, cache, lengths, 2, 0.25))
+        for caches, starts in (((cache, None), None), (tuple(cache.clone()), lengths_of(0, 5, device=device))):
+            keys, values = caches
+            arguments = (qkv, keys, values, lengths, starts, 2, 0.25)
+            torch.library.opcheck(torch.ops.fastgpt2.decode_attention_fwd.default, arguments)
 
 
 def test_compiled_whole(device):
@@ -76,6 +79,9 @@ def test_gradients_are_refused_where_they_would_be_lost(device):
             decode_attention(*inputs, lengths, 1)
         with torch.no_grad():
             assert torch.equal(decode_attention(*inputs, lengths, 1), expected)
+    keys, values = cache.clone()
+    with pytest.raises(ValueError, match="cache is a tensor that requires grad"):
+        decode_attention(qkv, (keys, values.requires_grad_()), lengths, 1)
     with torch.inference_mode():
         for own in (cache, cache.clone()):
             assert torch.equal(decode_attention(qkv, own, lengths, 1), expected)
@@ -86,6 +92,11 @@ def test_autograd_notices_the_written_cache(device):
     weight = torch.ones((), device=device, requires_grad=True)
     kept = (cache * weight).sum()
     decode_attention(qkv, cache, lengths_of(2, device=device), 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    keys, values = cache.clone(), cache[1].clone()
+    kept = (values * weight).sum()
+    decode_attention(qkv, (keys[0], values), lengths_of(2, device=device), 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
 
@@ -114,6 +125,19 @@ def test_autograd_notices_the_written_cache(device):
         (dict(cache=lambda zeros: zeros(2, 2, 2, 16, 5).mT), "cache is of strides .* contiguous last dimension"),
         (dict(lengths=lambda zeros: zeros(2).long()), r"lengths is torch.int64 \(2,\) on .*, allowed is torch.int32"),
         (dict(lengths=lambda zeros: zeros(1).int()), r"lengths is torch.int32 \(1,\)"),
+        (dict(starts=lambda zeros: zeros(2).long()), r"starts is torch.int64 \(2,\) on .*, allowed is torch.int32"),
+        (
+            dict(cache=lambda zeros: (zeros(2, 2, 2, 5, 16), zeros(2, 2, 2, 5, 16))),
+            r"cache is torch.float32 \(2, 2, 2, 5, 16\) on .*, allowed is torch.float32 \(2, 2, S, 16\)",
+        ),
+        (
+            dict(cache=lambda zeros: (zeros(2, 2, 5, 16), zeros(2, 2, 6, 16))),
+            r"cache is keys and values torch.float32 \(2, 2, 6, 16\) on .*, allowed is values as keys",
+        ),
+        (
+            dict(cache=lambda zeros: (zeros(2, 2, 5, 16), zeros(2, 5, 2, 16).transpose(1, 2))),
+            "cache is of strides .* and .*, allowed is the same strides for keys and values",
+        ),
     ],
 )
 def test_refused(device, arguments, message):
@@ -135,5 +159,5 @@ def test_operator_is_the_launcher(device):
     qkv, cache = token_and_cache(1, 2, 70, 16, torch.float32, device)
     lengths = lengths_of(50, device=device)
     eager = decode_attention(qkv, cache.clone(), lengths, 2, scale=0.25)
-    assert torch.equal(torch.ops.fastgpt2.decode_attention_fwd(qkv, cache.clone(), lengths, 2, 0.25), eager)
-    assert torch.equal(decode_attention_fwd(qkv, cache.clone(), lengths, 2, 0.25), eager)
+    assert torch.equal(torch.ops.fastgpt2.decode_attention_fwd(qkv, cache.clone(), None, lengths, None, 2, 0.25), eager)
+    assert torch.equal(decode_attention_fwd(qkv, cache.clone(), None, lengths, None, 2, 0.25), eager)

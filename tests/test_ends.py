@@ -135,7 +135,7 @@ def test_what_a_text_has_learned_does_not_steer_a_terminal(folder, monkeypatch):
     assert output.visible(wild, io.StringIO()) == wild
     assert output.visible(wild, Terminal()) == "a\\x1b[2J\\x07\\x9b1m\tb\nc"
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: wild)
-    monkeypatch.setattr(ByteTokenizer, "detokenizer", lambda self: lambda ids, final: "" if final else wild)
+    monkeypatch.setattr(ByteTokenizer, "detokenizer", lambda self, prompt: lambda ids, final: "" if final else wild)
     arguments = ["sample", "--checkpoint", str(folder), "--prompt", "\x1bc", "--max-new-tokens", "2"]
     for form in ([], ["--stream"]):
         for stream, there in ((Terminal(), False), (io.StringIO(), True)):

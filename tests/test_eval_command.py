@@ -11,8 +11,8 @@ from tiny_models import tiny
 
 from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.data import shards
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.data.windows import eval_batches, read_text
 from fastgpt2.gpt2.evaluation.evaluate import mean_loss, text_loss
 from fastgpt2.gpt2.evaluation.hellaswag import hellaswag, read_examples
 
@@ -43,11 +43,11 @@ def test_all_of_it_at_once(tmp_path, capsys, model, checkpoint, prepared, file):
     assert cli.main(["eval", "--checkpoint", checkpoint, "--batch-size", "2", "--tokens", "64", *options]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    windows = data.evenly(shards.open_tokens(prepared, "val"), test_evaluate.T, 2, 4)
+    windows = eval_batches(shards.open_tokens(prepared, "val"), test_evaluate.T, 2, 4)
     loss = mean_loss(model, windows, test_evaluate.CPU)
     assert found["checkpoint"] == checkpoint
     assert found["val"] == {"tokens": 64, "loss": pytest.approx(loss)}
-    text = data.read_text(tmp_path / "text.txt")
+    text = read_text(tmp_path / "text.txt")
     expected = text_loss(model, test_evaluate.BPE, text, stride=4, device=test_evaluate.CPU)
     assert found["text"] == pytest.approx(vars(expected))
     score = hellaswag(model, test_evaluate.BPE, read_examples(file), device=test_evaluate.CPU)
@@ -55,7 +55,10 @@ def test_all_of_it_at_once(tmp_path, capsys, model, checkpoint, prepared, file):
     assert [line.split()[0] for line in lines] == ["data", "text", "hellaswag"]
     assert f"val loss {loss:.4f} nats a token, 64 tokens" in lines[0]
     assert f"perplexity {expected.perplexity:.2f}, {expected.bits_per_byte:.4f} bits a byte" in lines[1]
-    assert f"acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f};" in lines[2] and "3 examples" in lines[2]
+    harness, nanogpt = lines[2].split("; ")[:2]
+    assert "EleutherAI's harness: " in harness and "build-nanogpt: " in nanogpt and "3 examples" in lines[2]
+    assert f"acc_norm {score.harness_acc_norm:.4f}, acc_bytes {score.harness_acc_bytes:.4f}" in harness
+    assert f"acc {score.nanogpt_acc:.4f}, acc_norm {score.nanogpt_acc_norm:.4f}" in nanogpt
 
 
 def test_a_limit_takes_the_first_examples(capsys, checkpoint, file):

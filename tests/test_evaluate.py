@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt2.gpt2.data.windows import Text, strided
 from fastgpt2.gpt2.evaluation.evaluate import continuation_loss, mean_loss, text_loss, total_loss
 from fastgpt2.gpt2.model import GPT
 
@@ -49,7 +49,7 @@ def nats(model, tokens) -> list[float]:
 def test_strided_windows_predict_every_token_once(length, block_size, draw):
     stride, batch_size = draw.draw(st.integers(1, block_size)), draw.draw(st.integers(1, 4))
     found = []
-    for idx, targets in data.strided(np.arange(length), block_size, stride, batch_size):
+    for idx, targets in strided(np.arange(length), block_size, stride, batch_size):
         assert len(idx) <= batch_size and idx.shape[1] == min(block_size, length - 1)
         kept = targets >= 0
         assert (targets[kept] == idx[kept] + 1).all() and kept.any(1).all()
@@ -62,9 +62,9 @@ def test_strided_windows_predict_every_token_once(length, block_size, draw):
 @pytest.mark.parametrize("stride", [0, 9])
 def test_strides_out_of_range_are_refused(stride):
     with pytest.raises(ValueError, match=f"stride is {stride}, allowed are 1..8"):
-        list(data.strided(np.arange(100), 8, stride, 1))
+        list(strided(np.arange(100), 8, stride, 1))
     with pytest.raises(ValueError, match="has 1 tokens"):
-        list(data.strided(np.arange(1), 8, 8, 1))
+        list(strided(np.arange(1), 8, 8, 1))
 
 
 # -------------------------------------------------------------------------------------------------------- losses
@@ -83,7 +83,7 @@ def test_losses_are_weighed_by_their_tokens(model):
 
 @pytest.mark.parametrize("tokenizer", [BPE, ByteTokenizer()], ids=["bpe", "byte"])
 def test_the_loss_of_a_text_is_that_of_each_token_in_turn(model, tokenizer):
-    text = data.Text("two", ["the theatre, then", "another thing: é"])
+    text = Text("two", ["the theatre, then", "another thing: é"])
     tokens = [
         t
         for document in text.documents

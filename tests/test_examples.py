@@ -4,6 +4,7 @@ import ast
 import contextlib
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def losses(name: str, capsys) -> list[float]:
 
 
 def test_a_loop_of_twenty_lines_learns(capsys):
-    no_gpu = pytest.warns(UserWarning, match="the step runs without CUDA graphs, as before: the model is on cpu")
+    no_gpu = pytest.warns(UserWarning, match="the step runs without CUDA graphs: the model is on cpu")
     with contextlib.nullcontext() if torch.cuda.is_available() else no_gpu:
         found = losses("own_loop.py", capsys)
     assert len(found) == 5 and found[-1] < found[0] - 0.2
@@ -38,6 +39,26 @@ def test_accelerate_learns(capsys, tmp_path, monkeypatch):
         state.AcceleratorState._reset_state(reset_partial_state=True)
     assert len(found) == 5 and found[-1] < found[0] - 0.2
     assert GPT.from_pretrained(tmp_path / "own_gpt").config.n_layer == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # accelerate's and transformers' own
+def test_the_trainer_saves_and_goes_on(tmp_path, monkeypatch):
+    """From a checkpoint in the middle to the same weights as without a break."""
+    state = pytest.importorskip("accelerate.state")
+    monkeypatch.chdir(tmp_path)
+    code = (EXAMPLES / "hf_trainer.py").read_text()
+    assert "save_strategy" not in code and code.count("max_steps=100") == 1
+    code = code.replace("max_steps=100", "max_steps=6, save_steps=3")
+    weights = []
+    try:
+        for _ in range(2):
+            exec(code, {"__name__": "__main__"})
+            weights.append(GPT.from_pretrained("own_gpt").state_dict())
+            shutil.rmtree("hf_trainer/checkpoint-6")
+            assert [path.name for path in Path("hf_trainer").glob("checkpoint-*")] == ["checkpoint-3"]
+    finally:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

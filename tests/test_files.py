@@ -135,7 +135,7 @@ def test_two_preparations_of_one_folder_are_one(tmp_path, holder):
         with pytest.raises(BlockingIOError, match="out is in use by process"):
             prepare(source, tmp_path / "out", "byte", processes=1)
 
-    assert prepare(source, tmp_path / "out", "byte", processes=1, report=meanwhile).documents == 1
+    assert prepare(source, tmp_path / "out", "byte", processes=1, report=meanwhile).n_documents == 1
 
 
 def test_the_command_says_who_uses_the_folder(tmp_path, capsys):

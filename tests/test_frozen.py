@@ -42,6 +42,12 @@ def test_who_watches_gets_tritons_own_way():
     assert set(result["launches"]) == {3}
 
 
+def test_counting_sees_every_launch_and_leaves_nothing_behind():
+    """A hook that stayed would keep launches from being frozen."""
+    expected = dict(names=["_example_kernel"] * 2, others=2, knobs_left=[0, 0], frozen=True)
+    assert found("counted") == expected
+
+
 def test_another_triton_launches_by_itself():
     assert found("another_triton") == dict(frozen=0, untried=True, launches=3)
 

@@ -172,7 +172,7 @@ def test_forwards_before_their_backward(device, replays):
     model(*pairs[0])  # nobody keeps its loss: nothing is awaited
     model.zero_grad()
     first = model(*pairs[0])[1]
-    with pytest.warns(UserWarning, match="the backward of the step before is still to come"):
+    with pytest.warns(UserWarning, match="the previous step still needs its backward"):
         second = model(*pairs[1])[1]
     (first + 2 * second).backward()
     (plain(*pairs[0])[1] + 2 * plain(*pairs[1])[1]).backward()

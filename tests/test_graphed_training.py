@@ -17,9 +17,9 @@ from fastgpt2 import GPT, GPTConfig, graphed
 from fastgpt2.bench.cases.variants import GRAPH, LAUNCHED, Family, Variant
 from fastgpt2.bench.timing.steps import Setting
 from fastgpt2.gpt2 import ops
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import load_corpus
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer
+from fastgpt2.gpt2.data.windows import encode, split
 from fastgpt2.gpt2.training import step_graphs
 from fastgpt2.gpt2.training.graphed import graphs_of, release
 from fastgpt2.gpt2.training.train import TrainConfig, Trainer
@@ -35,8 +35,8 @@ def trainer(folder, device, **more) -> Trainer:
     config = TrainConfig(**settings)
     if config.document_mask:  # of a tokenizer with an end of text
         tokenizer = BPETokenizer({bytes([b]): b for b in range(256)} | {b"th": 256})
-        tokens = data.encode([(f"the {i}" * (i % 5), True) for i in range(300)], tokenizer)
-        parts = tokenizer, *data.split(tokens, 0.1, config.block_size)
+        tokens = encode([(f"the {i}" * (i % 5), True) for i in range(300)], tokenizer)
+        parts = tokenizer, *split(tokens, 0.1, config.block_size)
     else:
         corpus = load_corpus(config.data, config.tokenizer, config.val_fraction, config.block_size)
         parts = corpus.tokenizer, corpus.train, corpus.val
@@ -94,9 +94,7 @@ def test_a_capture_that_fails(tmp_path, device, replays, monkeypatch, cuda_graph
         with pytest.raises(RuntimeError, match="not permitted"):
             run.step(1)
         return
-    with pytest.warns(
-        UserWarning, match="without CUDA graphs, as before: nothing was captured: operation not permitted"
-    ):
+    with pytest.warns(UserWarning, match="without CUDA graphs: nothing was captured: operation not permitted"):
         assert run.step(1).loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -111,9 +109,9 @@ def test_who_captures(other):
 
 
 def test_what_cannot_be_captured_is_refused_where_it_is_asked_for():
-    with pytest.raises(ValueError, match="cuda_graph is 'on' and device is 'cpu', allowed is a GPU"):
+    with pytest.raises(ValueError, match="cuda_graph is 'on' and device is 'cpu', allowed is a CUDA device"):
         TrainConfig(device="cpu", cuda_graph="on").as_cuda_graph(1)
-    with pytest.raises(ValueError, match="cuda_graph is 'on' and parallel 'fsdp' on 8 ranks, allowed is 'ddp'"):
+    with pytest.raises(ValueError, match="cuda_graph is 'on' and parallel is 'fsdp' on 8 ranks, allowed is 'ddp'"):
         TrainConfig(device="cuda", cuda_graph="on", parallel="fsdp").as_cuda_graph(8)
 
 
@@ -130,18 +128,22 @@ def test_any_number_of_documents_is_replayed(device, replays, kernels):
     graphed(model, idx, targets, starts[0])
     found = []
     for m in (model, plain):
-        for documents in starts:
+        for document_starts in starts:
             m.zero_grad()
-            _, loss = m(idx, targets, documents=documents)
+            _, loss = m(idx, targets, document_starts=document_starts)
             loss.backward()
             found += [loss, m.transformer.wpe.weight.grad]
     torch.testing.assert_close(found[: len(found) // 2], found[len(found) // 2 :])
     assert len(replays) == len(starts) and len({loss.item() for loss in found[::2]}) > 2
     model(idx, targets)  # without documents another graph would be needed
     assert len(replays) == len(starts)
+    with pytest.warns(DeprecationWarning, match="documents is now document_starts"):
+        graphed(model, idx, targets, documents=starts[0])
+    model(idx, targets, documents=starts[1])[1].backward()
+    assert len(replays) == len(starts) + 1
     if device.type == "cpu":
         with pytest.raises(ValueError, match="expected to rise from 0 to 16"):
-            model(idx, targets, documents=starts[0][:-1])
+            model(idx, targets, document_starts=starts[0][:-1])
 
 
 @pytest.mark.parametrize("in_place", [False, True])

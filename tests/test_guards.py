@@ -17,8 +17,9 @@ from interpreter import BackwardToo, far_apart, grid_order, red_zones
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt2.bench.cases import registry as cases
 from fastgpt2.bench.cases.call import Call
+from fastgpt2.bench.cases.case import Case
+from fastgpt2.bench.cases.registry import all_cases
 from fastgpt2.kernels._cross_entropy import cross_entropy_
 from fastgpt2.kernels.attention import causal_attention
 from fastgpt2.kernels.embedding import token_position_embedding
@@ -210,12 +211,12 @@ def test_logits_offsets_have_64_bits():
     assert_same_bits(losses_and_gradients(far_apart(logits)), losses_and_gradients(padded))
 
 
-def small_cases() -> list[cases.Case]:
+def small_cases() -> list[Case]:
     """Every op's cases with few rows, the narrowest and widest model, and an odd vocabulary smaller than GPT-2's.
 
     The two slowest ops come once: `every_call` has them in more dtypes.
     """
-    every = list(cases.cases(rows=8, widths=(768, 1600), V=5003))
+    every = list(all_cases(rows=8, widths=(768, 1600), V=5003))
     slow = ("causal_attention", "linear_cross_entropy")
     return [case for case in every if case.op not in slow or (case.dtype == torch.bfloat16 and not case.autocast)]
 

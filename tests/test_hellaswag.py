@@ -53,8 +53,8 @@ def file(tmp_path):
 
 def test_the_harness_asks_without_marks(file):
     for example, (context, endings) in zip(read_examples(file), ASKED, strict=True):
-        assert module._eleuther_context(example) == context
-        assert [module._eleuther_text(ending) for ending in example.endings] == list(endings)
+        assert module._harness_context(example) == context
+        assert [module._harness_text(ending) for ending in example.endings] == list(endings)
 
 
 def test_scores_are_those_of_one_ending_at_a_time(file, model):
@@ -64,29 +64,30 @@ def test_scores_are_those_of_one_ending_at_a_time(file, model):
         for ending in example.endings:
             before, after = (BPE.encode(s).tolist() for s in (example.context, " " + ending))
             losses = nats(model, (before + after)[-test_evaluate.T - 1 :])[-len(after) :]
-            plain.append((sum(losses), len(after)))
+            plain.append((sum(losses), 1, len(after)))
         for ending in endings:
             whole = BPE.encode(f"{asked} {ending}").tolist()
             losses = nats(model, whole[-test_evaluate.T - 1 :])[-(len(whole) - len(BPE.encode(asked.rstrip()))) :]
-            marked.append((sum(losses), len(ending.encode())))
+            marked.append((sum(losses), 1, len(ending), len(ending.encode())))
 
-    def right(pairs, normalised):
-        scores = np.array([loss / size if normalised else loss for loss, size in pairs]).reshape(-1, 4)
+    def right(pairs, by):
+        scores = np.array([pair[0] / pair[by] for pair in pairs]).reshape(-1, 4)
         return np.mean([row.argmin() == e.label for row, e in zip(scores, examples, strict=True)])
 
     for batch_size in (1, 5, 64):
         found = hellaswag(model, BPE, examples, batch_size=batch_size, device=CPU)
         assert found.examples == 3
-        assert (found.acc, found.acc_norm) == (right(plain, False), right(plain, True))
-        assert (found.eleuther_acc, found.eleuther_acc_norm) == (right(marked, False), right(marked, True))
+        assert (found.nanogpt_acc, found.nanogpt_acc_norm) == (right(plain, 1), right(plain, 2))
+        assert (found.harness_acc, found.harness_acc_norm) == (right(marked, 1), right(marked, 2))
+        assert found.harness_acc_bytes == right(marked, 3)
 
 
 @pytest.mark.parametrize(
     ("endings", "losses", "expected"),
     [
-        # Labels that acc, acc_norm, eleuther_acc and eleuther_acc_norm choose. "th" is one token, and so is the space.
-        (["abcdef", "thththth", "a", "b"], [5, 5, 4, 9], (2, 0, 2, 1)),
-        (["abcd", "ééé", "a", "b"], [5, 5, 9, 4], (3, 1, 3, 1)),
+        # Labels that the scores choose, in their order. "th" is one token, and so is the space.
+        (["abcdef", "thththth", "a", "b"], [5, 5, 4, 9], (2, 0, 2, 1, 1)),
+        (["abcd", "ééé", "a", "b"], [5, 5, 9, 4], (3, 1, 3, 0, 1)),
     ],
 )
 def test_each_score_normalises_in_its_own_way(monkeypatch, endings, losses, expected):
@@ -94,7 +95,7 @@ def test_each_score_normalises_in_its_own_way(monkeypatch, endings, losses, expe
     for label in range(4):
         example = module.Example("x", "x", "x", "", tuple(endings), label)
         found = hellaswag(None, BPE, [example], device=CPU)
-        scores = (found.acc, found.acc_norm, found.eleuther_acc, found.eleuther_acc_norm)
+        scores = dataclasses.astuple(found)[1:]
         assert scores == tuple(float(choice == label) for choice in expected)
 
 
@@ -121,11 +122,11 @@ def test_rows_are_read_as_they_are(file):
     ("change", "message"),
     [
         ({"label": 4}, r"label is 4, allowed are 0\.\.3"),
-        ({"label": ""}, "line 2 is no example with a label"),
+        ({"label": ""}, "line 2 is not an example with a label"),
         ({"endings": ["a"]}, "expected 4 texts"),
         ({"endings": ["a", "b", "", "d"]}, "expected 4 texts"),
         ({"ctx": " "}, "ctx is empty"),
-        ({"ctx_a": ...}, "line 2 is no example with a label: no 'ctx_a'"),
+        ({"ctx_a": ...}, "line 2 is not an example with a label: 'ctx_a' is missing"),
     ],
 )
 def test_a_row_that_is_no_example_is_named(tmp_path, change, message):
@@ -138,7 +139,8 @@ def test_a_row_that_is_no_example_is_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no examples"), ("[1]", "line 1 is no"), ("{", "line 1 is no")]
+    ("content", "message"),
+    [("", "has no examples"), ("[1]", "line 1 is not an example"), ("{", "line 1 is not an example")],
 )
 def test_a_file_without_examples_is_named(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
@@ -169,7 +171,7 @@ def test_the_official_file_is_downloaded_once(tmp_path, monkeypatch, file):
 def test_a_run_scores_itself_at_each_validation(tmp_path, file):
     result, log, said = run(settings_in(tmp_path), steps=4, eval_interval=2, hellaswag=str(file))
     assert [r["step"] for r in log if "hellaswag" in r] == [2, 4]
-    _, expected = module.plain_scores(result.model, result.tokenizer, read_examples(file), device=CPU)
+    _, expected = module.nanogpt_scores(result.model, result.tokenizer, read_examples(file), device=CPU)
     assert log[-1]["hellaswag"] == pytest.approx(expected) and f"hellaswag {expected:.4f}" in said
     with pytest.raises(OSError, match="missing.jsonl"):
         run(settings_in(tmp_path), hellaswag=str(tmp_path / "missing.jsonl"))
@@ -184,7 +186,7 @@ def test_ranks_share_the_examples(file, model):
     trainer = Trainer(config, BPE, tokens, tokens)
     trainer.model = model
     alone = trainer.hellaswag(examples)
-    assert alone == pytest.approx(module.plain_scores(model, BPE, examples, device=CPU)[1]) and 0 < alone < 1
+    assert alone == pytest.approx(module.nanogpt_scores(model, BPE, examples, device=CPU)[1]) and 0 < alone < 1
     parts = []
     for rank in range(3):
         trainer.ranks = types.SimpleNamespace(

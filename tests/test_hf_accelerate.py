@@ -7,9 +7,18 @@ import pickle
 import pytest
 import torch
 from hf_models import DEVICE, hf_gpt2
-from hf_parity import BATCHES, IDS, LEFT, labels_of, pair, results, same_as, written
+from hf_parity import BATCHES, IDS, LEFT, Copies, labels_of, pair, results, same_as, written
 from torch import nn
-from transformers import DynamicCache, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2Model,
+    StaticCache,
+)
 
 from fastgpt2 import hf
 from fastgpt2.gpt2 import ops
@@ -172,6 +181,24 @@ def test_logits_are_left_out_only_where_it_was_said_and_triton_makes_the_loss(ke
     assert ours(IDS, labels=labels).logits is not None
 
 
+def test_labels_mean_what_they_mean_to_transformers():
+    """Of a loss without logits, which is ours."""
+    eager, ours = pair("triton", training_logits=False, n_layer=1)
+    none = torch.full_like(IDS, -100)
+    assert ours(IDS, labels=none).loss.isnan() and eager(IDS, labels=none).loss.isnan()
+    first = torch.cat((torch.full_like(IDS[:, :1], 99), IDS[:, 1:]), 1)  # a label that nothing predicts
+    torch.testing.assert_close(ours(IDS, labels=first).loss, eager(IDS, labels=first).loss)
+    with pytest.raises(ValueError, match=r"labels is of shape \(2, 5\), allowed is \(2, 9\)"):
+        ours(IDS, labels=IDS[:, :5])
+    if DEVICE.type == "cpu":  # on a GPU a device-side assertion, after which the device is lost
+        for wrong in (61, -1, -50):
+            labels = IDS.masked_fill(IDS == IDS[0, 4], wrong)
+            with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+                eager(IDS, labels=labels)
+            with pytest.raises(ValueError, match=f"labels holds token {wrong}, the vocabulary is 61"):
+                ours(IDS, labels=labels)
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_logits_to_keep_and_hidden_states(kernels):
     eager, ours = pair(kernels)
@@ -225,6 +252,66 @@ def test_a_cache_is_filled_and_read_as_theirs(kernels):
         for one, other in zip(*(cache.layers for cache in caches), strict=True):
             torch.testing.assert_close(one.keys[real, :, 3:], other.keys[real, :, 3:])
             torch.testing.assert_close(one.values[real, :, 3:], other.values[real, :, 3:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("kernels", KERNELS)
+@torch.no_grad()
+def test_compiled_steps_over_a_static_cache_are_the_same(kernels, registered):
+    """The prompt and the tokens after it, each one graph."""
+    eager, ours = pair(kernels, n_layer=1)
+    if registered:
+        hf.register(kernels)
+        hf.restore(ours).set_attn_implementation("fastgpt2")
+    try:
+        compiled = torch.compile(ours.forward, backend="aot_eager", fullgraph=True)
+        cache = StaticCache(config=ours.config, max_cache_len=16)
+        for first, last in ((0, 7), (7, 8), (8, 9)):
+            logits = compiled(IDS[:, first:last], cache=cache, attention_mask=LEFT[:, :last], use_cache=True).logits
+            expected = eager(IDS[:, :last], attention_mask=LEFT[:, :last], use_cache=False).logits
+            torch.testing.assert_close(logits[:, -1], expected[:, -1])
+    finally:
+        hf.unregister()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_generate_compiles_a_static_cache(kernels, monkeypatch):
+    """As transformers does by itself on a GPU."""
+    eager, ours = pair(kernels, n_layer=1)
+    expected, compiled, graphs = written(eager), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: graphs.append(args) or compiled(*args, **more))
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    found = written(ours, cache_implementation="static", compile_config=config, disable_compile=False)
+    assert graphs and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["plain", "left"])
+@torch.no_grad()
+def test_a_new_token_meets_the_cache_where_it_is(static, mask, monkeypatch):
+    """No copy of ours: a dynamic cache makes two by itself when it grows, a static one none."""
+    eager, ours = pair("triton", n_layer=1)
+    cache = StaticCache(config=ours.config, max_cache_len=16) if static else DynamicCache(config=ours.config)
+    ours(IDS[:, :8], cache=cache, attention_mask=None if mask is None else mask[:, :8])
+    met, op = [], ops.cached_attention
+    monkeypatch.setattr(ops, "cached_attention", lambda *args: met.extend(args[1:3]) or op(*args))
+    with Copies() as copies:
+        logits = ours(IDS[:, 8:], cache=cache, attention_mask=mask).logits
+    assert copies.found == ([] if static else ["cat", "cat"])
+    layer = cache.layers[0]
+    assert [t.data_ptr() for t in met] == [layer.keys.data_ptr(), layer.values.data_ptr()]
+    torch.testing.assert_close(logits, eager(IDS, attention_mask=mask).logits[:, 8:])
+
+
+def test_keys_and_values_that_lie_differently_are_copied():
+    qkv, keys = torch.randn(2, 1, 96, device=DEVICE), torch.randn(2, 2, 7, 16, device=DEVICE)
+    values, lengths = keys.flip(0), torch.tensor([6, 2], dtype=torch.int32, device=DEVICE)
+    expected = ops.cached_attention(qkv, keys, values, lengths, None, 2, 0.25)
+    for other in (values.transpose(1, 2).contiguous().transpose(1, 2), values.mT.contiguous().mT):
+        assert torch.equal(ops.cached_attention(qkv, keys, other, lengths, None, 2, 0.25), expected)
 
 
 def test_padding_between_tokens_is_refused_by_triton_and_computed_by_pytorch():
@@ -332,6 +419,36 @@ def test_copies_and_pickles_are_accelerated_too():
         assert torch.equal(other(IDS).logits, expected)
         hf.restore(other)
     assert type(ours) is not type(other)
+
+
+@pytest.mark.parametrize(
+    "kind", [GPT2Model, GPT2DoubleHeadsModel, GPT2ForTokenClassification], ids=lambda k: k.__name__
+)
+@torch.no_grad()
+def test_other_models_of_transformers(kind):
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=61, n_positions=24, num_labels=3)
+    model = kind(config).eval().to(DEVICE)
+    two_choices = kind is GPT2DoubleHeadsModel
+    call = dict(input_ids=IDS[:, None].repeat(1, 2, 1)) if two_choices else dict(input_ids=IDS)
+    call |= dict(mc_token_ids=torch.full((2, 2), 8, device=DEVICE)) if two_choices else {}
+    expected = model(**call, use_cache=False).to_tuple()
+    torch.testing.assert_close(hf.accelerate(model, "torch")(**call, use_cache=False).to_tuple(), expected)
+    assert "hf.accelerate(model) was not called" not in str(hf.report(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_that_grow_or_part_after_accelerate(tied):
+    """Everything is read from the modules anew at every call."""
+    models = pair("triton", training_logits=False, n_layer=1)
+    for model in models:
+        model.resize_token_embeddings(64, mean_resizing=False)
+        model.transformer.wte.weight.data[61:] = 0.01
+        model.tie_weights()
+        assert model.lm_head.weight is model.transformer.wte.weight
+        if not tied:
+            model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
+    eager, ours = models
+    same_as([ours], eager, ids=IDS.clamp(min=30) + 8)  # rows of the new part too
 
 
 def test_other_heads_other_models_and_wrong_arguments():

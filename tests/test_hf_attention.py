@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_models import DEVICE, hf_gpt2, write_folder
-from hf_parity import BATCHES, IDS, LEFT, PACKED, labels_of, results, same_as, written
-from torch.utils._python_dispatch import TorchDispatchMode
+from hf_parity import BATCHES, IDS, LEFT, PACKED, Copies, labels_of, results, same_as, written
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
 
@@ -83,22 +82,6 @@ def test_cu_seq_lens_are_documents(kernels):
     torch.testing.assert_close(
         ours(flat, use_cache=False, **lengths).logits, eager(flat, attention_mask=mask, use_cache=False).logits
     )
-
-
-class Copies(TorchDispatchMode):
-    """Names of operators that write floating-point inputs elsewhere. (`copy_` is how Triton's interpreter works.)"""
-
-    NAMES = ("clone", "cat", "stack", "_to_copy", "constant_pad_nd", "repeat", "index", "gather")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in self.NAMES and result.is_floating_point():
-            self.found.append(function.overloadpacket.__name__)
-        return result
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -199,7 +182,7 @@ WAYS = {
 def test_greedy_text_is_eagers(kernels, way, monkeypatch):
     eager, ours = pair(kernels)
     expected = written(eager, **WAYS[way])
-    decoded = spied(monkeypatch, "decode_attention")
+    decoded = spied(monkeypatch, "cached_attention")
     assert torch.equal(written(ours, **WAYS[way]), expected)
     assert len(decoded) == (2 * 3 if kernels == "triton" and way != "no-cache" else 0)  # layers, tokens after a prompt
 

@@ -1,11 +1,10 @@
 """transformers' Trainer and peft on their own GPT-2, accelerated in place."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from hf_models import DEVICE, hf_gpt2, write_folder
+from hf_models import DEVICE, hf_gpt2
 from hf_parity import IDS, labels_of, written
 from transformers import Trainer, TrainingArguments
 
@@ -71,15 +70,3 @@ def test_a_step_of_trainer(tmp_path, kernels, settings):
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     torch.testing.assert_close(found[1], expected[1])
     torch.testing.assert_close(torch.tensor(found[2]), torch.tensor(expected[2]))
-
-
-def test_the_readmes_lines_run_as_pasted(tmp_path, capsys):
-    section = (Path(__file__).parents[1] / "README.md").read_text().split("## HuggingFace's GPT-2 in place\n")[1]
-    code = section.split("```python\n")[1].split("```")[0]
-    folder = write_folder(tmp_path / "gpt2", hf_gpt2())
-    assert code.count('"gpt2"') == 1
-    try:
-        exec(code.replace('"gpt2"', repr(str(folder))), {})
-    finally:
-        hf.unregister()
-    assert "attention         torch  kernels.attention='torch'" in capsys.readouterr().out

@@ -12,9 +12,8 @@ from test_shards import TOKENS, write_nanogpt, write_prepared
 from tiny_run import TINY, finish, run
 
 from fastgpt2.gpt2.cli import cli
-from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import shards, windows
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import load_corpus
 from fastgpt2.gpt2.data.prepare import prepare
 from fastgpt2.gpt2.data.sources import find_source
@@ -88,7 +87,7 @@ def test_a_preset_is_no_tokenizer_that_was_given(byte_shards, tmp_path):
 def test_another_tokenizer_than_the_checkpoints_is_refused(byte_shards, tmp_path):
     settings = {**TINY, "data": str(byte_shards), "out": str(tmp_path / "run"), "steps": 2}
     folder = run(settings)[0].folder
-    with pytest.raises(ValueError, match="tokenizer is 'char', and .*step-00000002 brings another one"):
+    with pytest.raises(ValueError, match="tokenizer is 'char', but .*step-00000002 has another one"):
         load_checkpoint(folder, tokenizer_spec="char")
     assert load_checkpoint(folder, tokenizer_spec="byte")[1] == ByteTokenizer()
 
@@ -188,15 +187,15 @@ def test_on_resume_every_token_counts(byte_shards, tmp_path, name):
 
 def test_every_token_is_part_of_the_content(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK_BYTES", 64)
-    found = {data.content(TOKENS)}
+    found = {windows.content(TOKENS)}
     for at in (0, 63, 64, 500, 999):
         changed = TOKENS.copy()
         changed[at] ^= 1
-        found |= {data.content(changed)}
+        found |= {windows.content(changed)}
     assert len(found) == 6
-    assert data.content(TOKENS.astype(np.uint32)) == data.content(TOKENS)
-    parts = data.content(shards.Shards([TOKENS[:10], TOKENS[10:]]))
-    assert parts != data.content(shards.Shards([TOKENS[:10], changed[10:]]))
+    assert windows.content(TOKENS.astype(np.uint32)) == windows.content(TOKENS)
+    parts = windows.content(shards.Shards([TOKENS[:10], TOKENS[10:]]))
+    assert parts != windows.content(shards.Shards([TOKENS[:10], changed[10:]]))
 
 
 def test_the_content_of_prepared_shards_is_known_without_reading(tmp_path, monkeypatch):
@@ -238,7 +237,7 @@ def test_a_folder_of_texts_is_no_shards_for_one_bin(tmp_path):
     with pytest.raises(ValueError, match="is a folder of text, and .*data.bin looks like tokens"):
         load_corpus(str(tmp_path), "char", 0.1, 8)
     (tmp_path / "data.bin").unlink()
-    assert load_corpus(str(tmp_path), "char", 0.1, 8).documents == 1
+    assert load_corpus(str(tmp_path), "char", 0.1, 8).n_documents == 1
     write_nanogpt(tmp_path)  # as in nanoGPT's own folders, where input.txt lies beside
     assert shards.holds_tokens(tmp_path)
 
@@ -252,7 +251,7 @@ def test_training_in_the_folder_of_its_text_does_not_read_its_runs(texts, monkey
     first = run(settings)[0]
     with pytest.warns(UserWarning, match=rf"{first.folder} was written by fastgpt2 and is no part of \."):
         corpus = load_corpus(".", "byte", 0.1, 8)
-    assert corpus.documents == 2
+    assert corpus.n_documents == 2
     with pytest.raises(ValueError, match="was written by fastgpt2 train or prepare: give a folder of text"):
         load_corpus(str(first.folder), "byte", 0.1, 8)
 
@@ -266,13 +265,13 @@ def test_preparing_into_the_folder_of_the_text_does_not_read_the_shards(texts, t
     with pytest.raises(KeyboardInterrupt):
         prepare(find_source(texts), **inside, report=stop)
     manifest = prepare(find_source(texts), **inside)
-    assert manifest == prepare(find_source(texts), **inside) and manifest.documents == 2
+    assert manifest == prepare(find_source(texts), **inside) and manifest.n_documents == 2
     (texts / "out" / ".fastgpt2.lock").unlink()  # also without the lock it is known
     assert len(find_source(texts).files) == 2
     shutil.copytree(texts / "out", tmp_path / "copy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_corpus(str(tmp_path / "copy"), None, 0.1, 8).documents == 2
+        assert load_corpus(str(tmp_path / "copy"), None, 0.1, 8).n_documents == 2
 
 
 @pytest.mark.filterwarnings("default:.*was written by fastgpt2")

@@ -1,9 +1,15 @@
 """What takes long says so, and what nobody gave a length is as long as was promised."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
+import threading
+import time
 import types
 
+import numpy as np
 import pytest
 import test_ends
 import torch
@@ -11,8 +17,15 @@ from rich.console import Console
 from tiny_models import tiny
 
 from fastgpt2.gpt2.cli import cli
+from fastgpt2.gpt2.cli import eval as eval_command
+from fastgpt2.gpt2.cli import prepare as prepare_command
 from fastgpt2.gpt2.cli import train as train_command
+from fastgpt2.gpt2.data import sources
+from fastgpt2.gpt2.data.corpus import load_corpus
+from fastgpt2.gpt2.data.prepare import prepare
+from fastgpt2.gpt2.data.sources import find_source
 from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.data.windows import encode, silent
 from fastgpt2.gpt2.evaluation import evaluate
 from fastgpt2.gpt2.evaluation.evaluate import windows_at_once
 from fastgpt2.gpt2.training import pace, progress
@@ -76,6 +89,7 @@ def test_a_long_evaluation_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""  # it took no two seconds
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(eval_command, "stages", lambda *args: contextlib.nullcontext(silent))
     assert cli.main(arguments) == 0
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -83,6 +97,69 @@ def test_a_long_evaluation_says_how_far_it_is(tmp_path, monkeypatch, capsys):
         lines[0].startswith("text: 1 of 16 batches, about ") and lines[-1] == "text: 16 of 16 batches, about 0 s left"
     )
     assert json.loads(out.splitlines()[-1])["text"]["tokens"] == 999
+
+
+def test_what_a_long_start_is_at_is_told(capsys, monkeypatch):
+    console = Console(file=io.StringIO())
+    with progress.stages(console, "start") as say:
+        say("this took no two seconds")
+    monkeypatch.setattr(progress, "QUIET_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
+    assert capsys.readouterr().err == ""
+    told = threading.Event()
+    monkeypatch.setattr(progress, "print", lambda *text, **more: (print(*text, **more), told.set()), raising=False)
+    with pytest.raises(ValueError, match="mine"), progress.stages(console, "start") as say:
+        say("3 of 7 shards compared")
+        assert told.wait(30)
+        raise ValueError("mine")
+    told.clear()
+    assert not told.wait(0.1), "it goes on after its end"
+    err = capsys.readouterr().err.splitlines()
+    assert err and all(line == "start: 3 of 7 shards compared, 0 s so far" for line in err[1:])
+    assert not console.file.getvalue()
+
+
+def test_a_start_on_a_terminal_is_beside_a_spinner(capsys):
+    terminal = Console(file=test_ends.Terminal(), force_terminal=True)
+    with progress.stages(terminal, "start") as say:
+        say("encoding")
+        time.sleep(0.2)
+    assert "start: encoding" in terminal.file.getvalue()
+    with progress.stages(Console(file=(quiet := io.StringIO()), quiet=True), "start") as say:
+        say("on another rank")
+    assert not quiet.getvalue() and not capsys.readouterr().err
+
+
+def test_every_long_step_before_training_says_what_it_is(tmp_path, monkeypatch):
+    said = []
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text("some text\n" * 100)
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
+    corpus = load_corpus(str(tmp_path / "text"), "char", 0.1, 8, say=said.append)
+    assert "3 documents read" in said and "finding the tokenizer" in said
+    encoded = [text for text in said if text.endswith("of 3,000 characters encoded")]
+    assert len(encoded) > 20 and encoded[-1].startswith("100%")
+    whole = encode([("some text\n" * 100, True)] * 3, corpus.tokenizer)
+    assert np.array_equal(np.concatenate([corpus.train, corpus.val]), whole)
+
+    counted = []
+    prepare(find_source(tmp_path / "text"), tmp_path / "out", "char", shard_tokens=500, processes=1, say=counted.append)
+    assert counted == ["1 documents read", "2 documents read", "3 documents read"]
+    said.clear()
+    load_corpus(str(tmp_path / "out"), None, 0.1, 8, say=said.append)
+    assert any(text.endswith("train shards compared with their checksums") for text in said)
+
+
+def test_prepare_says_how_far_it_is_between_two_shards(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(prepare_command, "QUIET_S", 0.0)
+    monkeypatch.setattr(prepare_command, "LINE_EVERY_S", 0.0)
+    arguments = ["prepare", "--source", str(tmp_path / "a.txt"), "--tokenizer", "char", "--processes", "1"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "at      1 documents read\n" in out and re.search(r"at      0 documents, \d+ tokens so far", out)
 
 
 def test_on_a_terminal_it_is_a_bar():

@@ -13,13 +13,14 @@ from test_sources import DOCUMENTS, from_hub, write_jsonl, write_parquet, write_
 
 from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.cli import prepare as prepare_command
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data import shards, sources
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import load_corpus
 from fastgpt2.gpt2.data.prepare import prepare
 from fastgpt2.gpt2.data.sources import find_source
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer
+from fastgpt2.gpt2.data.windows import encode
 
 RANKS = {bytes([b]): b for b in range(256)} | {b"do": 256, b"cu": 257, b"docu": 258, b" l": 259}
 SETTINGS = dict(shard_tokens=300, val_tokens=500, processes=1)
@@ -51,8 +52,8 @@ def files_of(folder):
 
 def test_shards_hold_every_token_in_order(tmp_path, source, vocabulary):
     manifest = prepare(source, tmp_path / "out", vocabulary, **SETTINGS)
-    expected = data.encode([(d, True) for d in DOCUMENTS], BPETokenizer(RANKS))
-    assert (expected == 260).sum() == manifest.documents == len(DOCUMENTS)
+    expected = encode([(d, True) for d in DOCUMENTS], BPETokenizer(RANKS))
+    assert (expected == 260).sum() == manifest.n_documents == len(DOCUMENTS)
     val, train = (shards.open_tokens(tmp_path / "out", split) for split in ("val", "train"))
     assert np.array_equal(np.concatenate([val[:], train[:]]), expected) and len(val) == 500
     assert [len(part) for part in val.parts] == [300, 200]
@@ -230,5 +231,5 @@ def test_the_command_says_what_it_made(tmp_path, source, capsys):
 
 
 def test_without_a_source_it_is_pythons_own_text(tmp_path):
-    assert prepare_command.parser().parse_args(["--out", "x"]).source == ["python"]
+    assert parse(prepare_command.Options, ["--out", "x"], "prepare").source == ("python",)
     assert find_source("python").prompt == "def " and len(find_source("python").files) > 100

@@ -197,7 +197,7 @@ def test_a_failed_download_says_so_and_how_to_do_without(hub):
 
 
 REFUSED = {
-    "activation_function": "gelu",
+    "activation_function": "relu",
     "n_inner": 100,
     "layer_norm_epsilon": 1e-6,
     "add_cross_attention": True,

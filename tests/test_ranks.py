@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_models import hf_gpt2, write_folder
 from tiny_run import finish, run, settings_in
 
 from fastgpt2 import GPT, GPTConfig
@@ -37,6 +38,8 @@ RUNS = {
     "ddp dropout": dict(parallel="ddp", dropout=0.2, vocab_multiple=100),
     "ddp dropout resumed": dict(parallel="ddp", dropout=0.2, vocab_multiple=100),
 }
+# These begin with a checkpoint's weights.
+BEGUN = {"ddp begun": dict(parallel="ddp"), "fsdp begun resumed": dict(parallel="fsdp")}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +55,20 @@ def alone(settings):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, settings):
-    """The folder of each of RUNS, made by two processes."""
+def source(tmp_path_factory):
+    """A HuggingFace folder to begin with, of another vocabulary than the text's."""
+    return {"init_from": str(write_folder(tmp_path_factory.mktemp("source"), hf_gpt2(vocab_size=300)))}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, settings, source):
+    """The folder of each of RUNS and BEGUN, made by two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    outs = {name: folder / name.replace(" ", "-") for name in RUNS}
+    all_runs = {**RUNS, **{name: {**more, **source} for name, more in BEGUN.items()}}
+    outs = {name: folder / name.replace(" ", "-") for name in all_runs}
     runs = [
-        ({**settings, **more, "out": str(outs[name])}, 6 if "resumed" in name else None) for name, more in RUNS.items()
+        ({**settings, **more, "out": str(outs[name])}, 6 if "resumed" in name else None)
+        for name, more in all_runs.items()
     ]
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -80,6 +91,16 @@ def test_two_processes_train_as_one(alone, folders, name, rel):
     assert validation == pytest.approx([r["val_loss"] for r in log if "val_loss" in r], rel=rel)
     assert training[-1] < training[0] - 0.5
     assert read_log(folders[name] / "log.jsonl")[-1]["tokens"] == 8 * 128
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_two_processes_begin_with_the_same_weights(settings, source, folders, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "plot", lambda self: None)
+    result, log, _ = run({**settings, **source, "out": str(tmp_path / "run")})
+    training, validation = losses(folders[name])
+    assert training == pytest.approx([r["loss"] for r in log], rel=1e-5)
+    assert validation == pytest.approx([r["val_loss"] for r in log if "val_loss" in r], rel=1e-5)
+    assert GPT.from_pretrained(folders[name]).config == result.model.config
 
 
 @pytest.mark.skipif(not TRITON, reason="needs Triton's interpreter")
@@ -185,5 +206,5 @@ def test_alone_nothing_is_spread():
 
 def test_a_gpu_of_its_own_for_each_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device is 'cuda:1', with 2 processes each takes its own: give cuda"):
+    with pytest.raises(ValueError, match="device is 'cuda:1', but each of 2 processes uses another GPU"):
         Ranks.join("cuda:1")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgpt2.bench import __main__ as bench
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.registry import operations
 from fastgpt2.bench.report import roofline
 from fastgpt2.bench.report.roofline import Work
 from fastgpt2.gpt2 import hardware
@@ -76,7 +76,7 @@ def test_every_figure_says_that_it_is_a_model(capsys):
     headers, rows = roofline.table()
     assert all("model" in header for header in headers) and len(headers) == 1 + len(roofline.SHOWN)
     shown = " ".join(row[0] for row in rows)
-    assert all(op in shown for op in cases.operations())
+    assert all(op in shown for op in operations())
     assert sum("training step" in row[0] for row in rows) == 4
     assert bench.main(["roofline"]) == 0
     assert "nothing measured" in capsys.readouterr().out

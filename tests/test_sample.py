@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt2.gpt2.generation import sample
 from fastgpt2.gpt2.generation.generate import generate
 from fastgpt2.gpt2.generation.sample import generate_text, load_checkpoint, stream_text, write_texts
@@ -139,3 +139,59 @@ def test_a_local_folder_called_gpt2_keeps_its_tokenizer(tmp_path, monkeypatch):
 def test_a_tokenizer_can_be_named(tmp_path):
     tiny(vocab_size=256).save_pretrained(tmp_path)
     assert isinstance(load_checkpoint(tmp_path, tokenizer_spec="byte")[1], ByteTokenizer)
+
+
+# --------------------------------------------------------------------- special tokens, and larger token tables
+
+WORDS = BPETokenizer({bytes([b]): b for b in range(256)} | {b"ab": 256})  # 258 tokens with <|endoftext|>, the last
+
+
+def test_a_special_token_in_the_prompt_is_one_when_asked_for():
+    model = tiny(vocab_size=258, block_size=32)
+    settings = dict(max_new_tokens=9, greedy=True)
+    for prompt, ids in (("<|endoftext|>", [257]), ("a<|endoftext|>b", [97, 257, 98])):
+        expected = WORDS.decode(generate(model, torch.tensor([ids]), 9, greedy=True, stop_tokens=[257])[0, len(ids) :])
+        (text,) = write_texts(model, WORDS, prompt, special_tokens=True, **settings)
+        assert text.completion == expected.removesuffix("<|endoftext|>") and text.prompt == prompt
+        assert "".join(stream_text(model, WORDS, prompt, special_tokens=True, **settings)) == text.completion
+        assert write_texts(model, WORDS, prompt, **settings)[0].completion != text.completion
+    with pytest.raises(ValueError, match="special_tokens is set, and the tokenizer has no special tokens"):
+        write_texts(tiny(vocab_size=256), ByteTokenizer(), "a", special_tokens=True)
+
+
+@pytest.mark.parametrize("rows", [259, 320])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_tokens_that_the_tokenizer_lacks_are_never_drawn(tmp_path, rows, penalty):
+    """As in tables of 50304 rows, or with a row for a [PAD] that the tokenizer does not have."""
+    model = tiny(vocab_size=rows)
+    model.transformer.ln_f.bias.data.copy_(20 * model.transformer.wte.weight[258].detach())  # likeliest by far
+    model.save_pretrained(tmp_path)
+    WORDS.save(tmp_path)
+    again, tokenizer = load_checkpoint(str(tmp_path))
+    assert again.config.vocab_size == rows and tokenizer == WORDS
+    assert generate(again, torch.tensor([[97]]), 5, greedy=True)[0, 1:].tolist() == [258] * 5
+    settings = dict(max_new_tokens=5, greedy=True, repetition_penalty=penalty, with_logprobs=True)
+    (text,) = write_texts(again, tokenizer, "a", **settings)
+    assert text.completion and max(text.logprobs) < -5  # of the model's whole distribution
+
+
+def test_a_smaller_table_than_the_tokenizer_is_refused(tmp_path):
+    tiny(vocab_size=257).save_pretrained(tmp_path)
+    WORDS.save(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer has 258 tokens, the model 257"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_a_named_tokenizer_fits_a_rounded_table_only(tmp_path):
+    tiny(vocab_size=320).save_pretrained(tmp_path)
+    WORDS.save(tmp_path / "words")
+    assert load_checkpoint(tmp_path, tokenizer_spec=str(tmp_path / "words"))[1] == WORDS
+    tiny(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer has 256 tokens, the model 300"):
+        load_checkpoint(tmp_path, tokenizer_spec="byte")
+
+
+@pytest.mark.parametrize("wrong", [0, 51])
+def test_how_many_tokens_are_drawn_from_is_checked(wrong):
+    with pytest.raises(ValueError, match=f"vocab_size is {wrong}, the model's is 50: allowed are 1..50"):
+        generate(tiny(), torch.tensor([[1]]), 2, vocab_size=wrong)

@@ -8,7 +8,7 @@ from tiny_models import tiny
 
 from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.cli import sample as sample_command
-from fastgpt2.gpt2.data.tokenizer import ByteTokenizer, CharTokenizer
+from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_characters_without_a_token_are_named(tmp_path, capsys, form):
     assert cli.main([*args, "--prompt", "a€bx€d123"]) == 2
     out, err = capsys.readouterr()
     assert not out and "prompt holds '€', 'x', 'd', '1', '2' and 1 more, which the tokenizer has no token for" in err
-    assert "its vocabulary is 4 characters" in err
+    assert "its vocabulary has 4 tokens" in err
     assert cli.main([*args, "--prompt", "ab\ufffd"]) == 0  # the unknown one itself, as texts are written
 
 
@@ -183,3 +183,16 @@ def test_mistakes_are_one_line(sample, monkeypatch, args, message):
     typed(monkeypatch, "")
     status, out, err = sample(*args)
     assert status == 2 and not out and message in err and len(err.splitlines()) == 1
+
+
+def test_a_text_begins_from_the_end_of_another(tmp_path, capsys):
+    tokenizer = BPETokenizer({bytes([b]): b for b in range(256)})
+    tiny(vocab_size=257).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    command = ["sample", "--checkpoint", str(tmp_path), "--device", "cpu", "--max-new-tokens", "5", "--greedy"]
+    texts = []
+    for more in (["--special-tokens"], ["--special-tokens", "--stream"], []):
+        assert cli.main([*command, "--prompt", "<|endoftext|>", *more]) == 0
+        texts.append(capsys.readouterr())
+    assert texts[0] == texts[1] != texts[2] and not texts[0].err
+    assert "block_size" in texts[2].err  # 13 characters, where a special token is one

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt2.gpt2.data import shards
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.corpus import load_corpus
 from fastgpt2.gpt2.data.shards import Manifest, Shards, holds_tokens, open_tokens
+from fastgpt2.gpt2.data.windows import check_tokens, eval_batches
 
 TOKENS = np.random.default_rng(0).integers(0, 50257, 1000).astype(np.uint16)
 
@@ -59,8 +59,8 @@ def test_every_format_is_one_long_array(tmp_path, write):
     assert max(train.maxima()) == TOKENS.max() and list(val.maxima()) == [TOKENS[:100].max()]
     at = int(np.argmax([TOKENS.max() in part for part in train.parts]))
     with pytest.raises(ValueError, match=f"{train.names[at]} holds token {TOKENS.max()}, vocab_size is {TOKENS.max()}"):
-        data.check_tokens(train, int(TOKENS.max()))
-    data.check_tokens(train, int(TOKENS.max()) + 1)
+        check_tokens(train, int(TOKENS.max()))
+    check_tokens(train, int(TOKENS.max()) + 1)
 
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(0, 60), st.integers(0, 60))
@@ -177,7 +177,7 @@ def test_a_split_that_is_too_short_is_named(tmp_path):
     for name, tokens in (("train.npy", TOKENS), ("val.npy", TOKENS[:8])):
         np.save(tmp_path / name, tokens)
     with pytest.raises(ValueError, match="val.npy has 8 tokens, one window of block_size 8 needs one more"):
-        next(data.evenly(open_tokens(tmp_path, "val"), 8, 1, 1))
+        next(eval_batches(open_tokens(tmp_path, "val"), 8, 1, 1))
 
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):

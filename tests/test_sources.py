@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt2.gpt2.data import sources
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.sources import HubDataset, find_source
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer
+from fastgpt2.gpt2.data.windows import encode
 
 # Merges that cross a cut in the wrong place.
 MERGES = [b"\n\n", b"\n ", b" a", b"a\n", b"\r\n", b"\n\n\n", b"  "]
@@ -117,7 +117,7 @@ def test_pieces_have_the_tokens_of_the_document(text, size):
     assert "".join(piece for piece, _ in pieces) == text
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True] * bool(text)
     tokenizer = BPETokenizer(SPACES)
-    assert data.encode(pieces, tokenizer).tolist() == [*tokenizer.encode(text), *[tokenizer.end_of_text] * bool(text)]
+    assert encode(pieces, tokenizer).tolist() == [*tokenizer.encode(text), *[tokenizer.end_of_text] * bool(text)]
 
 
 def test_long_documents_are_cut(small_pieces):

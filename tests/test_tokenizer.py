@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -135,16 +136,14 @@ def test_every_format_is_the_same_vocabulary(hf_folder, tmp_path):
     file = tmp_path / "gpt2.tiktoken"
     file.write_bytes(b"".join(base64.b64encode(t) + f" {r}\n".encode() for t, r in RANKS.items()))
     assert from_merges.ranks == tokenizers.from_ranks_file(file).ranks == RANKS
-    from_merges.save(hf_folder)
-    (hf_folder / "vocab.json").unlink()
+    BPETokenizer(from_merges.ranks).save(hf_folder)
+    assert {f.name for f in hf_folder.glob("*.*")} == {"tokenizer.json", "tokenizer_config.json", "gpt2.tiktoken"}
     assert tokenizers.load(hf_folder).ranks == RANKS
     saved = json.loads((hf_folder / "tokenizer.json").read_text("utf-8"))
     assert saved["model"]["merges"] == [[printable(a), printable(b)] for a, b in MERGES]
 
 
 def test_huggingfaces_own_file_is_read(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -170,10 +169,10 @@ def _model(tmp_path, **model):
         (lambda p: (p / "tokenizer.json").write_text("{"), "tokenizer.json is not JSON"),
         (lambda p: (p / "tokenizer.json").write_text("[]"), "holds no JSON object"),
         (lambda p: (p / "tokenizer.json").write_text("{}"), "no tokenizer that can be used"),
-        (lambda p: _model(p, type="Unigram", vocab=[]), "holds a Unigram model"),
-        (lambda p: _model(p, type="WordLevel", vocab={"a": 0}), "token 0 is not"),
-        (lambda p: _model(p, type="WordLevel", vocab={"\ufffd": 0, "a": 2}), "without gaps"),
-        (lambda p: _model(p, type="WordLevel", vocab={"\ufffd": 0, "hello": 1}), "one character"),
+        (lambda p: _model(p, type="Unigram", vocab=[]), "no tokenizer that can be used"),
+        (lambda p: _model(p, type="WordLevel", vocab={"a": 0}), "missing field `unk_token`"),
+        (lambda p: _model(p, type="BPE", vocab={"a": "b"}, merges=[]), "no tokenizer that can be used"),
+        (lambda p: _library_file(p, {"a": 0}), "no token for byte 33"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, damage, message):
@@ -183,14 +182,20 @@ def test_a_damaged_file_is_named(tmp_path, damage, message):
     assert str(tmp_path) in str(error.value)
 
 
+def _library_file(folder, vocab):
+    made = Tokenizer(models.BPE(vocab, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel()
+    made.save(str(folder / "tokenizer.json"))
+
+
 def test_a_damaged_vocabulary_is_named(hf_folder):
     vocab = json.loads((hf_folder / "vocab.json").read_text())
     merges = (hf_folder / "merges.txt").read_text("utf-8").splitlines()
     for content, lines, message in (
-        (vocab, [merges[0], *reversed(merges[1:])], "ids must rise"),
-        ({k: v for k, v in vocab.items() if k != "h"}, merges, "'h'"),
-        (vocab | {"zz": 999}, merges, "'zz' is made by no merge"),
-        (vocab | {"<|endoftext|>": 400}, merges, "has id 400, expected 262"),
+        ({k: v for k, v in vocab.items() if k != "h"}, merges, "`h`"),
+        ({k: v for k, v in vocab.items() if k != printable(b"\0")}, merges, "no token for byte 0"),
+        (vocab, [*merges, "a b c d"], "invalid at line 7"),
+        ([1], merges, "holds no JSON object"),
     ):
         (hf_folder / "vocab.json").write_text(json.dumps(content))
         (hf_folder / "merges.txt").write_text("\n".join(lines), "utf-8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgpt2.bench.__main__ import main
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.registry import all_cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import tune
 from fastgpt2.kernels import _tuning
@@ -86,7 +86,7 @@ def test_unknown_rows_are_refused():
 
 
 def test_a_case_is_tuned_by_its_own_rows_and_wrong_results_are_passed_over():
-    case = next(c for c in cases.cases(rows=8) if c.op == "gelu" and c.dtype == torch.float32)
+    case = next(c for c in all_cases(rows=8) if c.op == "gelu" and c.dtype == torch.float32)
     done: set = set()
     launched = []
 
@@ -113,13 +113,13 @@ def test_what_is_not_a_speed_knob_stays():
 def test_the_command_saves_its_figures_and_leaves_the_table_in_a_dry_run(tmp_path, monkeypatch, capsys):
     """With a CPU for a GPU and made-up times."""
     times = iter(range(1000, 0, -1))
-    small = [c for c in cases.cases(rows=8) if c.op == "gelu" and c.dtype == torch.float32]
+    small = [c for c in all_cases(rows=8) if c.op == "gelu" and c.dtype == torch.float32]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch, "device", lambda *args: torch.zeros(0).device)
     monkeypatch.setattr(tune.gate, "verified", lambda device: True)
-    monkeypatch.setattr(tune.cases, "cases", lambda: small)
+    monkeypatch.setattr(tune, "all_cases", lambda: small)
     monkeypatch.setattr(tune, "descend", lambda config, time_ms: (config, 1.0, 2.0))
     monkeypatch.setattr(tune, "median_ms", lambda run, device: float(next(times)))
     assert main(["tune", "--op", "gelu", "--dry-run", "--out", str(tmp_path)]) == 0

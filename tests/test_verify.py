@@ -1,6 +1,7 @@
 """`fastgpt2 verify`: green on what stands, red on a kernel that is wrong by little."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fastgpt2.bench.cases.registry import operations, sized_cases
 from fastgpt2.bench.verify import error_rule, verify
-from fastgpt2.bench.verify.kernel_errors import verify_case
+from fastgpt2.bench.verify.kernel_errors import errors_of_case
 from fastgpt2.gpt2 import ops
 
 
@@ -31,7 +32,7 @@ def shown(monkeypatch) -> list[error_rule.Row]:
     """The rows that `main` shows."""
     rows: list[error_rule.Row] = []
     show = verify.show
-    monkeypatch.setattr(verify, "show", lambda found: (rows.extend(found), show(found)))
+    monkeypatch.setattr(verify, "show", lambda found, layers: (rows.extend(found), show(found)))
     return rows
 
 
@@ -49,7 +50,7 @@ def test_all_is_well(shown, capsys, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("op", operations())
 def test_every_registered_op_is_well(op, dtype, device):
-    rows = list(verify_case(small_case(op, dtype), device, with_hf=True))
+    rows = list(errors_of_case(small_case(op, dtype), device, with_hf=True))
     assert all(row.ok and row.to_hf is not None for row in rows), rows
     inputs = small_case(op, dtype).inputs(device)
     assert len(rows) >= 1 + sum(t.requires_grad for t in inputs)
@@ -59,7 +60,7 @@ def test_every_registered_op_is_well(op, dtype, device):
 def test_a_kernel_that_is_wrong_by_one_percent_is_named(op, device):
     case = small_case(op, torch.float32)
     wrong = dataclasses.replace(case, ours=off_by_one_percent(case.ours))
-    rows = list(verify_case(wrong, device, with_hf=False))
+    rows = list(errors_of_case(wrong, device, with_hf=False))
     assert not any(row.ok for row in rows), rows
 
 
@@ -111,6 +112,19 @@ def test_the_ratio_is_to_eagers_error_and_says_where_that_is_rounding():
     far = row(3000 * eps, 1000 * eps)
     assert not far.ok and not far.at_rounding and far.ratio == pytest.approx(3.0)
     assert row(0.0, 0.0).ratio == 1.0 and row(eps, 0.0).ratio == float("inf")
+
+
+def test_the_rule_is_stated_as_it_is_computed(capsys):
+    for eps, eager_error in ((2**-10, 0.0), (2**-10, 1.0), (2**-23, 0.0), (2**-23, 3e-5)):
+        dtype = torch.float16 if eps == 2**-10 else torch.float32
+        one = torch.ones((), dtype=torch.float64)
+        stated = max(2 * eager_error, eps / 2) + 1e-5
+        found = error_rule.allowed_error(eager_error * one, one, dtype).item()
+        assert found == pytest.approx(stated, rel=2e-3)
+    page = " ".join((Path(__file__).parents[1] / "docs" / "verify.md").read_text().split())
+    with pytest.raises(SystemExit):
+        verify.main(["--help"])
+    assert error_rule.RULE in page and error_rule.RULE in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_device_that_is_not_here_is_named():

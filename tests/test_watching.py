@@ -114,7 +114,7 @@ def test_a_tracker_that_cannot_be_used_leaves_no_folder(settings, monkeypatch):
     stand_in.init, stand_in.errors = no_key, types.SimpleNamespace(Error=KeyError)
     stand_in.__spec__ = importlib.util.spec_from_loader("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    with pytest.raises(RuntimeError, match="wandb is True, and it cannot be used: .*No API key.*WANDB_MODE=offline"):
+    with pytest.raises(RuntimeError, match="wandb is True, but it cannot be used: .*No API key.*WANDB_MODE=offline"):
         run(settings, wandb=True)
     assert not Path(settings["out"]).exists()
 
@@ -212,7 +212,9 @@ def test_the_command_writes_a_picture(tmp_path, capsys):
     assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.01
     assert capsys.readouterr().out.strip() == str(out)
     (tmp_path / "b").mkdir()
-    assert f"{tmp_path / 'b'} is no run: it has no log.jsonl" in failed(capsys, "plot", str(tmp_path / "b"))
+    assert f"{tmp_path / 'b'} is not the folder of a run: it has no log.jsonl" in failed(
+        capsys, "plot", str(tmp_path / "b")
+    )
     (tmp_path / "b" / "log.jsonl").touch()
     assert "has no steps yet" in failed(capsys, "plot", str(tmp_path / "b"))
     assert read_log(tmp_path / "b" / "log.jsonl") == []

@@ -1,4 +1,4 @@
-"""What compiled code says about itself: texts of Triton's stages in, figures out.
+"""Figures of compiled code, read from the texts of Triton's compilation stages.
 
 - SASS (the machine code, by the cuobjdump in Triton's wheel): spills, tensor-core instructions; resource usage.
 - PTX: how wide the global accesses of each source line are; atomics.
@@ -24,7 +24,7 @@ import triton
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one architecture: shared memory in bytes, registers in 32-bit words."""
+    """Resources of one architecture: shared memory in bytes, registers in 32-bit words."""
 
     shared_per_block: int
     shared_per_sm: int
@@ -44,7 +44,8 @@ LIMITS = {
 
 
 def occupancy(architecture: str, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over the most that a multiprocessor holds, by the three limits that a launch can meet."""
+    """Resident warps over the most that a multiprocessor holds; registers, shared memory and numbers of warps and
+    blocks limit them."""
     limits = LIMITS[architecture]
     registers_per_warp = -(-max(registers, 1) * 32 // 256) * 256
     blocks = min(
@@ -64,7 +65,7 @@ _TENSOR_CORE = re.compile(r"UTC[A-Z]*MMA|[HQ]GMMA|[HDIQO]MMA")
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Of one cubin."""
+    """Figures of one cubin."""
 
     registers: int
     stack: int
@@ -75,8 +76,8 @@ class MachineCode:
 
 @functools.cache
 def machine_code(cubin: bytes, dots: int = 1) -> MachineCode:
-    """What the tools that Triton brings say of a cubin. Disassembling takes most of the time and is left out where it
-    could find nothing: a kernel without products (`dots`) and without local memory."""
+    """Reads a cubin with the tools in Triton's wheel. Disassembling takes most of the time and is skipped for a kernel
+    without matrix products (`dots`) and without local memory, where it could find neither tensor cores nor spills."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -99,7 +100,7 @@ def machine_code(cubin: bytes, dots: int = 1) -> MachineCode:
 
 
 def amd_code(amdgcn: str) -> tuple[int, int]:
-    """-> VGPRs and VGPR spills, from the metadata at the end of AMD assembly."""
+    """-> (VGPRs, VGPR spills), from the metadata at the end of AMD assembly."""
     return _number(r"\.vgpr_count:\s*(\d+)", amdgcn), _number(r"\.vgpr_spill_count:\s*(\d+)", amdgcn)
 
 
@@ -107,7 +108,7 @@ _PRODUCT = re.compile(r"\btt\.dot .* -> tensor<[^>]*, #blocked", re.MULTILINE)
 
 
 def plain_products(ttgir: str) -> int:
-    """Products of matrices that are left to ordinary arithmetic: their result has no layout of tensor cores."""
+    """The number of matrix products without tensor cores: their results do not have a tensor-core layout."""
     return len(_PRODUCT.findall(ttgir))
 
 
@@ -132,7 +133,7 @@ def atomics(ptx: str) -> int:
 
 
 def access_widths(ptx: str) -> dict[str, dict[int, int]]:
-    """Source line ("layer_norm.py:103") -> how many global loads and stores it has of which width in bits."""
+    """Source line ("layer_norm.py:103") -> {width in bits: number of its global loads and stores}."""
     files = {number: (name or folder).rpartition("/")[2] for number, folder, name in _FILE.findall(ptx)}
     found: dict[str, Counter[int]] = {}
     place, inside_asm, fixed = "", False, False
@@ -140,7 +141,7 @@ def access_widths(ptx: str) -> dict[str, dict[int, int]]:
         if "begin inline asm" in line or "end inline asm" in line:
             inside_asm, fixed = "begin" in line, False
         elif loc := _LOC.match(line):
-            # Inside inline assembly the first one counts: the following ones number the lines of the assembly.
+            # Inside inline assembly only the first .loc names the source line; later ones number the assembly's lines.
             if not (inside_asm and fixed):
                 place = f"{files.get(loc[1])}:{loc[2]}"
             fixed = inside_asm
@@ -150,7 +151,7 @@ def access_widths(ptx: str) -> dict[str, dict[int, int]]:
 
 
 def _width(line: str) -> int:
-    """Bits that one thread moves by the global load or store in a line of PTX; 0 where there is none."""
+    """Bits that one thread moves in a line of PTX with a global load or store; 0 for other lines."""
     if copy := _ASYNC_COPY.search(line):
         return 8 * int(copy[1], 0)
     access = _ACCESS.search(line)
@@ -161,9 +162,10 @@ def _width(line: str) -> int:
 
 
 def vector_share(widths: dict[str, dict[int, int]], bytes_by_line: dict[str, int]) -> float:
-    """Share of bytes in accesses of 128 bits and more: how wide is what the code says, how often what ran says.
+    """Share of bytes in accesses of 128 bits and more: widths are read from the code, bytes were counted in a run.
 
-    A line without an access in the code counts as narrow; without bytes every access of the code counts as often.
+    A line that has bytes and no access in the code counts as narrow. Where `bytes_by_line` is empty, every access in
+    the code counts once.
     """
     weights = bytes_by_line or {line: sum(w * n for w, n in made.items()) for line, made in widths.items()}
     wide = 0.0
@@ -190,11 +192,11 @@ class _Op:
 
 
 def narrow_pointers(ttir: str, arguments: list[str]) -> list[str]:
-    """Pointer arguments that are reached by offsets of which every part that varies is int32.
+    """Pointer arguments whose offsets have no varying part in int64.
 
-    Varies: depends on the program's id, on a loop's counter or on loaded data. An offset is wide where at least one
-    such part is multiplied (or loaded) as int64: the row. Narrow parts beside it are columns inside that row.
-    `arguments` names the function's parameters in order.
+    A part varies if it depends on the program's id, on a loop's counter or on loaded data. An offset is wide if at
+    least one such part is computed (or loaded) as int64: the row. Its narrow parts are columns inside that row.
+    arguments: names of the function's parameters, in order.
     """
     ops, accesses = _parse(ttir, arguments)
     narrow = set()
@@ -208,7 +210,7 @@ def narrow_pointers(ttir: str, arguments: list[str]) -> list[str]:
 
 @dataclass
 class _Region:
-    """A region of scf.if, scf.for or scf.while that is open: what its yield and its condition feed."""
+    """An open region of scf.if, scf.for or scf.while: the values that its yield and its condition assign to."""
 
     yields_to: list[list[str]] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
@@ -216,7 +218,7 @@ class _Region:
 
 
 def _parse(ttir: str, arguments: list[str]) -> tuple[dict[str, _Op], list[str]]:
-    """-> every value's operation, and the pointers that are loaded from or stored to."""
+    """-> (value -> its operation, the pointers that are loaded from or stored to)."""
     ops: dict[str, _Op] = {}
     accesses: list[str] = []
     regions: list[_Region] = []
@@ -255,7 +257,7 @@ def _parse(ttir: str, arguments: list[str]) -> tuple[dict[str, _Op], list[str]]:
 
 
 def _region(code: str, name: str, ops: dict[str, _Op]) -> _Region:
-    """Opens a region and enters the values that its first line brings."""
+    """Opens a region and adds the values that its first line defines to `ops`."""
     if "scf." not in code:
         return _Region()
     results = []
@@ -275,7 +277,7 @@ def _region(code: str, name: str, ops: dict[str, _Op]) -> _Region:
 
 
 def _chain(pointer: str, ops: dict[str, _Op]) -> tuple[set[str], list[str]]:
-    """-> the arguments that a pointer starts from and all offsets added to it."""
+    """-> (the arguments that a pointer derives from, all offsets added to it)."""
     bases, offsets, seen, todo = set(), [], set(), [pointer]
     while todo:
         value = todo.pop()
@@ -294,7 +296,7 @@ def _chain(pointer: str, ops: dict[str, _Op]) -> tuple[set[str], list[str]]:
 
 
 def _kinds(value: str, ops: dict[str, _Op], seen: set[str]) -> set[str]:
-    """{"wide", "narrow"} as the sum that an offset is has int64 or int32 parts that vary."""
+    """Which varying parts an offset is a sum of: "wide" for int64, "narrow" for int32."""
     if value in seen or value not in ops:
         return set()
     seen.add(value)

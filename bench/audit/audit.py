@@ -1,21 +1,21 @@
-"""The kernel audit: what every kernel is on every architecture, held to gates, with no GPU.
+"""The kernel audit: figures of every kernel's code on every architecture, checked against limits, without a GPU.
 
-    result = run()                       # processes of their own: one an architecture, one that counts bytes
-    result.failures()                    # what breaks a gate
-    result.worse_than(committed())       # what got worse than bench/results/kernel_card.json
+    result = run()                       # starts a process for each architecture, and one that counts bytes
+    result.failures()                    # figures beyond a limit
+    result.worse_than(committed())       # figures worse than in bench/results/kernel_card.json
 
-Gates, for every launch of every case: no spills (SASS: STL + LDL; AMD: VGPR spills) and no stack, shared memory within
-the block's limit, no atomics, tensor cores wherever 16-bit matrices are multiplied, every offset into a tensor that
-grows with the batch in int64. For every pass of a 16-bit case: 95% of its global bytes in accesses of 128 bits.
+Limits, called gates, for every launch of every case: no spills (SASS: STL + LDL; AMD: VGPR spills) and no stack, shared
+memory within the block's limit, no atomics, tensor cores for every product of 16-bit matrices, int64 for every offset
+into a tensor that grows with the batch. For every pass of a 16-bit case: 95% of its global bytes in accesses of 128
+bits.
 
-The card: one entry a launch and architecture with registers, shared memory, spills, occupancy (the share of a
-multiprocessor's warps that can be resident), tensor-core instruction and 128-bit share; one a pass with launches and
-bytes over minimum bytes.
+The card has one entry for each launch and architecture with registers, shared memory, spills, occupancy (the share of a
+multiprocessor's warps that can be resident), tensor-core instruction and 128-bit share, and one for each pass with
+launches and bytes over minimum bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -27,11 +27,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastgpt2.bench.audit import asm
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.registry import chosen_operations
 from fastgpt2.bench.report import roofline
+from fastgpt2.gpt2.options import CommandOptions, File, Names, Word, about
 
 ARCHITECTURES = (*asm.LIMITS, "gfx942")
 AMD_SHARED_PER_BLOCK = 65536
@@ -40,23 +41,23 @@ LABELS = ("ours", "PyTorch", "Liger")  # as peer_traffic.py writes them
 CARD = Path(__file__).parents[1] / "results" / "kernel_card.json"
 HOST = CARD.with_name("host.md")
 
-# Figures of the card that may not get worse, and by how much they may differ all the same.
+# Figures of the card that may not get worse, each with the difference that is allowed. Negative: less is worse.
 LAUNCH_LIMITS = {"registers": 0, "shared": 0, "spills": 0, "stack": 0, "occupancy": -0.001, "vector_share": -0.005}
 PASS_LIMITS = {"launches": 0, "bytes_over_minimum": 0.005}
 
 
 @dataclass(frozen=True)
 class Audit:
-    """`launches` as compiled.py writes them, with "vector_share" added; `passes` by (op, direction)."""
+    """launches: as compiled.py writes them, with "vector_share" added. passes: figures by (op, direction)."""
 
     triton: str
     launches: list[dict[str, Any]]
     passes: dict[tuple[str, str], dict[str, Any]]
-    errors: tuple[str, ...] = ()  # of processes that failed
-    peers: list[dict[str, Any]] = field(default_factory=list)  # as `launches`, of Liger's kernels
+    errors: tuple[str, ...] = ()  # messages of processes that failed
+    peers: list[dict[str, Any]] = field(default_factory=list)  # like `launches`, of Liger's kernels
 
     def failures(self) -> list[str]:
-        """One line for each gate that is broken."""
+        """One line for each figure beyond a limit."""
         broken = list(self.errors)
         for launch in self.launches:
             where = f"{launch['case']} {launch['direction']} {launch['kernel']} on {launch['architecture']}"
@@ -80,7 +81,7 @@ class Audit:
         return groups
 
     def card(self) -> dict[str, Any]:
-        """What is committed: "passes" by "op direction", "kernels" by "case direction kernel", then by architecture."""
+        """The committed figures: "passes" by "op direction", "kernels" by "case direction kernel" and architecture."""
         passes = {" ".join(key): figures for key, figures in self.passes.items()}
         found = {"triton": self.triton, "passes": passes, "kernels": self._kernels(self.launches)}
         return found | ({"Liger's kernels": self._kernels(self.peers)} if self.peers else {})
@@ -100,7 +101,7 @@ class Audit:
         return kernels
 
     def worse_than(self, card: dict[str, Any]) -> list[str]:
-        """One line for each figure that got worse than in `card`. Other versions of Triton are not compared."""
+        """One line for each figure that is worse than in `card`; none where that is of another version of Triton."""
         if card["triton"] != self.triton:
             return []
         mine = self.card()
@@ -136,12 +137,11 @@ def _broken_gates(launch: dict[str, Any]) -> Iterable[str]:
 
 def _worse(where: str, before: dict[str, Any], after: dict[str, Any], limits: dict[str, float]) -> Iterable[str]:
     for name, slack in limits.items():
-        if name not in before or not after:  # not asked for: --arch, --op
+        if name not in before or not after:  # left out by --arch or --op
             continue
         if name not in after:
             yield f"{where}: {name} was {before[name]}, is missing"
             continue
-        # A positive or zero slack: more is worse; a negative one: less is.
         difference = after[name] - before[name]
         if difference > slack if slack >= 0 else difference < slack:
             yield f"{where}: {name} was {before[name]}, is {after[name]}"
@@ -157,21 +157,20 @@ def run(
     ops: Sequence[str] = (),
     jobs: int | None = None,
     triton: Path | None = None,
-    compared: bool = False,
+    with_peers: bool = False,
 ) -> Audit:
-    """Compiles and counts in `jobs` processes at a time, by default one a CPU core.
+    """Compiles and counts in `jobs` processes at a time, by default one for each CPU core.
 
-    triton: a folder that holds another version of Triton to compile with. Bytes are counted with the installed one,
-        whose interpreter is the one that the tests mend.
-    compared: count eager PyTorch and Liger beside ours too (peer_traffic.py), which takes minutes.
+    triton: a folder with another version of Triton to compile with. Bytes are counted with the installed version.
+    with_peers: also count eager PyTorch's and Liger's launches and bytes (peer_traffic.py), which takes minutes.
     """
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         only = ("--op", ",".join(ops)) if ops else ()
         # The slowest first.
         counting = pool.submit(_process, "traffic", Path(folder) / "traffic.json", only, interpret=True)
         file = Path(folder) / "peer_traffic.json"
-        comparing = compared and pool.submit(_process, "peer_traffic", file, only, interpret=True)
-        also = ("--peers",) if compared else ()
+        comparing = with_peers and pool.submit(_process, "peer_traffic", file, only, interpret=True)
+        also = ("--peers",) if with_peers else ()
         compiling = [
             pool.submit(
                 _process, "compiled", Path(folder) / f"{name}.json", (*only, *also, "--arch", name), triton=triton
@@ -220,7 +219,7 @@ def _traffic(counted: list[dict]) -> tuple[dict, dict]:
 def _process(
     module: str, file: Path, options: Sequence[str], interpret: bool = False, triton: Path | None = None
 ) -> tuple[Any, str]:
-    """Runs a module of bench in a process of its own; -> what it wrote, and the end of what it said if it failed."""
+    """Runs a module of bench in its own process; -> (what it wrote, the last lines of its errors if it failed)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
@@ -240,7 +239,8 @@ def committed() -> dict[str, Any]:
 
 
 def merged(card: dict[str, Any], found: dict[str, Any], ops: Sequence[str]) -> dict[str, Any]:
-    """`card` with the entries of `ops` as they are in `found`. Raises ValueError for cards of different Tritons."""
+    """`card` with the entries of `ops` taken from `found`. Raises ValueError for cards of different versions of
+    Triton."""
     if card["triton"] != found["triton"]:
         raise ValueError(
             f"bench audit: --op with --write, but the card is of Triton {card['triton']} and this one is "
@@ -255,8 +255,10 @@ def merged(card: dict[str, Any], found: dict[str, Any], ops: Sequence[str]) -> d
 
 
 def write_card(audit: Audit, ops: Sequence[str] = ()) -> None:
-    """Writes kernel_card.json, a line for each kernel and architecture, and kernel_card.md; of `ops` alone, what the
-    committed card says of the others stays."""
+    """Writes kernel_card.json, with a line for each kernel and architecture, and kernel_card.md.
+
+    ops: if given, only their entries change.
+    """
     card = merged(committed(), audit.card(), ops) if ops else audit.card()
     CARD.parent.mkdir(exist_ok=True)
     CARD.write_text(_json(card) + "\n", encoding="utf-8")
@@ -264,7 +266,7 @@ def write_card(audit: Audit, ops: Sequence[str] = ()) -> None:
 
 
 def write_markdown() -> None:
-    """kernel_card.md: the committed card, what the host does by `bench host --write`, and the roofline model."""
+    """Writes kernel_card.md: the committed card, the tables of `bench host --write`, and the roofline model."""
     parts = [table(committed()), roofline.as_markdown()]
     if HOST.exists():
         parts.insert(1, "#" + HOST.read_text(encoding="utf-8"))  # its title becomes a section's
@@ -272,7 +274,7 @@ def write_markdown() -> None:
 
 
 def _json(value: Any, depth: int = 0) -> str:
-    """JSON with one line for each innermost dictionary."""
+    """JSON with each innermost dictionary on one line."""
     if not isinstance(value, dict) or not any(isinstance(v, dict) for v in value.values()):
         return json.dumps(value)
     pad = " " * (depth + 1)
@@ -281,7 +283,7 @@ def _json(value: Any, depth: int = 0) -> str:
 
 
 def table(card: dict[str, Any]) -> str:
-    """The card for people: Markdown."""
+    """The card as Markdown."""
     lines = [
         "# Kernel card",
         "",
@@ -296,7 +298,7 @@ def table(card: dict[str, Any]) -> str:
         "|---" * (4 + len(LABELS)) + "|",
     ]
     for key, figures in card["passes"].items():
-        cells = [_compared(figures, label) for label in LABELS]
+        cells = [_peer_cell(figures, label) for label in LABELS]
         cells = [f"`{figures['case']}`", str(figures["launches"]), f"{figures['bytes_over_minimum']:.3f}", *cells]
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     lines += [
@@ -321,8 +323,8 @@ def _launches(kernels: dict[str, dict[str, Any]]) -> Iterable[str]:
         yield f"| {key} | " + " | ".join(cells) + " |"
 
 
-def _compared(figures: dict[str, Any], label: str) -> str:
-    """Launches and bytes over minimum of one way to compute a pass, where they were counted."""
+def _peer_cell(figures: dict[str, Any], label: str) -> str:
+    """Launches and bytes over minimum of one implementation of a pass; empty where it was not counted."""
     if f"{label} launches" not in figures:
         return ""
     return f"{figures[f'{label} launches']} launches, {figures[f'{label} bytes_over_minimum']:.3f}"
@@ -338,33 +340,27 @@ def _cell(figures: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "audit",
-        help="compile every kernel for every architecture and check it, without a GPU",
-        description="Compiles every kernel for every architecture, counts launches and bytes in the interpreter, "
-        "prints the kernel card and what breaks a gate. Needs no GPU and some minutes.",
-    )
-    command.add_argument("--arch", help="comma-separated, from " + ",".join(ARCHITECTURES) + "; all by default")
-    command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
-    command.add_argument("--jobs", type=int, help="processes at a time; one a CPU core by default")
-    command.add_argument(
-        "--triton",
-        type=Path,
-        metavar="FOLDER",
-        help="compile with the Triton in this folder, made by: pip install --no-deps --target FOLDER triton==3.4.0",
-    )
-    command.add_argument("--json", help="also write the card to this file")
-    command.add_argument(
-        "--write",
-        action="store_true",
-        help="write the card to bench/results, to be committed; with --op, the entries of these functions alone",
-    )
-    command.set_defaults(run=main)
+HELP = "compile every kernel for every architecture and check it, without a GPU"
 
 
-def main(options: argparse.Namespace) -> int:
-    """Prints the card; returns 1 where a gate is broken or a figure is worse than the committed one."""
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Compiles every kernel for every architecture, counts launches and bytes in the interpreter, and prints the kernel
+    card and what breaks a gate. Needs no GPU and some minutes.
+    """
+
+    arch: Annotated[Names | None, about(f"comma-separated, from {','.join(ARCHITECTURES)}; None: all")] = None
+    op: Names | None = None  # comma-separated public kernel functions, such as layer_norm; None: all
+    jobs: int | None = None  # processes at a time; None: one for each CPU core
+    # compile with the Triton in this folder, made by: pip install --no-deps --target FOLDER triton==3.4.0
+    triton: Annotated[Path, Word("FOLDER")] | None = None
+    json: File | None = None  # also write the card to this file
+    # write the card to bench/results, to be committed; with --op, the entries of these functions alone
+    write: bool = False
+
+
+def main(options: Options) -> int:
+    """Prints the card; returns 1 if a figure is beyond a limit or worse than the committed one."""
     architectures = options.arch.split(",") if options.arch else ARCHITECTURES
     for name in architectures:
         if name not in ARCHITECTURES:
@@ -375,13 +371,13 @@ def main(options: argparse.Namespace) -> int:
         )
     if options.triton and not (options.triton / "triton").is_dir():
         raise ValueError(f"bench audit: --triton is {str(options.triton)!r}, which holds no package triton")
-    ops = cases.chosen(options.op) if options.op else ()
+    ops = chosen_operations(options.op) if options.op else ()
     result = run(
         architectures,
         ops,
         options.jobs,
         options.triton,
-        compared=not options.triton,
+        with_peers=not options.triton,
     )
     card = result.card()
     print(table(card))

@@ -1,26 +1,26 @@
-"""Compiled code without a GPU: what the kernels of a callable become on a given architecture.
+"""Compiled code without a GPU: what Triton makes of a callable's kernels for a given architecture.
 
-    with recording("80") as launches:         # CPU tensors; nothing is run, everything is compiled
+    with recording("80") as launches:         # CPU tensors; everything is compiled, nothing runs
         y = layer_norm(x, weight)
     launches[0].figures()                     # registers, shared memory, spills, widths, ...
 
-A launch goes the way that it goes on a GPU, through Triton's own specialisation (divisibility by 16, arguments equal to
-1, the numbers that `_tuning` picks for the architecture), up to the point where the kernel would be started. Needs a
-process without TRITON_INTERPRET. From outside, in a process of its own because a compiler pass can abort it:
+A launch takes the same steps as on a GPU (Triton's specialisation on divisibility by 16 and on arguments equal to 1,
+the numbers that `_tuning` has for the architecture), up to the point where the kernel would start. Needs a process
+without TRITON_INTERPRET. The audit runs it in a process of its own, because a compiler pass can abort the process:
 
     python -m fastgpt2.bench.audit.compiled --json FILE [--arch 80,90] [--op layer_norm,gelu]
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,23 +34,26 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastgpt2.bench.audit import asm
-from fastgpt2.bench.audit.cases_to_compile import audited_cases
+from fastgpt2.bench.audit.cases_to_compile import cases_to_compile
 from fastgpt2.bench.cases import peers
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.case import Case
+from fastgpt2.gpt2.cli.cli import in_a_process
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.ops import kernels_digest
+from fastgpt2.gpt2.options import CommandOptions, File, Names
 from fastgpt2.kernels import _device
 
 TARGETS = {name: GPUTarget("cuda", int(name), 32) for name in asm.LIMITS} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SM_COUNT = {"80": 108, "86": 84, "89": 128, "90": 132, "100": 148, "120": 170, "gfx942": 304}
 
-# 16 * 257 rows: as divisible as 4096, and 257 divides no size of the model, so that a tensor whose size it divides is
-# known to grow with the batch.
-AUDITED_ROWS = 16 * 257
+# 16 * 257 rows: divisible by 16 as 4096 is, and 257 divides no size of the model, so that every tensor whose size is
+# divisible by 257 grows with the batch.
+ROWS_TO_COMPILE = 16 * 257
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one kernel is on one architecture. Registers and spills of AMD count vector registers."""
+    """One kernel's code on one architecture. On AMD, registers and spills are those of vector registers."""
 
     kernel: str
     architecture: str
@@ -60,18 +63,18 @@ class Figures:
     shared: int
     stack: int
     spills: int
-    dots: int  # products of matrices, each in its loop
-    plain_dots: int  # of them, those without tensor cores
+    dots: int  # matrix products in the code
+    plain_dots: int  # those of them that do not use tensor cores
     tensor_core: str
-    widths: dict[str, dict[int, int]]  # source line -> how many global accesses of which width; none for AMD
-    narrow: tuple[str, ...]  # arguments that grow with the batch and are reached by int32 offsets alone
+    widths: dict[str, dict[int, int]]  # source line -> {width in bits: number of global accesses}; empty on AMD
+    narrow: tuple[str, ...]  # arguments that grow with the batch and are addressed with int32 offsets only
     atomics: int | None
     occupancy: float | None
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One launch that was not made. `sizes`: elements of each tensor argument."""
+    """One launch that was compiled and not made. `sizes`: the number of elements of each tensor argument."""
 
     name: str
     architecture: str
@@ -80,7 +83,7 @@ class Recorded:
     sizes: dict[str, int]
 
     def figures(self, rows: int = 0) -> Figures:
-        """`rows`: what the sizes of tensors that grow with the batch are multiples of."""
+        """rows: tensors with a larger multiple of this number of elements grow with the batch."""
         texts, metadata = self.kernel.asm, self.kernel.metadata
         arguments = [name for name, kind in self.kernel.src.signature.items() if kind != "constexpr"]
         growing = {name for name, size in self.sizes.items() if rows and size > rows and size % rows == 0}
@@ -113,7 +116,7 @@ class Recorded:
 
 
 class _Driver:
-    """Stands in for Triton's: says what is compiled for."""
+    """Replaces Triton's driver. It names the target to compile for."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -129,7 +132,7 @@ class _Driver:
 
 
 class WithoutProducts(TorchDispatchMode):
-    """Matrix products give memory with nothing in it: they are PyTorch's, and slow on a CPU."""
+    """Matrix products return uninitialized memory. They are PyTorch's, slow on a CPU, and not examined here."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -144,7 +147,7 @@ class WithoutProducts(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretended(architecture: str) -> Iterator[None]:
-    """Answers the questions that kernels ask about the machine as a GPU of `architecture` would, for CPU tensors."""
+    """Inside, the functions of `_device` return what they would for a GPU of `architecture`, also for CPU tensors."""
     digits = (9, 4) if architecture == "gfx942" else (int(architecture[:-1]), int(architecture[-1]))
     mixed = "" if architecture == "gfx942" else "addmm"
     answers: dict[str, Any] = dict(
@@ -159,12 +162,14 @@ def pretended(architecture: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(architecture: str) -> Iterator[list[Recorded]]:
-    """Compiles the launches made inside for `architecture` instead of making them; outputs hold nothing."""
+    """Inside, launches are compiled for `architecture` and not made; outputs are uninitialized."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("recording: kernels decorated under TRITON_INTERPRET cannot be compiled; unset it")
     if architecture not in TARGETS:
         raise ValueError(f"recording: architecture is {architecture!r}, allowed are {', '.join(TARGETS)}")
     recorded: list[Recorded] = []
+    # Patched, because nothing is launched, so that launch hooks are silent, and the hook after a compilation is called
+    # once for each kernel, not for each launch.
     run = triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -178,7 +183,7 @@ def recording(architecture: str) -> Iterator[list[Recorded]]:
 
     if architecture == "gfx942":
         _link_without_rocm()
-    before = dict(vars(driver))  # not driver.active: asking for it fails where there is no GPU
+    before = dict(vars(driver))  # not driver.active: reading it fails without a GPU
     driver.set_active(_Driver(TARGETS[architecture]))
     try:
         with mock.patch.object(triton.JITFunction, "run", compile_only), pretended(architecture):
@@ -188,7 +193,8 @@ def recording(architecture: str) -> Iterator[list[Recorded]]:
 
 
 def _link_without_rocm() -> None:
-    """Old Tritons link AMD code with ROCm's lld; where it is missing nothing is linked: the assembly is enough."""
+    """Old versions of Triton link AMD code with ROCm's lld. Where that is missing, nothing is linked: the assembly is
+    enough for the audit."""
     from triton.backends.amd.compiler import HIPBackend
 
     if not hasattr(HIPBackend, "path_to_rocm_lld"):
@@ -199,9 +205,11 @@ def _link_without_rocm() -> None:
         os.environ["TRITON_HIP_LLD_PATH"] = shutil.which("true") or "true"
 
 
-def audit_case(case: cases.Case, architecture: str, function: Callable | None = None) -> list[dict]:
-    """Figures of each launch of a case, forward and backward, as dictionaries with the case's name and the pass; of
-    `function`, by default ours."""
+def audit_case(case: Case, architecture: str, function: Callable | None = None) -> list[dict]:
+    """Compiles a case's forward and backward; -> each launch's figures with the case's name and the direction.
+
+    function: what to compile, by default our own function.
+    """
     inputs = case.inputs(fill=torch.empty)
     results = []
     with recording(architecture) as launches:
@@ -220,31 +228,38 @@ def audit_case(case: cases.Case, architecture: str, function: Callable | None = 
     return results
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastgpt2.bench.audit.compiled", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", required=True, help="file to write the figures to")
-    parser.add_argument("--arch", default=",".join(TARGETS), help="comma-separated, from %(default)s")
-    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
-    parser.add_argument("--peers", action="store_true", help="compile Liger's kernels too, where it is installed")
-    options = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Compiled code without a GPU: what the kernels of a callable become on a given architecture."""
+
+    json: File  # where the figures go
+    arch: Names = ",".join(TARGETS)  # comma-separated
+    op: Names = ""  # comma-separated kernel functions; by default all
+    peers: bool = False  # compile Liger's kernels too, where it is installed
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the figures; returns 0."""
+    options = parse(Options, argv, "python -m fastgpt2.bench.audit.compiled")
     wanted = set(filter(None, options.op.split(",")))
     liger = peers.liger() if options.peers else {}
     results, others, met = [], [], set()
     sources = kernels_digest()
-    for case in audited_cases(AUDITED_ROWS):
+    for case in cases_to_compile(ROWS_TO_COMPILE):
         for architecture in options.arch.split(","):
-            # float16 differs from bfloat16 by conversions alone: one architecture stands for all.
+            # float16 differs from bfloat16 in conversions only, so that one architecture is enough.
             repeated = case.dtype == torch.float16 and architecture != "80"
             if (not wanted or case.op in wanted) and not repeated:
                 results += audit_case(case, architecture)
             if case.op in liger and (case.op, architecture) not in met:  # its first case: bfloat16, width 768
                 met.add((case.op, architecture))
                 launches = audit_case(case, architecture, liger[case.op])
-                others += [x for i, x in enumerate(launches) if x not in launches[:i]]  # it launches one in a loop
+                others += [x for i, x in enumerate(launches) if x not in launches[:i]]  # one is in a loop
     versions = {"triton": triton.__version__, "torch": torch.__version__, "sources": sources}
     found = versions | {"launches": results, "peers": others}
     Path(options.json).write_text(json.dumps(found), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_a_process(main))

@@ -1,13 +1,13 @@
-"""What a callable asks of the device: launches, bytes moved, waits for the device, and what it keeps for backward.
+"""What a callable costs on the device: launches, bytes moved, synchronizations, and bytes kept for backward.
 
     with count_traffic(model.parameters()) as traffic:
         model(idx, targets)[1].backward()
     traffic.launches, traffic.bytes, traffic.matmul_bytes, traffic.kept_bytes, traffic.syncs
-    more - less                          # the same figures for what `more` did beyond `less`; str() is a table
+    more - less                          # the difference of two counts; str() is a table
 
 Triton kernels are counted by `traffic.count_launches` (each 32-byte sector once a launch), PyTorch's own operators
-as the dispatcher sees them: one launch each, its distinct inputs read once, its outputs written once. Views and
-allocations are free. Bytes of matrix products are kept apart: they depend on the library's tiles.
+by a dispatch mode: one launch each, its distinct inputs read once, its outputs written once. Views and allocations
+are free. Bytes of matrix products are counted apart, because they depend on the library's tiles.
 """
 
 from __future__ import annotations
@@ -16,27 +16,24 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime import interpreter as stock
 
-from fastgpt2.bench.audit.traffic import count_launches
+from fastgpt2.bench.audit.traffic import Launches, count_launches
 
 MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-OVERWRITES = {"copy_", "fill_", "zero_", "random_", "normal_", "uniform_"}  # do not read what they write to
-GATHERS = {"embedding", "index_select", "gather"}  # read as much of their table as they write
+OVERWRITES = {"copy_", "fill_", "zero_", "random_", "normal_", "uniform_"}  # do not read the tensor that they write
+GATHERS = {"embedding", "index_select", "gather"}  # read as many bytes of their table as they write
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
 
 
 @dataclass
 class Traffic:
-    """By operator or kernel name. Bytes of a name that is in MATMULS are matrix products'."""
+    """Counts by the name of an operator or kernel. MATMULS names those whose bytes are matrix products'."""
 
     calls: Counter[str] = field(default_factory=Counter)
     moved: Counter[str] = field(default_factory=Counter)
@@ -71,16 +68,17 @@ class Traffic:
 
 
 class _CountOperators(TorchDispatchMode):
-    def __init__(self, traffic: Traffic):
+    def __init__(self, traffic: Traffic, launches: Launches):
         super().__init__()
-        self.traffic, self.paused = traffic, False
+        self.traffic, self.launches = traffic, launches
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if not (self.paused or name in ALLOCATIONS or _is_view(func)):
+        # The interpreter moves tensors with PyTorch: that is part of a kernel.
+        if not (self.launches.interpreting or name in ALLOCATIONS or _is_view(func)):
             read, written = _operands(name, args, kwargs or {}, result)
-            if read or written:  # not promote_types and its like
+            if read or written:  # promote_types, for example, takes and returns no tensors
                 self.traffic.calls[name] += 1
                 read = [t for t in read if not (name in GATHERS and t is args[0])] + written * (name in GATHERS)
                 self.traffic.moved[name] += sum(map(footprint, read + written))
@@ -93,15 +91,15 @@ def _is_view(func) -> bool:
 
 
 def _operands(name: str, args: tuple, kwargs: dict, result) -> tuple[list[Tensor], list[Tensor]]:
-    """Distinct tensors that an operator reads, and those that it writes."""
-    written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]  # in place: the argument itself
+    """-> (the distinct tensors that an operator reads, the tensors that it writes)."""
+    written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]  # of an operator in place, the argument itself
     overwritten = [kwargs.get("out"), args[0] if name in OVERWRITES else None]
     read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not any(t is o for o in overwritten)]
     return list({(t.data_ptr(), t.shape, t.stride()): t for t in read}.values()), written
 
 
 def footprint(t: Tensor) -> int:
-    """Bytes of memory behind a tensor; an expanded dimension counts once."""
+    """Bytes of memory that a tensor occupies: an expanded dimension counts once."""
     elements = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         elements *= size if stride else min(size, 1)
@@ -110,7 +108,8 @@ def footprint(t: Tensor) -> int:
 
 @contextlib.contextmanager
 def _count_kept(traffic: Traffic, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Storages that autograd keeps, each once, parameters left out; held here, so that no address comes twice."""
+    """Counts storages that autograd keeps for backward, each once, without parameters'. `kept` holds them, so that no
+    address is used again."""
     addresses = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -127,24 +126,9 @@ def _count_kept(traffic: Traffic, parameters: Iterable[Tensor]) -> Iterator[None
 
 @contextlib.contextmanager
 def count_traffic(parameters: Iterable[Tensor] = ()) -> Iterator[Traffic]:
-    """Counts everything done inside. parameters: not counted as kept for backward."""
+    """Counts everything that happens inside. parameters: are not counted as kept for backward."""
     traffic = Traffic()
-    operators = _CountOperators(traffic)
-    with contextlib.ExitStack() as stack:
-        launches = stack.enter_context(count_launches())
-        if triton.knobs.runtime.interpret:
-            call = stock.GridExecutor.__call__
-
-            def launch(self, *args, **kwargs):
-                operators.paused = True  # the interpreter moves tensors with PyTorch
-                try:
-                    return call(self, *args, **kwargs)
-                finally:
-                    operators.paused = False
-
-            stack.enter_context(mock.patch.object(stock.GridExecutor, "__call__", launch))
-        stack.enter_context(_count_kept(traffic, parameters))
-        stack.enter_context(operators)
+    with count_launches() as launches, _count_kept(traffic, parameters), _CountOperators(traffic, launches):
         yield traffic
     for one in launches:
         traffic.calls[one.name] += 1

@@ -1,10 +1,10 @@
-"""Launches and bytes of our ops beside eager PyTorch's and Liger's, counted the same way, without a GPU.
+"""Launches and bytes of our ops, of eager PyTorch's and of Liger's, counted the same way, without a GPU.
 
-Everything that a pass asks of the device is counted, PyTorch's operators around our kernels too: an operator is one
-launch that reads its distinct inputs and writes its outputs once, a kernel is what the interpreter saw it address.
-Bytes of matrix products are left out. CUDA needs several kernels for some operators, so PyTorch's launches are a lower
-bound. Liger takes a CPU for a GPU of one multiprocessor, which leaves it fewer partial sums than a real one.
-As a process of its own, with TRITON_INTERPRET=1:
+All work on the device is counted, PyTorch's operators around our kernels too. An operator is one launch that reads its
+distinct inputs once and writes its outputs once; of a kernel, the interpreter counts what it addresses. Bytes of matrix
+products are left out. CUDA needs several kernels for some operators, so PyTorch's launches are a lower bound. Liger
+takes the CPU for a GPU of one multiprocessor, for which it makes fewer partial sums than for a real one.
+The audit runs it in a process of its own, with TRITON_INTERPRET=1:
 
     python -m fastgpt2.bench.audit.peer_traffic --json FILE [--op layer_norm,gelu]
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,15 +25,17 @@ import triton.language as tl
 
 from fastgpt2.bench.audit.compiled import pretended
 from fastgpt2.bench.audit.dispatch import count_traffic
-from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_arguments
+from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_options
+from fastgpt2.bench.cases.case import Case
 from fastgpt2.bench.cases.peers import PEERS, installed
-from fastgpt2.bench.cases.registry import Case, cases
+from fastgpt2.bench.cases.registry import all_cases
+from fastgpt2.gpt2.cli.cli import in_a_process
 
 OURS, PYTORCH, LIGER = "ours", "PyTorch", "Liger"
 
 
 def count(case: Case, function: Callable) -> dict[str, dict[str, Any]]:
-    """direction -> launches and bytes over the least that the pass must move."""
+    """direction -> launches, and bytes divided by the least that the pass must move."""
     inputs = case.inputs(fill=torch.zeros)
     with pretended("80"), np.errstate(all="ignore"):
         with count_traffic() as forward:
@@ -49,7 +52,7 @@ def count(case: Case, function: Callable) -> dict[str, dict[str, Any]]:
 
 
 def functions(case: Case) -> dict[str, Callable]:
-    """What is counted for a case. Liger only where it is installed and has the op."""
+    """label -> implementation of a case's op to count. Liger's only where it is installed and has the op."""
     found = {OURS: case.ours, PYTORCH: case.eager}
     if make := PEERS[LIGER].makers.get(case.op) if installed(PEERS[LIGER].module) else None:
         found[LIGER] = make()
@@ -58,12 +61,12 @@ def functions(case: Case) -> dict[str, Callable]:
 
 @contextlib.contextmanager
 def foreign_kernels() -> Iterator[None]:
-    """Lets the interpreter run kernels that were not written with it in mind: numbers may be floats, `rsqrt` may come
-    from CUDA's own library. To be entered before such kernels are imported."""
+    """Lets the interpreter run other libraries' kernels, which pass floats as numbers and use CUDA's `rsqrt`. To be
+    entered before such kernels are imported."""
     from triton.language.extra import libdevice
     from triton.runtime import interpreter
 
-    convert = interpreter._implicit_cvt
+    convert = interpreter._implicit_cvt  # patched, because the interpreter has no setting for what it accepts
 
     def convert_floats(value: Any) -> Any:
         if isinstance(value, float):
@@ -77,17 +80,19 @@ def foreign_kernels() -> Iterator[None]:
         yield
 
 
-def main(argv: list[str] | None = None) -> None:
-    options, wanted = counting_arguments("fastgpt2.bench.audit.peer_traffic", __doc__, argv)
+def main(argv: Sequence[str]) -> int:
+    """Writes the counts; returns 0."""
+    options, wanted = counting_options(argv, "fastgpt2.bench.audit.peer_traffic")
     results = []
     with foreign_kernels():
-        for case in cases(COUNTED_ROWS):
+        for case in all_cases(COUNTED_ROWS):
             if case.dtype == COUNTED_DTYPE and (not wanted or case.op in wanted):
                 for label, function in functions(case).items():
                     for direction, figures in count(case, function).items():
                         results.append(dict(op=case.op, direction=direction, label=label, **figures))
     Path(options.json).write_text(json.dumps(results), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_a_process(main))

@@ -4,42 +4,46 @@
         y = layer_norm(x, weight)
     len(log); log[0].name, log[0].grid, log[0].bytes_read, log[0].bytes_written
 
-Counts are exact for the memory that a kernel addresses: each 32-byte sector once per launch, as a cache that never
-evicts would fetch it (`bytes_read`, `bytes_written`), and every element of every access by source line (`lines`), as
-the kernel asks for it. The interpreter has no bfloat16, so bytes of bfloat16 are counted on float16 tensors. Matrix
-products by PyTorch are left out. As a process of its own, with TRITON_INTERPRET=1:
+`bytes_read` and `bytes_written` count each 32-byte sector that a kernel addresses once per launch, as if a cache never
+evicted it. `lines` counts the bytes of every access, by source line. The interpreter has no bfloat16, so
+bytes of bfloat16 are counted on float16 tensors. PyTorch's matrix products are left out. The audit runs it in a process
+of its own, with TRITON_INTERPRET=1:
 
     python -m fastgpt2.bench.audit.traffic --json FILE [--op layer_norm,gelu]
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import triton
 
-SECTOR = 32  # bytes: what a GPU's memory moves at least
-# As it was imported and as it lies: by way of a link these differ.
+from fastgpt2.gpt2.cli.cli import in_a_process
+from fastgpt2.gpt2.command_line import parse
+from fastgpt2.gpt2.options import CommandOptions, File, Names
+
+SECTOR = 32  # bytes: the least that a GPU's memory moves
+# The path of the import and the real path, which differ where the checkout was imported through a link.
 KERNELS = {str(file.parents[2] / "kernels") for file in (Path(__file__), Path(__file__).resolve())}
-COUNTED_DTYPE = torch.float16  # the dtype of the cases that are counted; stands for bfloat16 too
-COUNTED_ROWS = 2 * 257  # few, because the interpreter is slow; programs of many rows still get as many as in a real run
+COUNTED_DTYPE = torch.float16  # of the cases that are counted; bfloat16 has as many bytes
+COUNTED_ROWS = 2 * 257  # few, because the interpreter is slow, and enough to fill programs of many rows
 
 
 @dataclass
 class Launch:
-    """One kernel launch. Bytes and lines are counted in the interpreter only."""
+    """One kernel launch. Grid, bytes and lines are known in the interpreter only."""
 
     name: str
     grid: tuple[int, ...] = ()
@@ -57,7 +61,7 @@ class Launch:
         pointers, mask = np.broadcast_arrays(pointers, mask)
         touched = pointers[mask] // np.uint64(SECTOR)
         self.lines[_line()] += touched.size * itemsize
-        if touched.size > 1:  # neighbours mostly share a sector; what is left is sorted out at the end
+        if touched.size > 1:  # drops equal neighbours, which are most; `_close` drops the other repetitions
             touched = touched[np.append(True, touched[1:] != touched[:-1])]
         sectors.append(touched)
 
@@ -70,7 +74,7 @@ class Launch:
 
 
 def _line() -> str:
-    """The innermost line of a kernel file that is running; of the kernel itself where it lies elsewhere."""
+    """The innermost running line in kernels/; for a kernel that is defined elsewhere, its own running line."""
     frame: FrameType | None = sys._getframe(1)
     outside = ""
     while frame is not None:
@@ -83,19 +87,53 @@ def _line() -> str:
     return outside
 
 
+class Launches(list[Launch]):
+    """In order. `interpreting`: whether the interpreter is running one of them right now."""
+
+    interpreting = False
+
+
 @contextlib.contextmanager
-def count_launches() -> Iterator[list[Launch]]:
-    """Lists the kernels launched inside, in order; on a GPU names and grids alone."""
-    log: list[Launch] = []
-    with contextlib.ExitStack() as patches:
+def count_launches() -> Iterator[Launches]:
+    """Lists the kernels launched inside. On a GPU their names alone: Triton's launch hook is not told the grid."""
+    log = Launches()
+    with contextlib.ExitStack() as stack:
         if triton.knobs.runtime.interpret:
-            _record_interpreted(log, patches)
+            _record_interpreted(log, stack)
         else:
-            _record_compiled(log, patches)
+            stack.enter_context(launch_hook(lambda launch: log.append(Launch(launch["name"]))))
         yield log
 
 
-def _record_interpreted(log: list[Launch], patches: contextlib.ExitStack) -> None:
+@contextlib.contextmanager
+def launch_hook(enter: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """Inside, `enter` is called before every compiled launch with Triton's "name", "function" and "stream" of it."""
+
+    def hook(metadata: Any) -> None:
+        enter(metadata.get())
+
+    runtime = triton.knobs.runtime
+    chain: Any = runtime.launch_enter_hook
+    if hasattr(chain, "add"):
+        chain.add(hook)
+        try:
+            yield
+        finally:
+            chain.remove(hook)
+        return
+
+    def both(metadata: Any) -> None:
+        if chain is not None:
+            chain(metadata)
+        hook(metadata)
+
+    with runtime.scope():  # Triton 3.4 has one hook, not a chain of them
+        runtime.launch_enter_hook = both  # type: ignore[assignment]
+        yield
+
+
+def _record_interpreted(log: Launches, patches: contextlib.ExitStack) -> None:
+    # Patched, because the interpreter calls no hooks, neither for a launch nor for a load or store.
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     call, set_dim = GridExecutor.__call__, InterpreterBuilder.set_grid_dim
@@ -103,9 +141,11 @@ def _record_interpreted(log: list[Launch], patches: contextlib.ExitStack) -> Non
 
     def recorded_call(self, *args, **kwargs):
         log.append(Launch(self.fn.__name__))
+        log.interpreting = True
         try:
             return call(self, *args, **kwargs)
         finally:
+            log.interpreting = False
             log[-1]._close()
 
     def recorded_dim(self, *grid):
@@ -130,38 +170,32 @@ def _record_interpreted(log: list[Launch], patches: contextlib.ExitStack) -> Non
         patches.enter_context(mock.patch.object(InterpreterBuilder, name, method))
 
 
-def _record_compiled(log: list[Launch], patches: contextlib.ExitStack) -> None:
-    run = triton.JITFunction.run
+@dataclass(frozen=True, kw_only=True)
+class CountingOptions(CommandOptions):
+    """Counts launches and bytes in Triton's interpreter, for the audit."""
 
-    def recorded_run(self, *args, grid, warmup, **kwargs):
-        if not warmup:
-            log.append(Launch(self.fn.__name__, grid if isinstance(grid, tuple) else ()))
-        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
-
-    patches.enter_context(mock.patch.object(triton.JITFunction, "run", recorded_run))
+    json: File  # where the counts go
+    op: Names = ""  # comma-separated kernel functions; by default all
 
 
-def counting_arguments(module: str, doc: str, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """Of a process that counts in the interpreter, for the audit: options with `json`, and the ops asked for, all where
-    there are none."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
-    parser.add_argument("--json", required=True, help="file to write the counts to")
-    parser.add_argument("--op", default="", help="comma-separated kernel functions; all by default")
-    options = parser.parse_args(argv)
+def counting_options(argv: Sequence[str], module: str) -> tuple[CountingOptions, set[str]]:
+    """Of a process that counts in the interpreter: (its options, the ops asked for, none where it counts all)."""
+    options = parse(CountingOptions, argv, f"python -m {module}")
     if not triton.knobs.runtime.interpret:
-        parser.error("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
+        raise ValueError("set TRITON_INTERPRET=1: bytes are counted in the interpreter")
     return options, set(filter(None, options.op.split(",")))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Writes the counts; returns 0."""
     from fastgpt2.bench.audit.compiled import pretended
-    from fastgpt2.bench.cases.registry import cases
+    from fastgpt2.bench.cases.registry import all_cases
     from fastgpt2.gpt2.ops import kernels_digest
 
-    options, wanted = counting_arguments("fastgpt2.bench.audit.traffic", __doc__, argv)
+    options, wanted = counting_options(argv, "fastgpt2.bench.audit.traffic")
     results = []
     sources = kernels_digest()
-    for case in cases(COUNTED_ROWS):
+    for case in all_cases(COUNTED_ROWS):
         if case.dtype != COUNTED_DTYPE or (wanted and case.op not in wanted):
             continue
         inputs = case.inputs(fill=torch.zeros)
@@ -181,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
                 dict(op=case.op, case=case.name, direction=direction, minimum_bytes=minimum, launches=launches)
             )
     Path(options.json).write_text(json.dumps({"sources": sources, "passes": results}), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_a_process(main))

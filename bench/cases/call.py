@@ -1,9 +1,9 @@
-"""One small call of a public kernel function, with one of the things that can be switched in it: what the guards run.
+"""One small call of a public kernel function, with one of its options, for tests of bounds and races.
 
     inputs = call.inputs(torch.bfloat16, device)
     results = call.results(inputs)                    # outputs, then the gradient of every floating input
 
-Sizes are odd and cross a tile's end in every dimension, so that masks matter; rows have gaps where `sliced` made them.
+Sizes are odd and not multiples of a tile in any dimension, so that masks matter. Rows made by `sliced` have gaps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class New:
 
 @dataclass(frozen=True)
 class Call:
-    """`function` takes the tensors that `make` gives. `op` is the name of the public function that it calls."""
+    """`function` takes the tensors that `make` returns. `op` names the public function that it calls."""
 
     op: str
     what: str
@@ -53,12 +53,12 @@ class Call:
         return f"{self.op}-{self.what}"
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """Tensors; floating ones require gradients, if the function has any."""
+        """Tensors. Floating-point ones require gradients, if the function has any."""
         made = self.make(New(dtype, device))
         return tuple(t.requires_grad_(t.is_floating_point() and self.differentiable) for t in made)
 
     def results(self, inputs: tuple[Tensor, ...], move: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
-        """The outputs, then the gradients that exist; `move` is applied to the upstream gradients."""
+        """The outputs, then the gradients that exist. move: applied to the gradients of the outputs."""
         outputs = self.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not self.differentiable:

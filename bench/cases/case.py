@@ -1,6 +1,6 @@
-"""One kernel case: a public kernel function at one shape and dtype, its inputs, the plain PyTorch beside it, its cost.
+"""A kernel case: a public kernel function at one shape and dtype, its inputs, the same in plain PyTorch, and its cost.
 
-What cases there are, the descriptions of ops/ say.
+The files in ops/ make the cases.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ WIDTHS = (768, 1024, 1280, 1600)  # gpt2, -medium, -large, -xl
 VOCABULARY = 50257
 HEAD_SIZE = 64
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"float32": FP32, "bfloat16": BF16, "float16": FP16}
 
-# new(*shape, dtype=None, below=None, mean=0, std=1): what a case makes its inputs with, of the scale that GPT-2's have.
+# new(*shape, dtype=None, below=None, mean=0, std=1) makes one input of a case, on the scale of GPT-2's activations.
 New = Callable[..., Tensor]
 
 
@@ -32,11 +33,11 @@ class Case:
     dtype: torch.dtype
     make_inputs: Callable[[New], tuple]
     ours: Callable
-    reference: Callable  # the truth, when inputs are fp64
-    eager: Callable  # what PyTorch users write
+    reference: Callable  # exact when its inputs are fp64
+    eager: Callable  # what a PyTorch user would write
     forward_bytes: int
     backward_bytes: int | None  # None: a function without gradients
-    rows: int  # a tensor that has more elements than this and a multiple of them grows with the batch
+    rows: int  # tensors whose number of elements is a larger multiple of this one grow with the batch
     forward_flops: int = 0
     backward_flops: int = 0
     autocast: bool = False  # parameters and residual in fp32, run under autocast to `dtype`
@@ -47,7 +48,7 @@ class Case:
         return f"{self.op}[{self.shape}-{dtype}]"
 
     def inputs(self, device: torch.device | str = "cpu", fill: Callable[..., Tensor] = torch.randn) -> tuple:
-        """Tensors that require gradients where the case has any, except integer ones."""
+        """Tensors. Floating-point ones require gradients, unless the case's function has none."""
 
         def new(
             *shape, dtype: torch.dtype | None = None, below: int | None = None, mean: float = 0.0, std: float = 1.0
@@ -75,8 +76,11 @@ class Case:
         upstream: tuple[Tensor, ...] | None = None,
         again: bool = False,
     ) -> tuple:
-        """Gradients of every floating input, () without gradients; upstream ones are ones unless given. `again` keeps
-        what the forward saved, for another backward."""
+        """The gradient of every floating-point input; () where the function has none.
+
+        upstream: gradients of the outputs; ones by default. again: whether to keep what the forward saved, so that
+        another backward can follow.
+        """
         if self.backward_bytes is None:
             return ()
         wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
@@ -84,8 +88,8 @@ class Case:
         return torch.autograd.grad(outputs, wanted, upstream, retain_graph=again)
 
     def work(self, direction: str) -> tuple[int, int]:
-        """(minimum bytes, FLOPs) of "forward", "backward" or "both"; FLOPs are 0 where there are none, or where they
-        cannot be told apart: our loss makes gradients in its forward, others in their backward."""
+        """(minimum bytes, FLOPs) of "forward", "backward" or "both"; FLOPs are 0 where there are none, and where
+        they cannot be split: our loss computes gradients in its forward, other implementations in their backward."""
         wide = self.backward_bytes or 0
         moved = {"forward": self.forward_bytes, "backward": wide, "both": self.forward_bytes + wide}[direction]
         forward, backward = self.forward_flops, self.backward_flops
@@ -95,9 +99,10 @@ class Case:
 
 
 def asked(case: Case, name: str, **more: Callable) -> Case:
-    """A case whose function is asked for more, which is other code; costs and references are the plain one's.
+    """A case whose function gets more keyword arguments and so compiles other code. Its costs and references are those
+    of the plain case.
 
-    more: keyword arguments of the function, each made from its first input.
+    more: the keyword arguments, each as a function of the first input.
     """
 
     def ours(first: Tensor, *rest):
@@ -107,5 +112,5 @@ def asked(case: Case, name: str, **more: Callable) -> Case:
 
 
 def dropout_of(p: float) -> dict[str, Callable]:
-    """What `asked` takes for dropout."""
+    """The keyword arguments of `asked` for dropout."""
     return dict(dropout_p=lambda first: p, seed=lambda first: torch.zeros(1, dtype=torch.int64, device=first.device))

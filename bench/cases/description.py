@@ -1,4 +1,4 @@
-"""One op's description: all that the project has to know of a file in kernels/, in one place.
+"""One op's description: everything that audit, timings and tests need to know of a file in kernels/.
 
 Every file of ops/ makes one `DESCRIPTION`; `registry.py` finds them.
 """
@@ -13,19 +13,25 @@ from typing import NamedTuple
 import torch
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import Case
+from fastgpt2.bench.cases.case import BF16, FP16, FP32, Case
 
 
 class Sizes(NamedTuple):
-    """What the audit's cases are made for: about `rows` rows, models of some widths, a vocabulary of V."""
+    """Sizes of the audit's cases: about `rows` rows, models of several widths, a vocabulary of V."""
 
     rows: int
     widths: tuple[int, ...]
     V: int
 
+    def widths_and_dtypes(self) -> Iterator[tuple[int, torch.dtype]]:
+        """The narrowest model in every dtype, and the widest in bfloat16."""
+        for dtype in (BF16, FP16, FP32):
+            yield self.widths[0], dtype
+        yield self.widths[-1], BF16
+
 
 class Size(NamedTuple):
-    """One model's: B sequences of T tokens, width C, a vocabulary of V."""
+    """Sizes of one model's ops: B sequences of T tokens, width C, a vocabulary of V."""
 
     B: int
     T: int
@@ -40,15 +46,15 @@ def _no_variants(rows: int) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of the public functions of one file in kernels/.
+    """The public functions of one file in kernels/: how to call, check and measure them.
 
-    module: that file. A function is public where it has its truth beside it, `<name>_reference`.
-    cases: what the audit compiles and counts and the tests run: the kernel card's lines. Every `Case` names its op, the
-        switch that turns it off, its reference, eager PyTorch beside it and what it costs at least.
+    module: that file. A function is public if the file also has its reference, `<name>_reference`.
+    cases: what the audit compiles and counts, and the tests run: the lines of the kernel card. Every `Case` names its
+        op, the switch that turns it off, its reference, the same in eager PyTorch, and the least that it costs.
     sized: each function at one size: what `verify` compares and `bench ops` times.
     huggingface: function name -> how HuggingFace computes the same from a case's inputs.
-    calls: small calls, one for each thing that can be switched in a function: what the guards run.
-    variants: at about so many rows, what else the functions can be asked for and compile other code for.
+    calls: small calls, one for each option of a function: what tests of out-of-bounds accesses and races run.
+    variants: cases at about so many rows with options for which the functions compile other code.
     """
 
     module: ModuleType

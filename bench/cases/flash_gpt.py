@@ -1,7 +1,7 @@
 """flash-attn's own GPT-2, `flash_attn/models/gpt.py`, with the flags that its authors train with.
 
-Two of the flags need `fused_dense_lib`, which flash-attn's repository has beside the package, and one needed
-`dropout_layer_norm` in older versions: a flag whose extension is missing is left off, and the label says which are on.
+Two of the flags need the extension `fused_dense_lib`, which is built from flash-attn's repository, and one needed
+`dropout_layer_norm` in older versions. A flag whose extension is missing stays off, and the label says which are on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def why_not(device: torch.device) -> str | None:
         return "flash_attn is not installed"
     try:
         importlib.import_module("flash_attn.models.gpt")
-    except Exception as error:  # built for another PyTorch or CUDA, it fails in ways of its own
+    except Exception as error:  # a package built for another PyTorch or CUDA raises errors of any class
         return f"flash_attn.models.gpt cannot be imported: {peers.first_line(error)}"
     return None
 
@@ -42,7 +42,7 @@ def build(config: GPTConfig, weights: GPT) -> Any:
 
     hf = weights.to_huggingface()
     hf_config = hf.config
-    hf_config.residual_in_fp32 = True  # as under autocast it is in ours and HuggingFace's
+    hf_config.residual_in_fp32 = True  # as it is in our model and HuggingFace's under autocast
     refused: ImportError | None = None
     for flags in (FLAGS, FLAGS[:2], FLAGS[:1]):
         for flag in FLAGS:
@@ -61,13 +61,13 @@ def build(config: GPTConfig, weights: GPT) -> Any:
 
 
 def label(model: Any) -> str:
-    """By the flags that are on in a live model."""
+    """Names the flags that are on in a live model."""
     active = [flag for flag in FLAGS if getattr(model.config, flag)]
     return "flash-attn's GPT, " + ("all four flags" if len(active) == len(FLAGS) else " ".join(active))
 
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """By flash-attn's own kernel, which overwrites the logits (B, T, V); targets (B, T), -1 where there is none."""
+    """Computed by flash-attn's own kernel, which overwrites the logits (B, T, V). targets: (B, T), -1 where none."""
     from flash_attn.losses.cross_entropy import CrossEntropyLoss
 
     return CrossEntropyLoss(ignore_index=IGNORED_TARGET, inplace_backward=True)(logits.flatten(0, 1), targets.flatten())

@@ -1,4 +1,4 @@
-"""Other people's implementations of our ops, where they are installed; each takes the inputs of the op's case."""
+"""Other libraries' implementations of our ops, where they are installed. Each takes the inputs of the op's case."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LAYER_NORM_EPS = 1e-5
 
 
 class Peer(NamedTuple):
-    """`module`: what is imported; `package`: whose version counts, by its name on PyPI. `makers`: op -> what makes the
-    function. `capability`: the least that a GPU must have; (0, 0) runs on CPUs too."""
+    """module: what is imported. package: its name on PyPI. makers: op -> what makes the function. capability: the least
+    compute capability that a GPU must have; (0, 0) runs on CPUs too."""
 
     module: str
     package: str
@@ -44,13 +44,13 @@ def peers(op: str, device: torch.device) -> tuple[dict[str, Callable], dict[str,
                 found[label] = peer.makers[op]()
             except NotImplementedError as error:
                 missing[label] = first_line(error)
-            except Exception as error:  # built for another PyTorch or CUDA, it fails in ways of its own
+            except Exception as error:  # a package built for another PyTorch or CUDA raises errors of any class
                 missing[label] = f"{peer.module} cannot be imported: {first_line(error)}"
     return found, missing
 
 
 def version(label: str) -> str | None:
-    """The version of what a label names; None for what is no peer, and for one that was built in place."""
+    """The installed version of a peer; None for other labels, and for a peer that was built in place."""
     if label not in PEERS:
         return None
     try:
@@ -60,10 +60,10 @@ def version(label: str) -> str | None:
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be found; one whose package fails at its import is, and fails again when it is used."""
+    """Whether a module can be found. True for one whose import fails, so that its use says why."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # the package that it is in
+    except ImportError:  # there is no such package
         return False
     except Exception:
         return True
@@ -74,7 +74,7 @@ def first_line(error: BaseException) -> str:
 
 
 def liger() -> dict[str, Callable]:
-    """op -> Liger's function, {} where it is not installed. For counting and compiling, which need no GPU."""
+    """op -> Liger's function; {} where Liger is not installed. To count and compile, which needs no GPU."""
     peer = PEERS["Liger"]
     return {op: make() for op, make in peer.makers.items()} if installed(peer.module) else {}
 
@@ -86,7 +86,7 @@ def heads(qkv: Tensor) -> Tensor:
 
 
 def _not_for(device: torch.device, capability: tuple[int, int]) -> str | None:
-    """Why a device is not one that a peer is made for."""
+    """Why a peer does not run on a device; None where it does."""
     if capability == (0, 0):
         return None
     if device.type != "cuda":
@@ -103,7 +103,7 @@ def _not_for(device: torch.device, capability: tuple[int, int]) -> str | None:
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[], Callable]:
-    """PyTorch's attention by one backend, which it does not choose by itself; an error where that one cannot."""
+    """PyTorch's attention by the given backend; it raises an error where that backend does not support the inputs."""
 
     def make() -> Callable:
         def attend(qkv: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _sdpa(backend: SDPBackend) -> Callable[[], Callable]:
 
 
 def _torch_linear_cross_entropy() -> Callable:
-    """By chunks, as PyTorch's options choose them; without options the same function is F.linear, F.cross_entropy."""
+    """In chunks, as PyTorch's default options choose them; without options, the function computes all logits."""
     if not (hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")):
         raise NotImplementedError(f"PyTorch {torch.__version__} does not have it")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -184,7 +184,7 @@ def _flash_add_layer_norm() -> Callable:
 def _flash_mlp() -> Callable:
     from flash_attn.ops.fused_dense import fused_mlp_func
 
-    # What its own FusedMLP takes: on Hopper, cuBLASLt's fused epilogue is the slower one.
+    # As its own FusedMLP chooses: on Hopper, cuBLASLt's fused epilogue is slower.
     heuristic = -1 if torch.cuda.get_device_capability() == (9, 0) else 0
     return lambda x, w, b, v, c: fused_mlp_func(x, w, v, b, c, activation="gelu_approx", heuristic=heuristic)
 

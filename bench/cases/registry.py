@@ -1,15 +1,15 @@
-"""What is known of every op: the descriptions of ops/, and the lists made of them that audit, timings and tests read.
+"""Every op's description, found in ops/, and the lists made from them that audit, timings and tests read.
 
-A case is one public kernel function at one shape and dtype: its inputs, the plain PyTorch beside it, and what it costs
-at least. B batch, T time, N rows (B * T), C width, H heads, D head size, V vocabulary.
+A case is one public kernel function at one shape and dtype: its inputs, the same in plain PyTorch, and the least that
+it costs. B batch, T time, N rows (B * T), C width, H heads, D head size, V vocabulary.
 
-    for case in cases():
+    for case in all_cases():
         inputs = case.inputs(device)             # random; inputs(device, torch.empty) where values do not matter
         outputs = case.forward(inputs)
         gradients = case.backward(inputs, outputs)
 
-"minimum bytes": every tensor that the pass must read is read once and every tensor that it must write is written once;
-products of matrices by PyTorch left out.
+"minimum bytes": every tensor that the pass must read is read once, and every tensor that it must write is written once.
+PyTorch's matrix products are left out.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ DESCRIPTIONS: dict[str, Description] = {
 }
 
 
-def cases(rows: int = 4096, widths: tuple[int, ...] = WIDTHS, V: int = VOCABULARY) -> Iterator[Case]:
-    """All cases at about `rows` rows; attention at a sequence of `rows` / 4, at most 1024."""
+def all_cases(rows: int = 4096, widths: tuple[int, ...] = WIDTHS, V: int = VOCABULARY) -> Iterator[Case]:
+    """All cases at about `rows` rows; attention at sequences of `rows` / 4 tokens, decoding at caches up to 1024."""
     for description in DESCRIPTIONS.values():
         yield from description.cases(Sizes(rows, widths, V))
 
 
 def sized_cases(T: int, C: int, dtype: torch.dtype, tokens: int = 0, V: int | None = None) -> Iterator[Case]:
-    """Every op once, at sequences of T tokens and width C: one sequence, attention and embedding as many as make
-    `tokens`; decoding 8 sequences with caches of T; a vocabulary of V, by default GPT-2's."""
+    """Every op once, at sequences of T tokens and width C. Attention and embedding get as many sequences as make
+    `tokens`, decoding 8 with caches of T tokens, other ops one. V: of the vocabulary, by default GPT-2's."""
     for description in DESCRIPTIONS.values():
         yield from description.sized(Size(max(1, tokens // T), T, C, V or VOCABULARY, dtype))
 
@@ -62,8 +62,8 @@ def step_cases(B: int, T: int, C: int) -> dict[str, Case]:
     return {case.op: case for case in step}
 
 
-def chosen(wanted: str | None) -> tuple[str, ...]:
-    """The functions that `--op` names, comma-separated; all without it. Raises ValueError for one that there is not."""
+def chosen_operations(wanted: str | None) -> tuple[str, ...]:
+    """The functions that `--op` names, separated by commas; all without it. Raises ValueError for an unknown one."""
     names = tuple(wanted.split(",")) if wanted else tuple(operations())
     for name in names:
         if name not in operations():

@@ -1,9 +1,10 @@
-"""The ways to train GPT-2 that are compared: ours by every switch, HuggingFace's, nanoGPT's and flash-attn's model.
+"""The implementations of a training step that are compared: our model with each of its kernel switches, HuggingFace's,
+nanoGPT's and flash-attn's model.
 
-Each computes a step on one road, which is how its kernels are launched: from Python, as CUDA graphs, or by
-torch.compile in one of its modes. Variants of one family share a model and an optimizer, so that three or four models
-are in memory, not thirty. All start from the same weights and see the same batch; dropout is 0 everywhere. Labels say
-what is active: they are made from the model's `Kernels` and from what the other models say of themselves.
+A variant's road is how its kernels are launched: from Python, by replaying CUDA graphs, or by code that torch.compile
+made in one of its modes. Variants of one family share a model and an optimizer, so that three or four models are in
+memory, not thirty. All start from the same weights and see the same batch; dropout is 0 everywhere. A variant's label
+names what is active in it and is derived from the live model.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastgpt2.bench.cases import flash_gpt
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import GPTConfig
-from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.model import GPT, CausalSelfAttention, Context
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.training.optim import adamw
 from fastgpt2.gpt2.training.step_graphs import StepGraphs
@@ -62,17 +62,17 @@ class Variant:
 
     @property
     def base(self) -> Variant:
-        """What its speed-up is over: our model with PyTorch's kernels, launched in the same way."""
+        """The baseline of its speed-up: our model with PyTorch's kernels, launched in the same way."""
         return Variant(OURS, road=self.road)
 
     @property
     def one_switch(self) -> bool:
-        """Whether it is a rung of the ladder: some kernels on Triton, some not."""
+        """Whether some of its kernels are Triton's and some PyTorch's."""
         return len(set(dataclasses.astuple(self.kernels))) > 1
 
 
 def label(kernels: Kernels, road: str = LAUNCHED, naive_attention: bool = False) -> str:
-    """What a variant of our model is called, by what is active in it."""
+    """The name of a variant of our model, made from what is active in it."""
     on_triton = [op for op in Kernels.names() if getattr(kernels, op) == "triton"]
     if not on_triton:
         name = "PyTorch, naive attention" if naive_attention else "PyTorch, SDPA"
@@ -84,11 +84,11 @@ def label(kernels: Kernels, road: str = LAUNCHED, naive_attention: bool = False)
 
 
 def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Variant]:
-    """Every comparison, road by road and baselines first; the ladder has each switch alone on Triton, launched from
-    Python and as a CUDA graph.
+    """Every variant, sorted by road, baselines first. Variants with one switch on Triton are launched from Python and
+    as CUDA graphs; they are not compiled.
 
-    HuggingFace's model is launched or compiled, as its users do; flash-attn's is not compiled: Dynamo would stop at
-    each of its operators.
+    HuggingFace's model is launched from Python or compiled, as its users do. flash-attn's is not compiled, because
+    Dynamo would break the graph at each of its operators.
     """
     ladder = [Variant(OURS)]
     if ops.TRITON_INSTALLED:
@@ -104,8 +104,8 @@ def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Vari
 
 
 def stages(variants: list[Variant]) -> list[list[Variant]]:
-    """The variants in the order of what they cost to prepare, those of one stage together: whoever stops a run keeps
-    the stages before. What is compiled begins with ours, and max-autotune is last."""
+    """Groups of variants that are measured together, the quickest to prepare first, so that a run that is stopped has
+    measured whole groups. Among compiled variants ours come first; those of max-autotune come last."""
 
     def place(variant: Variant) -> tuple[bool, bool, int]:
         compiled = variant.mode is not None
@@ -120,42 +120,50 @@ def on_triton(variant: Variant) -> bool:
 
 
 def nanogpt_module(path: Path) -> ModuleType:
-    """nanoGPT's model.py, imported from where it lies. Raises ValueError for a file without its GPT and GPTConfig."""
+    """nanoGPT's model.py, imported from its path. Raises ValueError for a file without its GPT and GPTConfig."""
     if not path.is_file():
         raise ValueError(f"--nanogpt is {str(path)!r}, expected the path of nanoGPT's model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--nanogpt is {str(path)!r}, which Python cannot import: its name must end with .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    sys.modules[spec.name] = module  # dataclasses look up annotations there
     spec.loader.exec_module(module)
     if not (hasattr(module, "GPT") and hasattr(module, "GPTConfig")):
         raise ValueError(f"--nanogpt: {path} has no GPT and GPTConfig")
     return module
 
 
-@contextlib.contextmanager
-def naive_attention(active: bool) -> Iterator[None]:
-    """Inside, our PyTorch path computes attention as textbooks do: scores, mask, softmax, product, each in memory."""
-    if not active:
-        yield
-        return
+def nanogpt_model(nanogpt: ModuleType, config: GPTConfig) -> Any:
+    """nanoGPT's GPT of our config, with random weights."""
+    fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    with contextlib.redirect_stdout(None):  # it prints its size
+        return nanogpt.GPT(nanogpt.GPTConfig(**{field: getattr(config, field) for field in fields}))
 
-    def attend(
-        qkv: Tensor, n_head: int, scale: float, dropout_p: float, kernels: Kernels, documents: Tensor | None = None
-    ) -> Tensor:
-        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))  # (B, H, T, D)
-        future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
-        p = (q @ k.transpose(-2, -1) * scale).masked_fill(future, float("-inf")).softmax(-1)  # (B, H, T, T)
+
+class NaiveAttention(CausalSelfAttention):
+    """Attention as textbooks compute it: scores, mask, softmax and product, each a tensor in memory."""
+
+    def attend(self, h: Tensor, context: Context) -> Tensor:
+        B, T, C = h.shape
+        qkv = ops.linear(h, self.c_attn)  # (B, T, 3C)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv.split(C, dim=2))
+        future = torch.ones(T, T, dtype=torch.bool, device=h.device).triu(1)
+        p = (q @ k.transpose(-2, -1) * self.scale).masked_fill(future, float("-inf")).softmax(-1)  # (B, H, T, T)
         return (p @ v).transpose(1, 2).reshape(B, T, C)
 
-    with mock.patch.object(ops, "causal_attention", attend):
-        yield
+
+def with_naive_attention(model: GPT) -> GPT:
+    """A model with PyTorch's kernels and NaiveAttention, which shares all its parameters with `model`."""
+    naive = GPT(model.config, kernels="torch")
+    for layer, block in enumerate(naive.transformer.h):
+        block.attn = NaiveAttention(model.config, layer)
+    naive.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return naive
 
 
 class Backward:
-    """Makes every parameter's gradient on one batch; compiles or captures at its first call."""
+    """Computes every parameter's gradient on one batch. The first call compiles or captures."""
 
     def __init__(self, loss: Callable[[], Tensor], model: nn.Module, road: str):
         self.loss, self.model, self.road = loss, model, road
@@ -167,20 +175,20 @@ class Backward:
                 self.graphs = StepGraphs(lambda: (None, self.loss()), self.model, {})
             self.graphs()[1].backward()
             return
-        if self.road in CUDAGRAPH_TREES:  # what the step before has returned may be overwritten: nothing of it is kept
+        if self.road in CUDAGRAPH_TREES:  # the previous step's outputs may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
         self.loss().backward()
 
     def held_bytes(self) -> int | None:
-        """GPU memory that stays between calls, beside gradients; None where nobody can tell: cudagraph trees keep it
-        in one pool for all that is compiled."""
+        """GPU memory that is kept between calls, without gradients. None for CUDA graph trees: they have one memory
+        pool for all compiled code, so that no variant's part of it is known."""
         if self.road in CUDAGRAPH_TREES:
             return None
         return self.graphs.pool_bytes if self.graphs else 0
 
 
 class Family:
-    """One model with its optimizer: `step(variant)` and `gradient(variant)` make what is timed and what is checked."""
+    """One model with its optimizer. What `step` returns is timed, what `gradient` returns is checked."""
 
     def __init__(self, name: str, config: GPTConfig, weights: GPT, nanogpt: ModuleType | None, device: torch.device):
         """weights: our model on any device, copied into this family's."""
@@ -203,13 +211,13 @@ class Family:
         return f"{self.name}, {attention}" + SUFFIXES[variant.road]
 
     def state_bytes(self) -> int:
-        """Of parameters and the optimizer's state, which stay between steps; gradients do not."""
+        """Bytes of parameters and optimizer state, which are kept between steps. Gradients are not."""
         moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
         return sum(t.nbytes for t in (*self.model.parameters(), *moments))
 
     def loss(self, variant: Variant, idx: Tensor, targets: Tensor) -> Callable[[], Tensor]:
         """A function that computes the loss; compiles at its first call."""
-        # Static shapes: a later batch size would otherwise be compiled for any size.
+        # Static shapes: otherwise the second batch size would be compiled with dynamic ones.
         forward: Any = torch.compile(self.model, dynamic=False, mode=variant.mode) if variant.mode else self.model
         if self.name == FLASH_ATTN:
             return lambda: flash_gpt.loss(forward(idx).logits, targets)
@@ -218,8 +226,12 @@ class Family:
         if self.name == NANOGPT:
             return lambda: forward(idx, targets)[1]
 
+        if variant.naive_attention:
+            naive = with_naive_attention(self.model)
+            return lambda: naive(idx, targets)[1]
+
         def ours() -> Tensor:
-            with self.model.use_kernels(variant.kernels), naive_attention(variant.naive_attention):
+            with self.model.use_kernels(variant.kernels):
                 return forward(idx, targets)[1]
 
         return ours
@@ -245,7 +257,7 @@ class Family:
         return step
 
     def gradient(self, backward: Backward) -> Tensor:
-        """Of the position table, which everything above it goes into; (block_size, C) float32 on the CPU."""
+        """The position table's gradient, which depends on every layer: (block_size, C), float32, on the CPU."""
         backward()
         embeddings = self.model.transformer
         weight = embeddings.embeddings.position_embeddings.weight if self.name == FLASH_ATTN else embeddings.wpe.weight
@@ -261,14 +273,12 @@ def _build(name: str, config: GPTConfig, weights: GPT, nanogpt: ModuleType | Non
         return model
     if name == HUGGINGFACE:
         hf = weights.to_huggingface()
-        hf.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
+        hf.loss_type = "ForCausalLM"  # the default, without its warning
         return hf
     if name == FLASH_ATTN:
         return flash_gpt.build(config, weights)
     assert nanogpt is not None
-    fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    with contextlib.redirect_stdout(None):  # it prints its size
-        model = nanogpt.GPT(nanogpt.GPTConfig(**{field: getattr(config, field) for field in fields}))
+    model = nanogpt_model(nanogpt, config)
     missing, unexpected = model.load_state_dict(weights.state_dict(), strict=False)
     if unexpected or any(not key.endswith("attn.bias") for key in missing):
         raise ValueError(f"nanoGPT's model has other parameters: {[*missing, *unexpected]}")

@@ -1,8 +1,8 @@
-"""Two result files of one kind, row by row: what became slower, and whether that is more than noise.
+"""Compares two result files of one kind row by row: what became slower, and whether by more than noise.
 
-A row is a regression where its median is slower by more than the threshold *and* the intervals from the 20th to the
-80th percentile do not overlap; faster ones likewise. So is a row that ran in A and not in B, where memory ended, say.
-What only one file has is listed.
+A row is a regression if its median is slower by more than the threshold *and* the intervals from the 20th to the 80th
+percentile do not overlap; it is faster by the same rule. A row with a time in A and none in B, for example because
+memory ran out, is a regression too. Rows that only one file has are listed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ THRESHOLD = 0.05
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both files. ratio: time of B over time of A; low and high: as far as the percentiles allow."""
+    """A row that both files have. ratio: the time in B over the time in A; low, high: the same from percentiles."""
 
     name: str
     a_ms: float
@@ -27,8 +27,8 @@ class Change:
     verdict: str  # "slower", "faster", "same"
 
 
-def compare(a: Results, b: Results, threshold: float = THRESHOLD) -> tuple[list[Change], list[str], list[str]]:
-    """-> (changes of the rows that both have, rows that ran in A and not in B, what else cannot be compared and why).
+def list_changes(a: Results, b: Results, threshold: float = THRESHOLD) -> tuple[list[Change], list[str], list[str]]:
+    """-> (changes of rows in both files, rows with a time in A and none in B, other rows that are in one file only).
 
     Raises ValueError for files of two kinds, files without a common row, or a threshold below 0.
     """
@@ -64,7 +64,7 @@ def _only(before: dict, after: dict) -> list[tuple[str, str]]:
 
 
 def differences(a: Results, b: Results) -> list[str]:
-    """What else differs between the two runs, so that a change is not blamed on the code alone."""
+    """How the machines and versions of the two runs differ, because that also changes times."""
     found = []
     for key in sorted({*a.machine, *b.machine} - {"versions", "load"}):
         if a.machine.get(key) != b.machine.get(key):

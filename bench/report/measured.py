@@ -1,9 +1,9 @@
-"""What was measured of `kernels="auto"` on this machine's architecture: said road by road, or said that nothing was.
+"""How fast `kernels="auto"` was measured to be on this GPU's architecture, for each road, or that it was not measured.
 
-"auto" means Triton's kernels on a GPU, but for what `switches.SLOWER` lists: the ways to launch them in which they were
-measured slower than PyTorch's. Whether they are depends on that way, on the architecture and on the kernels themselves,
-so only result files of `fastgpt2 bench train` from such a GPU with these very kernels count; older ones are shown as
-what they are.
+"auto" means Triton's kernels on a GPU, except for the roads in `switches.SLOWER`, on which they were measured to be
+slower than PyTorch's. That depends on the road (how kernels are launched), on the architecture and on the kernels. So
+only result files of `fastgpt2 bench train` from the same architecture with unchanged kernels count; others are marked
+as such.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAID = {LAUNCHED: "launched from Python", GRAPH: "as CUDA graphs", COMPILE: "tor
 
 @dataclass(frozen=True)
 class Measurement:
-    """Triton's kernels beside PyTorch's on one road: `ratio` is how many times as fast a training step is."""
+    """Triton's kernels compared with PyTorch's on one road. ratio: how many times as fast a training step is."""
 
     road: str
     ratio: float
@@ -49,13 +49,13 @@ class Measurement:
 
 
 def road_of(row: dict[str, Any]) -> str:
-    """How a row's kernels were launched; older files do not say it in one word."""
+    """How a row's kernels were launched. Files of older versions have no field "road"."""
     compiled = COMPILE if row["compiled"] else LAUNCHED
     return row.get("road") or (GRAPH if row.get("cuda_graph") else compiled)
 
 
 def measurements(results: Results) -> Iterator[Measurement]:
-    """Of one file of `bench train`: each road and setting where both kinds of kernels have a time."""
+    """The measurements in one file of `bench train`: each road and setting with a time for both kinds of kernels."""
     rows = [row for row in results.rows if row["time_ms"] and not row["alone"]]
     found = {(row["size"], row["batch"], row["block"], row["dtype"], row["label"]): row for row in rows}
     for (*setting, name), row in found.items():
@@ -80,14 +80,14 @@ def measurements(results: Results) -> Iterator[Measurement]:
 
 
 def of_architecture(device: torch.device, folders: Iterable[Path]) -> list[Measurement]:
-    """All that result files in `folders` say of GPUs of this one's compute capability, or name, newest first."""
+    """All measurements in `folders` on GPUs with this one's compute capability or name, newest first."""
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
     found: list[Measurement] = []
     for file in sorted({file for folder in folders for file in folder.glob("train-*.json")}):
         try:
             results = Results.load(file)
-        except ValueError:  # of another version
+        except ValueError:  # written by another version, or no result file
             continue
         if results.machine["name"] == properties.name or results.machine.get("capability") == capability:
             found += measurements(results)
@@ -95,7 +95,8 @@ def of_architecture(device: torch.device, folders: Iterable[Path]) -> list[Measu
 
 
 def slower(*folders: Path) -> dict[tuple[int, int], tuple[str, ...]]:
-    """What `switches.SLOWER` has to be by the result files in `folders`: of the slowest setting and compile mode."""
+    """The value that `switches.SLOWER` must have by the result files in `folders`: every road that is slower in any
+    setting or compile mode."""
     digest = ops.kernels_digest()
     found: dict[tuple[int, int], tuple[str, ...]] = {}
     for file in sorted(file for folder in folders for file in folder.glob("train-*.json")):
@@ -111,8 +112,8 @@ def slower(*folders: Path) -> dict[tuple[int, int], tuple[str, ...]]:
 
 
 def lines(device: torch.device, *folders: Path) -> list[str]:
-    """For people: what "auto" is on this device, and on each road how it compares; files are looked for in `folders`,
-    where commands write by default, and in this checkout."""
+    """Text lines: what "auto" is on this device, and how it compares on each road. Result files are looked for in
+    `folders`, in the folder where commands write by default, and in this checkout."""
     if device.type != "cuda":
         return ['kernels="auto" is PyTorch here: Triton\'s kernels need a GPU']
     gpu, digest = torch.cuda.get_device_name(device), ops.kernels_digest()

@@ -1,6 +1,6 @@
-"""Pictures of results; each is None where the results hold nothing to show.
+"""Figures of results; each function returns None if the results have nothing to show.
 
-Colours follow a variant through all pictures: ours by Triton, PyTorch, compiled, others.
+An implementation has the same colour in all figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SDPA = variants.label(ALL_TORCH)
 
 
 class Ladder(NamedTuple):
-    """A panel of what each switch gives: the roads in it, what its speed-ups are over, and what all labels end with."""
+    """A panel with the speed-up of each switch: its roads, its baseline, and the suffix that all its labels share."""
 
     title: str
     roads: tuple[str, ...]
@@ -35,11 +35,11 @@ LADDERS = (
     Ladder("In CUDA graphs: what the kernels give", (GRAPH,), variants.label(ALL_TORCH, GRAPH), SUFFIXES[GRAPH]),
     Ladder("Launched from Python: with what Python costs", (LAUNCHED,), SDPA),
     Ladder("Compiled", tuple(MODES), f"{SDPA}, compiled in the same mode"),
-    Ladder("All over PyTorch launched from Python", (), SDPA),  # files of before, which had one base
+    Ladder("All over PyTorch launched from Python", (), SDPA),  # files of older versions, which had one baseline
 )
 MARKERS = "osv^D<>pPX*hH"
 NO_GRAPHS = "each switch in a graph: not measured; fastgpt2 bench train --road graph"
-# First match counts; all readable on white and told apart without colour vision (Okabe and Ito).
+# The first match counts. Colours that colour-blind people can tell apart, readable on white (Okabe and Ito).
 COLOURS = (
     ("Triton + compile", "#005a8c"),
     ("Triton", "#0072b2"),
@@ -61,7 +61,7 @@ def colour(label: str) -> str:
 
 
 def plots(results: Results) -> dict[str, Figure]:
-    """Title -> figure, of all that these results can show."""
+    """Title -> figure, for every figure that these results have data for."""
     makers: dict[str, dict[str, Callable[[Results], Figure | None]]] = {
         "train": {"Tokens a second": throughput, "What each switch gives": ladder, "Memory against batch": memory},
         "generate": {"Tokens a second": throughput},
@@ -78,7 +78,7 @@ def png(figure: Figure) -> bytes:
 
 
 def throughput(results: Results) -> Figure | None:
-    """Bars of tokens/s with the 20th and 80th percentile, one panel a setting."""
+    """Bars of tokens/s with the 20th and 80th percentiles, one panel for each setting."""
     panels = _by([r for r in results.rows if r["time_ms"] and not r.get("alone")], _setting)
     if not panels:
         return None
@@ -97,10 +97,10 @@ def throughput(results: Results) -> Figure | None:
 
 
 def ladder(results: Results) -> Figure | None:
-    """Speed-up of each switch alone and of all over PyTorch's kernels; needs rows with Triton.
+    """Speed-up of each switch alone, and of all together, over PyTorch's kernels; needs rows with Triton.
 
-    A panel for each way to launch kernels. As CUDA graphs first, where only the device's time counts; then launched
-    from Python, which shows what Python costs; then compiled. A ladder of graphs that was not measured is named.
+    One panel for each road: CUDA graphs, where only the device's time counts; launched from Python, which includes
+    Python's time; compiled. The panel of CUDA graphs says so where they were not measured.
     """
     rows = [r for r in results.rows if r["speedup"] and r["kernels"] and "Triton" in r["label"]]
     panels: list[tuple[str, Ladder, list[Row]]] = []
@@ -138,7 +138,7 @@ def _ladder_of(row: Row) -> Ladder:
 
 
 def memory(results: Results) -> Figure | None:
-    """Peak memory of a step against the batch; needs two batches of one variant."""
+    """Peak memory of a step against the batch size; needs two batch sizes of one variant."""
     rows = [row for row in results.rows if row.get("peak_bytes") and row["time_ms"]]
     lines = _by(rows, lambda r: f"{r['label']}, {r['size']}, T={r['block']}, {r['dtype']}")
     lines = {label: rows for label, rows in lines.items() if len({row["batch"] for row in rows}) > 1}
@@ -158,7 +158,7 @@ def memory(results: Results) -> Figure | None:
 
 
 def roofline(results: Results) -> Figure | None:
-    """Measured time against the least that the measured copy and matmul peaks allow; the diagonal is the roof."""
+    """Measured time against the least time that the measured copy and matmul speeds allow; the diagonal is the roof."""
     copy, matmul = results.settings["copy_bytes_per_s"], results.settings["matmul_flops_per_s"]
     points: dict[str, list[tuple[float, float]]] = {}
     for row in results.rows:
@@ -187,7 +187,8 @@ def roofline(results: Results) -> Figure | None:
 
 
 def lengths(results: Results) -> Figure | None:
-    """Time of forward and backward (forward where there is no other) against T, one panel an op, at the least width."""
+    """Time of forward and backward (of forward, for ops without backward) against T at the smallest width, one panel
+    for each op."""
     narrow = min((row["C"] for row in results.rows), default=0)
     whole = {row["op"] for row in results.rows if row["direction"] == "both"}
     rows = [
@@ -201,7 +202,7 @@ def lengths(results: Results) -> Figure | None:
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        """Labels the same ticks, without exponents."""
+        """Labels the same ticks as its base, without exponents."""
 
         def __call__(self, x, pos=None):
             return f"{x:g}" if super().__call__(x, pos) else ""
@@ -236,7 +237,7 @@ def lengths(results: Results) -> Figure | None:
 
 
 def _figure(results: Results, width: float, height: float) -> Figure:
-    """With the machine and the date on it, so that a copied picture still says what it shows."""
+    """An empty figure with the machine and the date in it, so that a copied picture still says what it shows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height + 0.4), dpi=110, layout="constrained")
@@ -250,9 +251,9 @@ def _column(figure: Figure, heights: list[float], sharex: bool = False) -> Itera
 
 
 def _write_values(axes: Any, places: list[float], texts: list[str]) -> None:
-    """At the end of each bar, past its spread."""
+    """Writes a text at the end of each bar, beyond its error bar."""
     for i, (place, text) in enumerate(zip(places, texts, strict=True)):
-        around = dict(boxstyle="square,pad=0.1", color="white", alpha=0.8)  # readable on a line that it meets
+        around = dict(boxstyle="square,pad=0.1", color="white", alpha=0.8)  # readable where it crosses a line
         axes.annotate(text, (place, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9, bbox=around)
     axes.margins(x=0.12)
     axes.grid(axis="x", alpha=0.3)
@@ -260,7 +261,7 @@ def _write_values(axes: Any, places: list[float], texts: list[str]) -> None:
 
 
 def _doubling(axes: Any, values: set[int]) -> None:
-    """A logarithmic x axis with these numbers on it."""
+    """Makes the x axis logarithmic, with ticks at these numbers."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(values), [str(value) for value in sorted(values)])
     axes.minorticks_off()

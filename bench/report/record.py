@@ -10,8 +10,8 @@
      "rows": [{"name": ..., "what": ..., "time_ms": {"median", "p20", "p80", "runs"}, ...}],
      "left_out": [{"name": ..., "why": ...}]}
 
-A row's name is unique in its file and the same in every file of its kind, so that files can be compared. Times are
-milliseconds, memory is bytes, and a figure that could not be had is null.
+A row's name is unique in its file, and the same measurement has the same name in every file of its kind, so that files
+can be compared. Times are in milliseconds, memory is in bytes, and unknown figures are null.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Results:
         return cls(kind, machine(device), date, commit(), settings)
 
     def add(self, name: str, *, what: str, time_ms: dict[str, Any] | None, **figures: Any) -> dict[str, Any]:
-        """One row; `what` says in words what was measured. Returns it. Raises ValueError for a name that is there."""
+        """Adds and returns one row. what: describes what was measured. Raises ValueError if the name is taken."""
         if any(row["name"] == name for row in self.rows):
             raise ValueError(f"results: there is already a row named {name!r}")
         row = dict(name=name, what=what, time_ms=time_ms, **figures)
@@ -70,7 +70,7 @@ class Results:
         return row
 
     def leave_out(self, name: str, why: str) -> None:
-        """Notes what was not measured."""
+        """Records what was not measured, and why."""
         self.left_out.append(dict(name=name, why=why))
 
     def save(self, folder: Path, part: str = "") -> Path:
@@ -81,7 +81,7 @@ class Results:
 
     @contextlib.contextmanager
     def kept_if_cut_short(self, folder: Path, part: str = "") -> Iterator[None]:
-        """Saves what there is where an error, Ctrl-C or a polite kill (SIGTERM) ends the block, and lets it pass."""
+        """Saves the rows measured so far if an exception, Ctrl-C or SIGTERM ends the block, and raises it again."""
         try:
             with _ended_by_sigterm():
                 yield
@@ -93,7 +93,7 @@ class Results:
 
     @classmethod
     def load(cls, file: Path) -> Results:
-        """Raises ValueError for a file that is not one of these, OSError for one that cannot be read."""
+        """Raises ValueError for a file that holds no results, OSError for one that cannot be read."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -108,7 +108,8 @@ class Results:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM (`timeout`, a batch system) raises SystemExit; only the main thread may ask for that."""
+    """Inside, SIGTERM (from `timeout` or a batch system) raises SystemExit. Other threads than the main one may not set
+    signal handlers: there it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -124,26 +125,26 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def summary_line(results: Results, file: Path, figures: dict[str, Any]) -> str:
-    """The line of JSON that a command ends with."""
+    """The line of JSON that ends a command's output."""
     return json.dumps(
         {"kind": results.kind, "machine": results.machine["name"], "file": str(file), **figures}, allow_nan=False
     )
 
 
 def slug(name: str) -> str:
-    """A part of a file's name: "NVIDIA H100 PCIe" -> "nvidia-h100-pcie"."""
+    """Makes a name fit for a file: "NVIDIA H100 PCIe" -> "nvidia-h100-pcie"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a speed depends on beside the code. Unknown is None."""
+    """What measured times depend on besides the code: hardware, system and versions. Unknown figures are None."""
     figures: dict[str, Any] = dict(
         device=device.type,
         name=_cpu_name(),
         cpu=_cpu_name(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
-        load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # other work, while this began
+        load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # of other processes, at the start
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         versions={name: version for name in PACKAGES if (version := _version(name))},
@@ -166,7 +167,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe(machine: dict[str, Any]) -> str:
-    """One line for people."""
+    """A machine in one line."""
     if machine["device"] != "cuda":
         return f"{machine['name']}, {machine['threads']} of {machine['cores']} cores, no GPU"
     power = f", power limit {machine['power_limit_w']:g} W" if machine["power_limit_w"] else ""
@@ -175,7 +176,7 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def short(commit: str | None) -> str:
-    """A commit for people."""
+    """A commit, shortened for display."""
     return "unknown" if commit is None else commit.replace(commit[:40], commit[:10], 1)
 
 
@@ -207,7 +208,7 @@ def _cpu_name() -> str:
 
 
 def _nvidia_smi(uuid: object) -> tuple[str | None, float | None]:
-    """(driver's version, power limit in watts); None for what cannot be had."""
+    """(driver's version, power limit in watts); None for unknown ones."""
     command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run([*command, *([f"--id=GPU-{uuid}"] if uuid else [])], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`fastgpt2 bench report`: result files -> one HTML page that needs nothing else, and Markdown with its pictures.
+"""`fastgpt2 bench report`: makes one self-contained HTML page, and Markdown with image files, from result files.
 
 fastgpt2 bench report bench-results/*.json --out report
 fastgpt2 bench report --compare before.json after.json     # exits with 1 where something became slower
@@ -6,15 +6,18 @@ fastgpt2 bench report --compare before.json after.json     # exits with 1 where 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from fastgpt2.bench.report import differences, plots, tables
 from fastgpt2.bench.report.record import FOLDER, Results, slug
 from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.options import CommandOptions, Positional, Word, about
+from fastgpt2.gpt2.output import plain_console
 
 TITLES = {"train": "Training", "ops": "Ops", "generate": "Generation"}
 STYLE = """
@@ -30,7 +33,7 @@ img { max-width: 100%; } li { font-size: 13px; }
 
 
 def write(every: Sequence[Results], folder: Path) -> tuple[Path, Path]:
-    """Writes folder/report.html, folder/report.md and the pictures of the latter; -> the two files."""
+    """Writes folder/report.html, folder/report.md and the image files of the latter; -> the first two."""
     page = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>fastgpt2 bench</title>"]
     page += ["<meta name='viewport' content='width=device-width'>", f"<style>{STYLE}</style></head><body>"]
     page += ["<h1>fastgpt2 bench</h1>"]
@@ -65,25 +68,24 @@ def write(every: Sequence[Results], folder: Path) -> tuple[Path, Path]:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "report",
-        help="an HTML page and Markdown with pictures from result files; or compare two of them",
-        description="Makes one HTML page that needs nothing else, and Markdown, from result files.",
-    )
-    command.add_argument("files", type=Path, nargs="*", help=f"result files; default: all in {FOLDER}/")
-    command.add_argument("--out", type=Path, default=FOLDER, help="folder of the report; default: %(default)s")
-    command.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="list what changed from A to B; 1 where B is slower"
-    )
-    command.add_argument(
-        "--threshold", type=float, default=differences.THRESHOLD,
-        help="with --compare: how much slower a median may be, as a fraction; default: %(default)s",
-    )  # fmt: skip
-    command.set_defaults(run=main)
+HELP = "an HTML page and Markdown with pictures from result files; or compare two of them"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Makes one HTML page that needs nothing else, and Markdown, from result files."""
+
+    files: Annotated[
+        Positional[tuple[Annotated[Path, Word("FILE")], ...]], about(f"result files; none: all in {FOLDER}/")
+    ] = ()
+    out: Annotated[Path, Word("FOLDER")] = FOLDER  # where the report goes
+    # list what changed from the first file to the second; the exit status is 1 where the second is slower
+    compare: tuple[Annotated[Path, Word("FILE")], Annotated[Path, Word("FILE")]] | None = None
+    # with --compare: how much slower a median may be, as a fraction
+    threshold: float = differences.THRESHOLD
+
+
+def main(options: Options) -> int:
     """Raises ValueError for files that hold no results."""
     if options.compare:
         if options.files:
@@ -99,12 +101,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def show_changes(a: Results, b: Results, threshold: float) -> int:
-    """Prints every change; 1 where a row became slower or was lost."""
-    from rich.console import Console
+    """Prints every change; returns 1 if a row became slower or has no time any more."""
     from rich.table import Table
 
-    changes, lost, missing = differences.compare(a, b, threshold)
-    console = Console()
+    changes, lost, missing = differences.list_changes(a, b, threshold)
+    console = plain_console()
     for line in differences.differences(a, b):
         console.print(f"the runs differ: {line}", highlight=False)
     table = Table("row", "A, ms", "B, ms", "B / A", "by the noise", "", box=None)
@@ -120,5 +121,5 @@ def show_changes(a: Results, b: Results, threshold: float) -> int:
     for line in missing:
         console.print(f"not compared: {line}", highlight=False)
     slower = [c for c in changes if c.verdict == "slower"]
-    console.print(f"{len(slower)} of {len(changes)} rows are slower by more than {threshold:.0%} and the noise")
+    console.print(f"{len(slower)} of {len(changes)} rows are slower by more than {threshold:.0%} and than noise")
     return 1 if slower or lost else 0

@@ -1,35 +1,37 @@
-"""A roofline *model*: the least time that a GPU's data sheet allows, per op and per training step. Nothing is measured.
+"""A roofline *model*: the least time that a GPU's data sheet allows, per op and training step; measures nothing.
 
     time >= max(bytes / memory bandwidth, FLOPs / peak dense bf16 FLOP/s)
 
-for each op, and for a training step the sum over its ops, which run one after the other. Bytes are the least that an op
-must move (bench/cases/): every operand once. A training step is forward and backward under bf16 autocast, parameters
-in float32, then clipping and AdamW. No kernel reaches it; it says how far a measurement is from the hardware.
+for each op; for a training step the sum over its ops, which run one after the other. Bytes are the least that an op
+must move (bench/cases/): every operand once. A training step is forward and backward under bf16 autocast with float32
+parameters, then clipping and AdamW. No kernel reaches this time; it shows how far a measurement is from the hardware's
+limits.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.case import BF16, VOCABULARY, Case
+from fastgpt2.bench.cases.registry import all_cases, step_cases
 from fastgpt2.bench.report import tables
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.hardware import Gpu, gpu_by_name
+from fastgpt2.gpt2.options import CommandOptions
 
 SHOWN = ("A100", "H100", "H200", "B200", "RTX 4090", "MI300X")
-B, T = 16, 1024  # of the tables
+B, T = 16, 1024  # sequences and tokens, in the tables
 LABEL = "Roofline model (data sheets, nothing measured)"
 E, P = 2, 4  # bytes of an element in bf16, of a parameter or gradient in fp32
 
 
 @dataclass(frozen=True)
 class Work:
-    """An op of a training step, forward and backward: what it must move and compute, `times` times."""
+    """An op of a training step, forward and backward: the bytes it must move, its FLOPs, and how often it occurs."""
 
     name: str
     bytes: int
@@ -41,7 +43,7 @@ class Work:
 
 
 def least_ms(moved: int, flops: int, gpu: Gpu | None, dtype: torch.dtype) -> float | None:
-    """Of one op; None for an unknown GPU, and for products in another dtype, whose peak is another."""
+    """The least time of one op; None for an unknown GPU, and for matrix products in a dtype whose peak is unknown."""
     if gpu is None or (flops and dtype.itemsize != E):
         return None
     return 1e3 * Work("", moved, flops).least_s(gpu)
@@ -51,7 +53,7 @@ def step_work(config: GPTConfig, B: int, T: int) -> Iterator[Work]:
     """The ops of one training step of B sequences of T tokens."""
     N, C, L = B * T, config.n_embd, config.n_layer
     V, parameters = config.padded_vocab_size, config.num_params()
-    case = cases.step_cases(B, T, C)
+    case = step_cases(B, T, C)
 
     def whole(op: str, times: int = 1) -> Work:
         return Work(op, *case[op].work("both"), times=times)
@@ -83,11 +85,11 @@ def step_ms(config: GPTConfig, B: int, T: int, gpu: Gpu) -> float:
     return 1e3 * sum(work.least_s(gpu) for work in step_work(config, B, T))
 
 
-def shown_cases() -> dict[str, cases.Case]:
-    """Every op at GPT-2 124M's sizes: those of a training step as they are there, the rest as the registry has them."""
-    step = cases.step_cases(B, T, PRESETS["gpt2"]["n_embd"])
-    others = (case for case in cases.cases(B * T) if case.dtype == cases.BF16 and case.op not in step)
-    first: dict[str, cases.Case] = {}
+def shown_cases() -> dict[str, Case]:
+    """Every op at GPT-2 124M's sizes. Ops of a training step have its sizes, the others the registry's."""
+    step = step_cases(B, T, PRESETS["gpt2"]["n_embd"])
+    others = (case for case in all_cases(B * T) if case.dtype == BF16 and case.op not in step)
+    first: dict[str, Case] = {}
     for case in others:
         first.setdefault(case.op, case)
     return step | first
@@ -101,11 +103,11 @@ def table() -> tuple[list[str], list[list[str]]]:
         for direction in ("forward", "backward", "both") if case.backward_bytes is not None else ("forward",):
             moved, flops = case.work(direction)
             if case.forward_flops and not flops:
-                continue  # cannot be told apart
-            least = (least_ms(moved, flops, gpu, cases.BF16) for gpu in gpus)
+                continue  # unknown how they split into forward and backward
+            least = (least_ms(moved, flops, gpu, BF16) for gpu in gpus)
             rows.append([f"{op} {direction} ({case.shape})", *(f"{ms:.3f} ms" for ms in least)])
     for size in (name for name in PRESETS if name.startswith("gpt2")):
-        config = GPTConfig.preset(size, vocab_size=cases.VOCABULARY, vocab_multiple=128, block_size=T)
+        config = GPTConfig.preset(size, vocab_size=VOCABULARY, vocab_multiple=128, block_size=T)
         steps = [step_ms(config, B, T, gpu) for gpu in gpus]
         cells = (f"{ms:,.1f} ms, at most {B * T / ms * 1e3:,.0f} tokens/s" for ms in steps)
         rows.append([f"training step of {size}, B={B} T={T}", *cells])
@@ -119,15 +121,14 @@ def as_markdown() -> str:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "roofline",
-        help="a model: the least time that data sheets allow, per op and training step; measures nothing",
-        description="Prints a roofline model: the least time that data sheets allow. Nothing is measured.",
-    )
-    command.set_defaults(run=main)
+HELP = "a model: the least time that data sheets allow, per op and training step; measures nothing"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Prints a roofline model: the least time that data sheets allow. Nothing is measured."""
+
+
+def main(options: Options) -> int:
     print(as_markdown())
     return 0

@@ -1,7 +1,7 @@
-"""Results as tables for people: on a terminal, in Markdown and in HTML the same cells.
+"""Results as tables: the same cells on a terminal, in Markdown and in HTML.
 
 headers, rows = table(results)
-show(results)                              # the card of a command
+show(results)                              # prints the table of a command
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.bench.report.record import Results, describe, short
+from fastgpt2.gpt2.output import plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 UNKNOWN = "unknown"
-CACHED = "more than the peak, less than the least time: data stayed in a cache, which is faster than the measured copy"
+CACHED = "above the peak or below the least time: data stayed in a cache, which is faster than the measured copy"
 BUSY = 0.5  # load a core from which timings suffer
 
 
@@ -28,7 +29,7 @@ def _optional(value: Any, text: Callable[[Any], str], missing: str = "-") -> str
 
 
 def quantity(value: float) -> str:
-    """Three digits at least: 1.1 and 0.6 are not both 1."""
+    """At least three digits, so that 1.1 and 0.6 are not both 1."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -53,7 +54,7 @@ def _speedup(row: Row) -> str:
 
 
 def _times(speedup: dict[str, Any] | None) -> str:
-    """A baseline over itself is 1 and has no spread."""
+    """The speed-up and its percentiles; without them for a baseline over itself, which is 1."""
     if speedup and speedup["p20"] == speedup["median"] == speedup["p80"]:
         return f"{speedup['median']:.2f}x"
     return _optional(speedup, lambda s: f"{s['median']:.2f}x ({s['p20']:.2f}..{s['p80']:.2f})")
@@ -75,7 +76,7 @@ TRAIN: tuple[Column, ...] = (
     ("ms a step", _ms),
     ("speed-up", _speedup),
     ("over", lambda r: _optional(r["speedup"], lambda s: s["over"])),
-    # Files of before had this one only.
+    # Files of older versions have only this speed-up.
     ("over PyTorch, SDPA launched", lambda r: _times(r.get("speedup_over_launched", r["speedup"]))),
     ("roofline model, ms", _model_ms),
     ("MFU", lambda r: _optional(r["mfu"], lambda m: f"{m:.1%}", UNKNOWN)),
@@ -111,7 +112,7 @@ COMMON: tuple[Column, ...] = (("what", lambda r: r["name"]), ("ms", _ms), ("20..
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headers and a line for every row, whatever the kind: one without columns here shows its plain numbers too."""
+    """Headers and one line for each row. Results of a kind without columns above show all their numbers."""
     columns = COLUMNS.get(results.kind)
     if columns is None:
         numbers = {k: None for row in results.rows for k, v in row.items() if isinstance(v, int | float)}
@@ -124,7 +125,7 @@ def _number(key: str) -> Callable[[Row], str]:
 
 
 def notes(results: Results) -> list[str]:
-    """What to know beside the table: what fractions are of, formulas, what was left out."""
+    """Lines below the table: settings, what fractions refer to, formulas, what was left out."""
     lines = []
     for key, value in results.settings.items():
         lines.append(f"{key.replace('_', ' ')}: {value:,.4g}" if isinstance(value, float) else f"{key}: {value}")
@@ -134,11 +135,11 @@ def notes(results: Results) -> list[str]:
 
 
 def where(results: Results) -> list[tuple[str, str]]:
-    """The machine and the software, as (what, value)."""
+    """The machine and the software, as (name, value)."""
     machine = results.machine
     found = [("machine", describe(machine)), ("cpu", f"{machine['cpu']}, {machine['cores']} cores")]
     if machine["load"] is not None:
-        found.append(("load when it began", f"{machine['load']:g} (a calm machine has about 0)"))
+        found.append(("load at the start", f"{machine['load']:g} (an idle machine has about 0)"))
     for name in ("cuda", "rocm"):
         if machine.get(name):
             found.append((name, machine[name]))
@@ -148,11 +149,10 @@ def where(results: Results) -> list[tuple[str, str]]:
 
 
 def show(results: Results) -> None:
-    """Prints the card."""
-    from rich.console import Console
+    """Prints the table with the machine above and notes below."""
     from rich.table import Table
 
-    console = Console()
+    console = plain_console()
     console.print(f"{describe(results.machine)}; commit {short(results.commit)}", highlight=False)
     if (results.machine["load"] or 0) > BUSY * results.machine["cores"]:
         console.print(f"The machine was busy (load {results.machine['load']:g}): expect wide spreads.", style="bold")
@@ -169,7 +169,7 @@ def show(results: Results) -> None:
 
 
 def print_whole(console: Console, card: Table) -> None:
-    """Whole lines, also where the terminal is too narrow and breaks them: a cut name does not say what was measured."""
+    """Prints a table without cutting cells, also wider than the terminal: a cut name does not say what was measured."""
     from rich.measure import Measurement
 
     console.width = max(console.width, Measurement.get(console, console.options.update(width=10_000), card).maximum)

@@ -1,16 +1,15 @@
-"""`fastgpt2 bench host`: what the host does in a training step, with nothing on the device; needs no GPU.
+"""`fastgpt2 bench host`: what the host does in a training step, without any work on a device; needs no GPU.
 
-Small CPU tensors, so that PyTorch's operators take next to no time in themselves; kernels go through Triton's real way
-to a launch and a CUDA driver that does nothing (no_device.py). For each op, for one block (what a layer more costs)
-and for a model of 12 layers, forward and backward: microseconds of this CPU, calls (of Python functions, and of C from
-Python; own calls are those in this package's code), tensors allocated, and launches of our kernels (those of PyTorch's
-are not counted). What a GPU's allocator, streams and dispatch would add is in none of them: these are figures to
-compare with each other, and no speeds of a GPU.
+Tensors are small and on the CPU, so that PyTorch's operators take little time for their computation. Our kernels are
+launched by Triton's real code with a CUDA driver that does nothing (no_device.py). For each op, for one block (the cost
+of one layer more) and for a model of 12 layers, forward and backward, it prints: microseconds on this CPU, calls (of
+Python functions, and of C functions from Python; own calls are made in this package's code), tensors allocated, and
+launches of our kernels (PyTorch's are not counted). The time that a GPU's allocator, streams and dispatch would add is
+not included: compare these figures with each other only. They are not a GPU's speeds.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -33,11 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt2.bench.audit import audit
 from fastgpt2.bench.cases import variants
 from fastgpt2.bench.timing import no_device
-from fastgpt2.bench.timing.options import add_nanogpt
+from fastgpt2.bench.timing.options import NanogptOption
 from fastgpt2.gpt2 import linear, ops
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, ALL_TRITON, Kernels, Stream
+from fastgpt2.gpt2.options import File
 
 LAYERS = 12
 B, T, C, HEADS, VOCABULARY = 2, 16, 32, 2, 64
@@ -65,7 +65,7 @@ class Pass:
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts tensors that come out of PyTorch's operators with memory of their own."""
+    """Counts tensors that PyTorch's operators return with newly allocated memory."""
 
     def __init__(self):
         super().__init__()
@@ -85,6 +85,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 @contextlib.contextmanager
 def as_on_gpu():
     """Turns off what our model does on a CPU alone."""
+    # Both are decided by a tensor's device, for which there is no switch: nobody but this command runs the code for a
+    # GPU on CPU tensors.
     with mock.patch.object(linear, "_suits", lambda *tensors: False), mock.patch.object(ops, "SHORT_ON_CPU", 0):
         yield
 
@@ -93,7 +95,7 @@ def as_on_gpu():
 
 
 def op_runs(kernels: Kernels) -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
-    """op -> what computes it, and the tensors that it makes gradients of."""
+    """op -> (a function that computes it, the tensors that get gradients)."""
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, requires_grad=True)
@@ -122,7 +124,7 @@ def op_runs(kernels: Kernels) -> dict[str, tuple[Callable[[], Any], list[Tensor]
 
 
 def model_run(family: str, kernels: Kernels, layers: int, nanogpt: ModuleType | None) -> tuple[Callable, nn.Module]:
-    """What computes the loss of a model of `layers`, and the model."""
+    """-> (a function that computes the loss of a model with `layers` layers, the model)."""
     config = GPTConfig(
         block_size=T, vocab_size=VOCABULARY, n_layer=layers, n_head=HEADS, n_embd=C, dropout=0.0, bias=True
     )
@@ -135,7 +137,7 @@ def model_run(family: str, kernels: Kernels, layers: int, nanogpt: ModuleType | 
 
 
 class Run:
-    """Times and counts one thing; `once` in turn with others, so that all meet the same weather."""
+    """Times and counts one computation. `once` is called in turns with other runs, so that all meet the same load."""
 
     def __init__(self, compute: Callable[[], Any], leaves: Iterable[Tensor], autocast: bool):
         self.compute, self.leaves, self.autocast = compute, list(leaves), autocast
@@ -171,7 +173,7 @@ class Run:
                 calls += 1
                 own += frame.f_code.co_filename.startswith(OWN)
 
-        gc.disable()  # its callbacks are no part of a step
+        gc.disable()  # its callbacks are not part of a step
         sys.setprofile(count)
         try:
             self._step()
@@ -186,7 +188,7 @@ class Run:
 
 
 def measure(autocast: bool, rounds: int, nanogpt: ModuleType | None) -> dict[str, dict[str, Pass]]:
-    """thing -> road -> what it takes; the things are the ops, "block" and "model"."""
+    """name -> implementation -> its figures; the names are the ops', "block" and "model"."""
     runs: dict[str, dict[str, Run]] = {}
     with no_device.no_device(), as_on_gpu():
         for road, kernels in ROADS.items():
@@ -214,7 +216,7 @@ def measure(autocast: bool, rounds: int, nanogpt: ModuleType | None) -> dict[str
 
 
 def table(found: dict[str, dict[str, Pass]], title: str) -> str:
-    """Markdown: a row for each thing and road."""
+    """Markdown with a row for each name and implementation."""
     lines = [
         f"| {title} | road | forward us | backward us | both / SDPA's | calls | own calls | allocations | launches |",
         "|---" * 9 + "|",
@@ -235,7 +237,7 @@ def table(found: dict[str, dict[str, Pass]], title: str) -> str:
 
 
 def processor() -> str:
-    """This machine's CPU, by name."""
+    """The name of this machine's CPU and its number of cores."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -243,23 +245,21 @@ def processor() -> str:
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "host",
-        help="count what the host does in a step, without a GPU",
-        description="Runs our ops, a block and a model of 12 layers forward and backward with nothing on the device, "
-        "and prints microseconds on this CPU, calls and allocations: ours, our SDPA road, nanoGPT, HuggingFace.",
-    )
-    add_nanogpt(command)
-    command.add_argument("--rounds", type=int, default=ROUNDS, help="of timing, the best of which counts; %(default)s")
-    command.add_argument("--json", help="also write the figures to this file")
-    command.add_argument(
-        "--write", action="store_true", help="write the tables to bench/results, into its kernel card too"
-    )
-    command.set_defaults(run=main)
+HELP = "count what the host does in a step, without a GPU"
 
 
-def main(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(NanogptOption):
+    """Runs our ops, a block and a model of 12 layers forward and backward with nothing on the device, and prints
+    microseconds on this CPU, calls and allocations: ours, our SDPA road, nanoGPT, HuggingFace.
+    """
+
+    rounds: int = ROUNDS  # of timing, the best of which counts
+    json: File | None = None  # also write the figures to this file
+    write: bool = False  # write the tables to bench/results, and into its kernel card too
+
+
+def main(options: Options) -> int:
     if options.rounds < 1:
         raise ValueError(f"bench host: --rounds is {options.rounds}, allowed is at least 1")
     nanogpt = variants.nanogpt_module(options.nanogpt) if options.nanogpt else None

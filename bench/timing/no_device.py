@@ -1,11 +1,12 @@
-"""Triton's own way to a launch, on a machine without a GPU, down to a CUDA driver whose launch does nothing.
+"""Triton's real launch code on a machine without a GPU, with a CUDA driver whose launch function does nothing.
 
     with no_device():                          # in a process without TRITON_INTERPRET
-        y = layer_norm(x, weight)              # CPU tensors; y holds nothing
-    launches()                                 # how many there were
+        y = layer_norm(x, weight)              # CPU tensors; y is uninitialized
+    launches()                                 # how many launches there were
 
-Triton compiles the kernels and its launcher as ever and calls them through a stand-in for libcuda.so.1, written below,
-which the C compiler that Triton needs anyway builds. So what the host does is real, and the device's part is nothing.
+Triton compiles the kernels and its launcher as usual and calls them through a replacement for libcuda.so.1, whose
+source is below and which the C compiler that Triton needs anyway builds. So the host does all its work, and no device
+does any.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fastgpt2.kernels import _device, _matmul
 ARCHITECTURE = 90
 MULTIPROCESSORS = 132
 
-# The functions that Triton's driver.c and its launcher call; all succeed. Numbers of attributes as in cuda.h.
+# The functions that Triton's driver.c and its launcher call; all succeed. Attributes have their numbers from cuda.h.
 LIBCUDA = """
 #include <stdint.h>
 #include <stddef.h>
@@ -89,7 +90,7 @@ int cuLaunchKernelEx(const void *config, void *function, void **arguments, void 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The stand-in, loaded under the name by which Triton's launcher looks for the real one."""
+    """The replacement, loaded under the name by which Triton's launcher looks for the real library."""
     folder = Path(tempfile.mkdtemp(prefix="fastgpt2-libcuda-"))
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
     source.write_text(LIBCUDA, encoding="utf-8")
@@ -102,19 +103,19 @@ def _library() -> ctypes.CDLL:
 
 
 def launches() -> int:
-    """Launches that reached the stand-in, in this process."""
+    """The number of launches so far in this process."""
     return ctypes.c_long.in_dll(_library(), "launches").value
 
 
 def write_down(sizes: Sequence[int]) -> None:
-    """From now on, `last_launch` has the first arguments of launches, which have `sizes` bytes."""
+    """From now on, `last_launch` returns the first arguments of a launch; sizes: how many bytes each of them has."""
     library = _library()
     (ctypes.c_int * 64).in_dll(library, "sizes")[: len(sizes)] = list(sizes)
     ctypes.c_int.in_dll(library, "n_sizes").value = len(sizes)
 
 
 def last_launch() -> tuple[int, list[int], bytes]:
-    """Which function, its grid, block, shared memory and number of attributes, and the bytes of its arguments."""
+    """-> (function, [grid, block, shared memory, number of attributes], the bytes of its arguments)."""
     library = _library()
     n = sum((ctypes.c_int * 64).in_dll(library, "sizes")[: ctypes.c_int.in_dll(library, "n_sizes").value])
     function = ctypes.c_long.in_dll(library, "last_function").value
@@ -127,7 +128,7 @@ def _driver():
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
     class NoDevice(CudaDriver):
-        """Triton's CUDA driver, but for what it asks PyTorch about the current device."""
+        """Triton's CUDA driver without its questions to PyTorch about the current device."""
 
         def __init__(self):
             self.utils = CudaUtils()
@@ -142,14 +143,14 @@ def _driver():
 
 
 def _check_device(*tensors: Tensor) -> None:
-    """As much as `_device.check_device` does for tensors on a GPU."""
+    """Does the same work as `_device.check_device` does for tensors on a GPU."""
     index = tensors[0].get_device()
     any([t.get_device() != index for t in tensors])
 
 
 @contextlib.contextmanager
 def no_device() -> Iterator[None]:
-    """Inside, launches on CPU tensors go all the way and do nothing. Raises RuntimeError under TRITON_INTERPRET."""
+    """Inside, kernels launched on CPU tensors compute nothing. Raises RuntimeError under TRITON_INTERPRET."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("no_device: kernels decorated under TRITON_INTERPRET are never launched; unset it")
     _library()
@@ -158,9 +159,10 @@ def no_device() -> Iterator[None]:
         capability=lambda device: divmod(ARCHITECTURE, 10),
         sm_count=lambda device: MULTIPROCESSORS,
     )
-    before = dict(vars(driver))  # not driver.active: asking for it fails where there is no GPU
+    before = dict(vars(driver))  # not driver.active: reading it fails without a GPU
     driver.set_active(_driver())
-    # A CPU has no product of 16-bit matrices into fp32; one of PyTorch's takes its place.
+    # A CPU has no product of 16-bit matrices into fp32. A call of another product of PyTorch's takes its place, with a
+    # patch: `_device.mixed_matmul` can only choose between products that GPUs have and one that converts its operands.
     product = mock.patch.object(_matmul, "_widening_matmul", lambda a, b, out: torch.mm(a, b))
     try:
         with mock.patch.multiple(_device, **answers), product:

@@ -1,36 +1,37 @@
-"""`fastgpt2 bench ops`: each op forward, backward and both, ours beside PyTorch, torch.compile and what is installed.
+"""`fastgpt2 bench ops`: times each op's forward, backward and both: our kernels, PyTorch, torch.compile and other
+libraries where they are installed.
 
-GB/s is the least that the op must move (`bench/cases/`) over the time, TFLOP/s its products over the time, so that
-all variants are held to the same work. The fraction is of what this machine's copy or its matrix product reaches,
-whichever the op is closer to, both measured at the start; on a CPU small tensors stay in its caches, which are faster
-than a copy. The roofline model is what the data sheet of a known GPU allows (report/roofline.py). Variants of an op
-take turns, on a GPU with L2 flushed before each call and without the host's time to launch it. A variant whose results
-are not PyTorch's is not timed.
+GB/s is the least that the op must move (`bench/cases/`) over the time, and TFLOP/s the FLOPs of its matrix products
+over the time, so that all implementations are credited with the same work. The fraction is of the speed of a copy or of
+a large matrix product on this machine, whichever the op is closer to; both are measured at the start. On a CPU, small
+tensors stay in caches, which are faster than that copy. The roofline model is the least time that the data sheet of a
+known GPU allows (report/roofline.py). Implementations of an op take turns. On a GPU, L2 is flushed before each call and
+the host's time to launch is left out. An implementation whose results differ from PyTorch's is not timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from fastgpt2.bench.cases import registry as cases
-from fastgpt2.bench.cases.case import HEAD_SIZE, Case
+from fastgpt2.bench.cases.case import HEAD_SIZE, WIDTHS, Case
 from fastgpt2.bench.cases.peers import first_line, peers, version
+from fastgpt2.bench.cases.registry import chosen_operations, sized_cases
 from fastgpt2.bench.report import roofline, tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
-from fastgpt2.bench.timing.options import add_device, add_out
+from fastgpt2.bench.timing.options import DeviceOption, OutOption
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import hardware, ops
+from fastgpt2.gpt2.options import Names, Word
 from fastgpt2.gpt2.training.train_config import find_device
 
 PYTORCH, COMPILED, OURS = "PyTorch", "torch.compile", "Triton"
@@ -41,10 +42,10 @@ AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 @dataclass(frozen=True)
 class Scope:
-    """What a run covers, by the machine and --quick."""
+    """What a run measures; depends on the device and on --quick."""
 
     shapes: tuple[tuple[int, int], ...]  # (T, C)
-    tokens: int  # of attention and embedding, in as many sequences as that makes
+    tokens: int  # of attention and embedding, which get tokens / T sequences
     dtype: torch.dtype
     compiled: bool
     budget_s: float  # for the variants of one op in one direction
@@ -53,20 +54,20 @@ class Scope:
     def of(cls, device: torch.device, quick: bool) -> Scope:
         if device.type == "cuda":
             lengths = (256, 1024, 4096, 16384)
-            every = tuple((T, C) for C in cases.WIDTHS for T in lengths)
-            cross = tuple((T, C) for T, C in every if T == 4096 or C == cases.WIDTHS[0])
+            every = tuple((T, C) for C in WIDTHS for T in lengths)
+            cross = tuple((T, C) for T, C in every if T == 4096 or C == WIDTHS[0])
             return cls(cross if quick else every, 16384, torch.bfloat16, True, 0.15)
-        shapes = tuple((T, C) for C in cases.WIDTHS for T in (256, 1024))
+        shapes = tuple((T, C) for C in WIDTHS for T in (256, 1024))
         return cls(shapes[:1] if quick else shapes, 0, torch.float32, not quick, 0.5)
 
 
 def functions(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, Callable], dict[str, str]]:
-    """-> (label -> function that runs here, label -> why it is left out)."""
+    """-> (label -> implementation that runs here, label -> why one is left out)."""
     found: dict[str, Callable] = {PYTORCH: case.eager}
     missing: dict[str, str] = {}
     if compiled:
-        # Static shapes, compiled anew for each case: Dynamo would go over to dynamic ones and then give up. A backward
-        # that is timed alone runs again on what its forward saved, which compiled code would else overwrite.
+        # Each case is compiled anew with static shapes: otherwise Dynamo would try dynamic ones and then give up.
+        # A backward that is timed alone runs repeatedly on what its forward saved: compiled code may not overwrite it.
         torch._dynamo.reset()
         functorch_config.donated_buffer = False
         found[COMPILED] = torch.compile(case.eager, dynamic=False)
@@ -83,7 +84,7 @@ def functions(case: Case, device: torch.device, compiled: bool) -> tuple[dict[st
 
 
 def calls(case: Case, inputs: tuple, function: Callable) -> dict[str, Callable[[], Any]]:
-    """What is timed, by direction; a function without gradients has a forward only."""
+    """Direction -> the call that is timed. A function without gradients has only a forward."""
     if case.backward_bytes is None:
         return {"forward": lambda: case.forward(inputs, function)}
     outputs = case.forward(inputs, function)
@@ -96,13 +97,13 @@ def calls(case: Case, inputs: tuple, function: Callable) -> dict[str, Callable[[
 
 
 def values(case: Case, inputs: tuple, function: Callable) -> tuple[Tensor, ...]:
-    """Outputs and gradients: what variants must agree in."""
+    """Outputs and gradients, in which all implementations must agree."""
     outputs = case.forward(inputs, function)
     return *(o.detach() for o in outputs), *case.backward(inputs, outputs)
 
 
 def differs(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The largest difference over the largest magnitude, of the worst tensor; infinite for other shapes."""
+    """Of the worst tensor: the largest difference over the largest magnitude; infinite where shapes differ."""
     worst = 0.0
     for a, b in zip(results, expected, strict=True):
         if a.shape != b.shape:
@@ -114,7 +115,7 @@ def differs(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
 
 
 class OpsBench:
-    """Measures cases into `results`; `copy_bytes_per_s` and `matmul_flops_per_s` are this machine's."""
+    """Measures cases and adds rows to `results`."""
 
     def __init__(self, results: Results, device: torch.device, scope: Scope):
         self.results, self.device, self.scope, self.gpu = results, device, scope, hardware.gpu(device)
@@ -127,7 +128,7 @@ class OpsBench:
         )
 
     def measure(self, case: Case, T: int, C: int) -> None:
-        """Rows of one case: every variant in every direction."""
+        """Adds the rows of one case: every implementation in every direction."""
         found, missing = functions(case, self.device, self.scope.compiled)
         for label, why in missing.items():
             self._leave_out(label, why)
@@ -143,21 +144,21 @@ class OpsBench:
                     raise ArithmeticError(f"its results are {off:.1%} off PyTorch's")
                 del computed
                 ready[label] = calls(case, inputs, function)
-            except Exception as error:  # compilers, drivers and peers share no class
+            except Exception as error:  # errors of compilers, drivers and libraries have no common class
                 self._failed(label, f"{label} ({case.name})", error)
         for label, made in ready.items():
             for direction, call in list(made.items()):
                 try:
                     call()
                     peak[label, direction] = timing.peak_bytes(call, self.device)
-                except Exception as error:  # of a backward that runs only once, say
+                except Exception as error:  # for example of a backward that can run only once
                     del made[direction]
                     self._failed(label, f"{label} ({case.name} {direction})", error)
         for direction in DIRECTIONS if case.backward_bytes is not None else DIRECTIONS[:1]:
             variants = {label: made[direction] for label, made in ready.items() if direction in made}
             try:
                 times = timing.measure(variants, self.device, budget_s=self.scope.budget_s, device_only=True)
-            except Exception as error:  # together, graphs and results of all variants alive, they need more than alone
+            except Exception as error:  # all together, with their saved tensors, need more memory than each alone
                 if not timing.out_of_memory(error):
                     raise
                 self._leave_out(f"{case.name} {direction}", "out of memory with all variants in turns")
@@ -167,7 +168,7 @@ class OpsBench:
                 self._add_row(case, T, C, direction, label, times[label], peak[label, direction], speedup)
 
     def _failed(self, label: str, name: str, error: Exception) -> None:
-        """Leaves out what failed; raises it again where it is ours and memory did not end."""
+        """Leaves out what failed. Raises the error again if ours failed for another reason than memory."""
         no_memory = timing.out_of_memory(error)
         if label == OURS and not no_memory:
             raise error
@@ -185,7 +186,7 @@ class OpsBench:
             "matmul": flops / seconds / self.matmul_flops_per_s,
         }
         bound = max(reached, key=lambda name: reached[name])
-        unknown = case.forward_flops and not flops  # products that this direction has and nobody can count
+        unknown = case.forward_flops and not flops  # the FLOPs of this direction are not known
         self.results.add(
             f"{case.name} {direction} {label}",
             what=f"{case.op} {direction} at {case.shape}, in turns with the other variants, caches flushed on a GPU",
@@ -211,32 +212,32 @@ class OpsBench:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "ops",
-        help="time, GB/s or TFLOP/s and memory of each op, ours beside PyTorch, torch.compile, Liger, flash-attn, ...",
-        description="Times each op forward, backward and both over GPT-2's widths and sequence lengths. "
-        "`fastgpt2 verify` runs first; a red one prints no numbers.",
-    )
-    command.add_argument("--quick", action="store_true", help="fewer shapes; on a CPU without torch.compile")
-    command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
-    command.add_argument("--shape", help="comma-separated lengths and widths, TxC, such as 1024x768,4096x768")
-    add_device(command)
-    add_out(command)
-    command.set_defaults(run=main)
+HELP = "time, GB/s or TFLOP/s and memory of each op, ours beside PyTorch, torch.compile, Liger, flash-attn, ..."
 
 
-def chosen(scope: Scope, wanted: str | None) -> Iterator[tuple[Case, int, int]]:
-    """(case, T, C) of a scope. Raises ValueError for an op that is none."""
-    names = cases.chosen(wanted)
+@dataclass(frozen=True, kw_only=True)
+class Options(OutOption, DeviceOption):
+    """Times each op forward, backward and both over GPT-2's widths and sequence lengths. `fastgpt2 verify` runs first;
+    where it finds an error, no numbers are printed.
+    """
+
+    quick: bool = False  # fewer shapes; on a CPU without torch.compile
+    op: Names | None = None  # comma-separated public kernel functions, such as layer_norm; None: all
+    # comma-separated lengths and widths, such as 1024x768,4096x768; None: by the device
+    shape: Annotated[str, Word("TxC,...")] | None = None
+
+
+def chosen_cases(scope: Scope, wanted: str | None) -> Iterator[tuple[Case, int, int]]:
+    """Yields (case, T, C) for a scope. Raises ValueError for an unknown op."""
+    names = chosen_operations(wanted)
     for T, C in scope.shapes:
-        for case in cases.sized_cases(T, C, scope.dtype, scope.tokens):
+        for case in sized_cases(T, C, scope.dtype, scope.tokens):
             if case.op in names:
                 yield case, T, C
 
 
 def shapes(wanted: str) -> tuple[tuple[int, int], ...]:
-    """What --shape names. Raises ValueError for one that is none."""
+    """The (T, C) that --shape names. Raises ValueError for a malformed one."""
     found = [re.fullmatch(r"(\d+)x(\d+)", shape) for shape in wanted.split(",")]
     pairs = tuple((int(match[1]), int(match[2])) for match in found if match)
     if len(pairs) < len(found) or any(T < 1 or C < 1 or C % HEAD_SIZE for T, C in pairs):
@@ -246,13 +247,13 @@ def shapes(wanted: str) -> tuple[tuple[int, int], ...]:
     return pairs
 
 
-def main(options: argparse.Namespace) -> int:
-    """Prints the card and writes the file; returns 1 and prints no number where verify is red."""
+def main(options: Options) -> int:
+    """Prints the table and writes the result file; returns 1 and prints no number if verify fails."""
     device = find_device(options.device)
     scope = Scope.of(device, options.quick)
     if options.shape:
         scope = dataclasses.replace(scope, shapes=shapes(options.shape))
-    listed = list(chosen(scope, options.op))
+    listed = list(chosen_cases(scope, options.op))
     results = Results.begin("ops", device, {})
     if not gate.verified(device):
         return 1

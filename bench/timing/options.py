@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from fastgpt2.bench.report.record import FOLDER
+from fastgpt2.gpt2.options import CommandOptions, Name, Word
 
 
-def add_nanogpt(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--nanogpt", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare with it")
+@dataclass(frozen=True, kw_only=True)
+class NanogptOption(CommandOptions):
+    nanogpt: Annotated[Path, Word("MODEL_PY")] | None = None  # nanoGPT's model.py, to compare with it
 
 
-def add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption(CommandOptions):
+    device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU where there is one
 
 
-def add_out(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file; default: %(default)s")
+@dataclass(frozen=True, kw_only=True)
+class OutOption(CommandOptions):
+    out: Annotated[Path, Word("FOLDER")] = FOLDER  # where the result file goes

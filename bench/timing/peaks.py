@@ -1,4 +1,4 @@
-"""What this machine reaches at most, measured: the speeds that fractions are taken of."""
+"""Measures this machine's speeds of copying and of matrix products, of which results give fractions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MATRIX = {"cuda": 8192, "cpu": 1024}  # rows and columns
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written a second by a copy of contiguous memory."""
+    """Bytes read and written per second by a copy of contiguous memory."""
     source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     time = measure({"": lambda: target.copy_(source)}, device, budget_s=1.0, max_rounds=50, device_only=True)[""]

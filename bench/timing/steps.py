@@ -2,7 +2,7 @@
 
     bench = TrainBench(results, variants, nanogpt)
     bench.compare(setting)                     # all variants in turns
-    bench.sweep(setting)                       # alone at 1, 2, 4, ... sequences until memory ends
+    bench.sweep(setting)                       # each alone at 1, 2, 4, ... sequences until memory runs out
 
 A variant's gradient must agree with PyTorch's before anything is timed: see `Disagreement`.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.bench.cases import variants
+from fastgpt2.bench.cases.case import DTYPES, FP32
 from fastgpt2.bench.cases.variants import GRAPH, LAUNCHED, OURS, Backward, Family, Variant
 from fastgpt2.bench.report import roofline
 from fastgpt2.bench.report.record import Results
@@ -32,9 +33,8 @@ from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.model import GPT
 
 VOCABULARY = 50304  # GPT-2's 50257 padded as nanoGPT does, for every variant alike
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST_BATCH = 4096
-SHARE_FOR_STATE = 0.4  # of the memory: families that need more than this together are measured one after another
+SHARE_FOR_STATE = 0.4  # of memory: families whose state needs more than this together are measured one by one
 # Root mean square of the gradient's difference over that of the gradient. nanoGPT's GELU is by erf, GPT-2's by tanh.
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 WHAT = "one optimizer step: forward, backward, clipping, fused AdamW"
@@ -67,28 +67,28 @@ class Setting:
         return peak and tokens_per_s * self.config.flops_per_token() / peak
 
     def model_ms(self) -> float | None:
-        """The least time that this GPU's data sheet allows; None where it is not known."""
+        """The least time of a step that this GPU's data sheet allows; None for an unknown GPU and other dtypes."""
         gpu = hardware.gpu(self.device) if self.dtype == "bfloat16" else None
         return None if gpu is None else roofline.step_ms(self.config, self.B, self.T, gpu)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         dtype = DTYPES[self.dtype]
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        return contextlib.nullcontext() if dtype == FP32 else torch.autocast(self.device.type, dtype)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Random tokens and the token after each; the last one of a row has none."""
+        """-> (random tokens, the next token of each); the last token of a row has the target -1."""
         idx = torch.randint(self.config.vocab_size, (self.B, self.T), generator=torch.Generator().manual_seed(0))
         targets = torch.cat([idx[:, 1:], torch.full((self.B, 1), -1)], dim=1)
         return idx.to(self.device), targets.to(self.device)
 
 
 class Disagreement(ArithmeticError):
-    """A variant computes something else than PyTorch does: no number is worth printing."""
+    """A variant's gradient differs from PyTorch's, so that no number may be printed."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A variant that has run forward and backward once: compiled and checked."""
+    """A variant that has run forward and backward once, so that it is compiled and checked."""
 
     variant: Variant
     family: Family
@@ -98,25 +98,25 @@ class Prepared:
     first_s: float  # of that run, compilation included
 
     def peak_bytes(self, device: torch.device) -> int | None:
-        """Of a step, with parameters and optimizer state, without other variants' models."""
+        """Peak memory of a step with this variant's parameters and optimizer state, without other variants' models."""
         peak, held = timing.peak_bytes(self.step, device), self.backward.held_bytes()
         return None if peak is None or held is None else peak + self.family.state_bytes() + held
 
 
 @dataclass
 class TrainBench:
-    """Measures variants into `results`."""
+    """Measures variants and adds rows to `results`."""
 
     results: Results
     variants: list[Variant]
     nanogpt: ModuleType | None
 
     def compare(self, setting: Setting) -> None:
-        """All variants at one setting, one row each; those of a stage in turns. Raises Disagreement.
+        """Measures all variants at one setting, one row each. Variants of a stage take turns. Raises Disagreement.
 
-        Compiling takes minutes on some machines, and whoever stops it keeps the rows of the stages before. Beside a
-        stage's own variants run our model with PyTorch's kernels launched from Python, and the same on the stage's
-        road, so that a speed-up is always of two variants that took turns.
+        Compiling can take minutes: a run that is stopped keeps the rows of finished stages. In every stage our model
+        with PyTorch's kernels runs too, launched from Python and on the stage's road, so that a speed-up always
+        compares two variants that took turns.
         """
         weights = GPT(setting.config, kernels="torch")
         try:
@@ -135,8 +135,11 @@ class TrainBench:
                 self._measure(part, stage, group, weights, gradient)
 
     def sweep(self, setting: Setting) -> None:
-        """Variants alone at 1, 2, 4, ... sequences until memory ends, one row each; without single switches, and
-        without compiled and captured ones, which would be made anew for each batch."""
+        """Measures each variant alone at 1, 2, 4, ... sequences until memory runs out, one row each.
+
+        Leaves out variants with single switches, and compiled and captured ones, which would have to be compiled or
+        captured again for each batch size.
+        """
         weights = GPT(setting.config, kernels="torch")
         for variant in self.variants:
             if variant.road != LAUNCHED or variant.one_switch:
@@ -150,8 +153,8 @@ class TrainBench:
     def _measure(
         self, setting: Setting, wanted: list[Variant], group: list[str], weights: GPT, gradient: Tensor
     ) -> None:
-        """Rows of one stage, of variants of the families in `group`. Where memory does not take all in turns, by
-        halves, and a single one without what it is compared with."""
+        """Adds the rows of one stage, for variants of the families in `group`. Where memory is too small for all in
+        turns, measures them in halves; a single variant finally without its baselines."""
         bases = [v for v in dict.fromkeys([Variant(OURS), *(v.base for v in wanted)]) if v not in wanted]
         bases = [v for v in bases if v.family in group]
         if len(wanted) == 1:
@@ -244,6 +247,7 @@ class TrainBench:
             p.step()  # makes the optimizer's state
             peaks[p.label] = p.peak_bytes(setting.device)
         steps = {p.label: p.step for p in prepared}
+        print(f"  timing {len(steps)} variants in turns, for {setting.budget_s:.0f} s or three rounds", flush=True)
         times = timing.measure(steps, setting.device, budget_s=setting.budget_s, warmup=1, min_rounds=3)
         labels = {p.variant: p.label for p in prepared}
 

@@ -1,14 +1,14 @@
-"""How long calls take and how much memory one needs.
+"""Measures the time of calls and the memory of one.
 
     times = measure({"ours": step, "eager": other_step}, device, budget_s=20)
     times["ours"].median_ms; speedup(times["eager"], times["ours"]).median
     peak = peak_bytes(step, device)
 
-Variants that are compared take turns in one process (A B C, B C A, ...), so that what drifts (clocks, temperature,
-other work) meets all of them alike, and a speed-up is the median over rounds of the ratio within a round. First calls,
-which compile and allocate, are left out. A call is timed by the wall clock until the device is done, as whoever waits
-for its result sees it: what the host takes to launch it counts where the device has to wait for that. With
-`device_only` it is timed by CUDA events, L2 flushed before it, and begins when the host has enqueued it all.
+Variants that are compared take turns in one process (A B C, B C A, ...), so that drifts (clocks, temperature, other
+load) affect all of them alike, and a speed-up is the median over rounds of the ratio within a round. First calls, which
+compile and allocate, are not timed. A call is timed by wall clock until the device is done: the host's time to launch
+counts where the device has to wait for it. With `device_only`, a call is timed by CUDA events, after L2 was flushed,
+and starts when the host has enqueued all of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 FLUSHED_BYTES = 256 << 20  # twice the largest L2 or last-level cache of today's GPUs
 PERCENTILES = (20, 50, 80)
-CLOCK_HZ = 3e9  # no GPU's clock is faster: so many cycles take a second or more
+CLOCK_HZ = 3e9  # above every GPU's clock, so that so many cycles take at least a second
 LONGEST_WAIT_S = 0.05
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
@@ -63,7 +63,7 @@ class Timing:
         return self.spread.median
 
     def as_dict(self) -> dict[str, Any]:
-        """What goes into a result's row as "time_ms"."""
+        """The field "time_ms" of a result's row."""
         return {**self.spread.as_dict(), "runs": len(self.times_ms)}
 
 
@@ -82,11 +82,11 @@ def measure(
     max_rounds: int = 500,
     device_only: bool = False,
 ) -> dict[str, Timing]:
-    """Times every variant once a round, for about `budget_s` seconds in all and at least `min_rounds` rounds.
+    """Times every variant once per round, for about `budget_s` seconds in all and at least `min_rounds` rounds.
 
-    The `warmup` first calls of each variant are not timed and not part of the budget. device_only: on a GPU, leaves out
-    what the host takes to launch; waiting for it is part of the budget.
-    Raises what a variant raises; ValueError for a number that makes no sense.
+    The first `warmup` calls of each variant are not timed and not part of the budget. device_only: on a GPU, leaves out
+    the host's time to launch, which is part of the budget all the same.
+    Raises what a variant raises; ValueError if `warmup` or the rounds are below 1 or out of order.
     """
     if warmup < 1 or not 1 <= min_rounds <= max_rounds:
         raise ValueError(
@@ -103,7 +103,7 @@ def measure(
     timer = _DeviceTimer(device, waits_s) if device_only and device.type == "cuda" else _WallTimer(device)
     names = list(variants)
     collects = gc.isenabled()
-    gc.disable()  # a collection in the middle of a call would be counted as its time
+    gc.disable()  # a garbage collection during a call would count as its time
     try:
         round_s = sum(timer.time(name, variants[name]) for name in names)
         rounds = min(max(int(budget_s / max(round_s, 1e-9)), min_rounds), max_rounds)
@@ -122,7 +122,7 @@ class _WallTimer:
         self.times_ms: dict[str, list[float]] = {}
 
     def time(self, name: str, call: Callable[[], object]) -> float:
-        """Runs and notes it; -> seconds."""
+        """Runs and records one call; -> seconds."""
         self.wait()
         start = time.perf_counter()
         call()
@@ -136,7 +136,7 @@ class _WallTimer:
 
 
 class _DeviceTimer:
-    """Events are read at the end, so that the host runs ahead of the device."""
+    """Times by CUDA events, which are read at the end, so that the host runs ahead of the device."""
 
     def __init__(self, device: torch.device, waits_s: Mapping[str, float]) -> None:
         self.device, self.waits_s = device, waits_s
@@ -156,7 +156,7 @@ class _DeviceTimer:
         call()
         end.record(stream)
         self.events.setdefault(name, []).append((start, end))
-        if first:  # the first round sets how many there will be
+        if first:  # the number of rounds follows from the first one's time
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start_s
 
@@ -169,9 +169,9 @@ class _DeviceTimer:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory in use during one call above what was in use before it; call it once before, to warm up.
+    """The peak of memory during one call, less what was in use before. Call `call` once before, to warm up.
 
-    On a GPU allocated tensors, on Linux without one the resident memory of the process, elsewhere None.
+    On a GPU the memory of tensors, on a CPU with Linux the process's resident memory, elsewhere None.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -185,9 +185,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         return None
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # memory that is free but kept would hide what the call needs
+        libc.malloc_trim(0)  # freed memory that the process still has would hide what the call needs
     try:
-        reset.write_text("5")  # sets the high-water mark to what is resident now
+        reset.write_text("5")  # resets the peak to the memory that is resident now
     except OSError:
         return None
     before = _resident_bytes("VmRSS")
@@ -201,6 +201,6 @@ def _resident_bytes(field: str) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or without one: drivers and libraries have own words."""
+    """Whether an exception says that memory ran out, on a GPU or a CPU. Drivers and libraries word it differently."""
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in OUT_OF_MEMORY)

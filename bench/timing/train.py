@@ -1,26 +1,27 @@
-"""`fastgpt2 bench train`: tokens a second of one training step, ours by every switch beside the baselines.
+"""`fastgpt2 bench train`: tokens per second of a training step: our model with each kernel switch, and baselines.
 
 Every variant starts from the same weights and takes the same step on the same random tokens: forward, backward,
-clipping, fused AdamW. Before anything is timed, `fastgpt2 verify` must be green and every variant's gradient must agree
-with PyTorch's. A step's time is the wall clock's until the device is done: where Python is slower than the GPU, that is
-Python's, unless the kernels are launched in another way. So every variant is measured on a road: launched from Python,
-forward and backward as CUDA graphs, or by torch.compile in one of its three modes. The variants of a road take
-turns, and a speed-up is the median of the ratio, within a round, to PyTorch's kernels on the same road.
+clipping, fused AdamW. Before anything is timed, `fastgpt2 verify` must succeed and every variant's gradient must agree
+with PyTorch's. A step's time is wall-clock time until the device is done. Where Python launches kernels more slowly
+than the GPU runs them, that is Python's time, so every variant is measured on several roads: launched from Python, with
+forward and backward as CUDA graphs, or by torch.compile in one of three modes. Variants on one road take turns, and a
+speed-up is the median, over rounds, of the ratio to PyTorch's kernels on the same road.
 
 MFU is `GPTConfig.flops_per_token` (PaLM's appendix B as nanoGPT counts: 6 N + 12 L H D T, causality not discounted)
-times tokens a second over the data sheet's dense bf16 peak, and unknown in other dtypes and on unknown hardware.
+times tokens per second over the data sheet's dense bf16 peak. It is unknown in other dtypes and on unknown hardware.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from fastgpt2.bench.cases import flash_gpt, variants
+from fastgpt2.bench.cases.case import DTYPES
 from fastgpt2.bench.cases.variants import (
     CUDAGRAPH_TREES,
     FLASH_ATTN,
@@ -34,11 +35,12 @@ from fastgpt2.bench.cases.variants import (
 )
 from fastgpt2.bench.report import measured, tables
 from fastgpt2.bench.report.record import Results, summary_line
-from fastgpt2.bench.timing.options import add_device, add_nanogpt, add_out
-from fastgpt2.bench.timing.steps import DTYPES, Disagreement, Setting, TrainBench
+from fastgpt2.bench.timing.options import DeviceOption, NanogptOption, OutOption
+from fastgpt2.bench.timing.steps import Disagreement, Setting, TrainBench
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import PRESETS
+from fastgpt2.gpt2.options import Names, about
 from fastgpt2.gpt2.training.train_config import find_device
 
 MFU_FORMULA = "(6 N + 12 L H D T) * tokens/s / peak dense bf16 FLOP/s of the data sheet; N without positions"
@@ -47,7 +49,7 @@ GPT2_SIZES = tuple(name for name in PRESETS if name.startswith("gpt2"))
 
 @dataclass(frozen=True)
 class Scope:
-    """What a run covers unless options say otherwise, by the machine and --quick."""
+    """What a run measures by default; depends on the device and on --quick."""
 
     sizes: tuple[str, ...]
     batch: int
@@ -67,7 +69,7 @@ class Scope:
 def select(
     device: torch.device, quick: bool, roads: tuple[str, ...] | None, with_nanogpt: bool, results: Results
 ) -> list[Variant]:
-    """The variants that run here, on `roads`, by default all; why the others do not goes into `results`."""
+    """The variants that run here on `roads` (by default all). Records in `results` why others do not."""
     no_triton = no_graphs = None
     if not ops.TRITON_INSTALLED:
         no_triton = "the package triton is not installed"
@@ -112,34 +114,39 @@ def select(
     return chosen
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "train",
-        help="tokens a second, MFU and memory of a training step, ours by every switch beside the baselines",
-        description="Times one training step of every variant, in turns: ours by every switch and PyTorch's, launched "
-        "from Python, as CUDA graphs and compiled; HuggingFace, nanoGPT, flash-attn's GPT. `fastgpt2 verify` runs "
-        "first; a red one prints no numbers.",
-    )
-    command.add_argument("--quick", action="store_true", help="an answer in about two minutes on 2 CPU cores")
-    command.add_argument("--size", help=f"comma-separated, from {', '.join(PRESETS)}, or all for GPT-2's four")
-    command.add_argument("--batch", type=int, help="sequences a step")
-    command.add_argument("--block", type=int, help="tokens a sequence")
-    command.add_argument("--dtype", help=f"comma-separated, from {', '.join(DTYPES)}; of autocast where not float32")
-    command.add_argument("--seconds", type=float, help="to time the variants of one setting for, about")
-    command.add_argument(
-        "--sweep", action="store_true", help="also each variant alone at 1, 2, 4, ... sequences until memory ends"
-    )
-    command.add_argument(
-        "--road", help=f"only these ways to launch kernels, comma-separated, from {', '.join(ROADS)}; a file of its own"
-    )
-    add_nanogpt(command)
-    add_device(command)
-    add_out(command)
-    command.set_defaults(run=main)
+HELP = "tokens a second, MFU and memory of a training step, ours by every switch beside the baselines"
 
 
-def main(options: argparse.Namespace) -> int:
-    """Prints the card and writes the file; returns 1 and prints no number where something computed is wrong."""
+@dataclass(frozen=True, kw_only=True)
+class Options(OutOption, DeviceOption, NanogptOption):
+    """Times one training step of every variant, in turns: ours by every switch and PyTorch's, launched from Python, as
+    CUDA graphs and compiled; HuggingFace, nanoGPT, flash-attn's GPT. `fastgpt2 verify` runs first; where it finds an
+    error, no numbers are printed.
+    """
+
+    quick: bool = False  # an answer in about two minutes on 2 CPU cores
+    size: Annotated[
+        Names | None, about(f"comma-separated, from {', '.join(PRESETS)}, or all for GPT-2's four; None: by the device")
+    ] = None
+    batch: int | None = None  # sequences a step; None: by the device
+    block: int | None = None  # tokens a sequence; None: by the device
+    dtype: Annotated[
+        Names | None,
+        about(f"comma-separated, from {', '.join(DTYPES)}; of autocast where it is not float32; None: by the device"),
+    ] = None
+    seconds: float | None = None  # about how long the variants of one setting are timed; None: by the device
+    sweep: bool = False  # also time each variant alone at 1, 2, 4, ... sequences until memory ends
+    road: Annotated[
+        Names | None,
+        about(
+            f"time only these ways to launch kernels, comma-separated, from {', '.join(ROADS)}; they get a file of "
+            "their own; None: all"
+        ),
+    ] = None
+
+
+def main(options: Options) -> int:
+    """Prints the table and writes the result file; returns 1 and prints no number if something is computed wrongly."""
     device = find_device(options.device)
     settings = list(_settings(options, device))
     roads = _roads(options.road)
@@ -158,7 +165,7 @@ def main(options: argparse.Namespace) -> int:
                 if options.sweep:
                     bench.sweep(setting)
         except Disagreement as error:
-            print(f"red: {error}", file=sys.stderr)
+            print(f"failed: {error}", file=sys.stderr)
             return 1
     tables.show(results)
     file = results.save(options.out, part)
@@ -170,7 +177,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _roads(wanted: str | None) -> tuple[str, ...] | None:
-    """What --road names; None without it. Raises ValueError for one that is none."""
+    """The roads that --road names; None without it. Raises ValueError for an unknown one."""
     if wanted is None:
         return None
     roads = tuple(wanted.split(","))
@@ -180,7 +187,7 @@ def _roads(wanted: str | None) -> tuple[str, ...] | None:
     return roads
 
 
-def _settings(options: argparse.Namespace, device: torch.device) -> Iterator[Setting]:
+def _settings(options: Options, device: torch.device) -> Iterator[Setting]:
     """Raises ValueError for an option that is not allowed."""
     scope = Scope.of(device, options.quick)
     sizes = GPT2_SIZES if options.size == "all" else options.size.split(",") if options.size else scope.sizes

@@ -1,15 +1,15 @@
-"""`fastgpt2 bench tune`: searches block sizes, warps and stages on this GPU, rewrites the table of kernels/_tuning.py.
+"""`fastgpt2 bench tune`: searches block sizes, warps and stages on this GPU and rewrites the table of
+kernels/_tuning.py.
 
-Kernels never tune themselves: that would repeat for every shape and process, and fail where there is no GPU. Here each
-row of the table that a registered case uses is improved by coordinate descent from what stands: one number at a time
-is halved or doubled (stages: one less or more), the case is timed without the host's time to launch it, and what is
-faster by more than the noise is kept. A configuration that does not compile or fit, that spills registers, or that
-changes the results beyond rounding, is passed over.
+Kernels do not tune themselves: they would have to for every shape and in every process, and could not without a GPU.
+This command improves each row of the table that a registered case uses by coordinate descent, from its present
+configuration: it halves or doubles one number at a time (stages: one less or more), times the case without the host's
+time to launch it, and keeps what is faster by more than noise. It skips configurations that do not compile or fit, that
+spill registers, or that change the results by more than rounding.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import datetime
@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,24 +26,26 @@ from unittest import mock
 import torch
 import triton
 
-from fastgpt2.bench.cases import registry as cases
+from fastgpt2.bench.cases.case import Case
+from fastgpt2.bench.cases.registry import all_cases, chosen_operations
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import timing
-from fastgpt2.bench.timing.options import add_out
+from fastgpt2.bench.timing.options import OutOption
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2.files import write_atomically
+from fastgpt2.gpt2.options import Names
 from fastgpt2.kernels import _device, _tuning
 from fastgpt2.kernels._configurations import Key
 
 Config = dict[str, int]
 BUDGET_S = 0.1  # to time one configuration
-WORTH_IT = 0.98  # a configuration must take at most this part of the time to replace another
-FIXED = ("MIN_ROWS", "enable_fp_fusion")  # set by a budget of bytes, and for all alike: not by speed
+WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
+FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
 
 
 @contextlib.contextmanager
 def overridden(configs: dict[Key, Config]) -> Iterator[list[Key]]:
-    """Inside, launches take these configurations where given; the list holds the rows that were asked for."""
+    """Inside, launches use these configurations for their rows. Yields the list of rows that launches look up."""
     asked: list[Key] = []
     original = _tuning.config
 
@@ -50,13 +53,16 @@ def overridden(configs: dict[Key, Config]) -> Iterator[list[Key]]:
         asked.append(key)
         return dict(configs[key]) if key in configs else original(key, device)
 
+    # No launch is watched here: `_tuning.config` is the one place where kernels ask for these numbers.
     with mock.patch.object(_tuning, "config", config):
         yield asked
 
 
 @contextlib.contextmanager
 def launched() -> Iterator[list]:
-    """The list holds the compiled kernels that are launched inside."""
+    """Yields the list of compiled kernels that are launched inside."""
+    # Patched, because a launch hook gets a kernel's name and handle, but not the compiled kernel, which knows what it
+    # spills, and the hook after a compilation is silent for kernels that were compiled before.
     kernels: list = []
     run = triton.JITFunction.run
 
@@ -87,7 +93,7 @@ def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
 
 
 def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config, float, float]:
-    """-> the best configuration found, its time and the time of the first. `time_ms` is infinite for a bad one."""
+    """-> (the best configuration found, its time, the time of `config`). time_ms: returns infinity for one to skip."""
     known: dict[tuple, float] = {}
 
     def timed(c: Config) -> float:
@@ -104,8 +110,9 @@ def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config,
         best = better
 
 
-def tune_case(case: cases.Case, done: set[Key], time_ms: Callable[[Callable], float], device: torch.device):
-    """Yields (row, best configuration, its ms, ms before) for each row of the table that this case uses, once a row."""
+def tune_case(case: Case, done: set[Key], time_ms: Callable[[Callable], float], device: torch.device):
+    """Yields (row, best configuration, its ms, ms before) for each row of the table that this case uses and that is not
+    in `done`, and adds it there."""
     inputs = case.inputs(device)
 
     def forward():
@@ -130,7 +137,7 @@ def tune_case(case: cases.Case, done: set[Key], time_ms: Callable[[Callable], fl
                         if not right or any(kernel.n_spills for kernel in kernels):
                             return float("inf")
                         return time_ms(run)
-                    except Exception as error:  # the compiler's and the driver's errors share no class
+                    except Exception as error:  # errors of compilers and drivers have no common class
                         if "out of memory" in str(error).lower():
                             raise
                         return float("inf")
@@ -143,7 +150,7 @@ def median_ms(run: Callable, device: torch.device) -> float:
 
 
 def same(results: tuple, expected: tuple) -> bool:
-    """Equal up to the rounding of another order of sums."""
+    """Whether results are equal up to rounding in another order of summation."""
     for a, b in zip(results, expected, strict=True):
         if (a.double() - b.double()).abs().max() > 4 * torch.finfo(a.dtype).eps * b.double().abs().max():
             return False
@@ -154,9 +161,9 @@ def same(results: tuple, expected: tuple) -> bool:
 
 
 def rewrite(source: str, best: dict[Key, Config], architecture: int | str, tuned_on: str) -> str:
-    """The source of _tuning.py with these rows for one architecture and a note of their origin; the rest stays.
+    """The source of _tuning.py with these configurations for one architecture and `tuned_on` as their origin.
 
-    Raises ValueError for a row that the table does not have.
+    Everything else stays as it is. Raises ValueError for a row that the table does not have.
     """
     tree = ast.parse(source)
     tuned, table = _assigned(tree, "TUNED"), _assigned(tree, "TABLE")
@@ -180,7 +187,7 @@ def rewrite(source: str, best: dict[Key, Config], architecture: int | str, tuned
 
 
 def _assigned(tree: ast.Module, name: str) -> Any:
-    """The dict display assigned to a variable of the module."""
+    """The dict expression that is assigned to a variable of the module."""
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
             return node.value
@@ -188,37 +195,39 @@ def _assigned(tree: ast.Module, name: str) -> Any:
 
 
 def _value(node: ast.expr) -> Any:
-    """What an expression of _tuning.py evaluates to there."""
+    """The value of an expression of _tuning.py, evaluated in that module."""
     return eval(compile(ast.Expression(node), _tuning.__file__, "eval"), vars(_tuning))
 
 
 def _source(value: object) -> str:
-    """What evaluates to a key or value of the table: a configuration's repr does."""
+    """Source code of a key or value of the table."""
     return "ANY" if value == _tuning.ANY else json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def add_command(commands) -> None:
-    command = commands.add_parser(
-        "tune",
-        help="search block sizes, warps and stages on this GPU and rewrite the table of kernels/_tuning.py",
-        description="Improves every row of the table that GPT-2 uses, by measurements on this GPU, and writes it back.",
-    )
-    command.add_argument("--op", help="comma-separated public kernel functions, such as layer_norm; all by default")
-    command.add_argument("--seconds", type=float, default=math.inf, help="begin no row of the table after so many")
-    command.add_argument("--dry-run", action="store_true", help="print what was found and leave the table as it is")
-    add_out(command)
-    command.set_defaults(run=main)
+HELP = "search block sizes, warps and stages on this GPU and rewrite the table of kernels/_tuning.py"
 
 
-def main(options: argparse.Namespace) -> int:
-    """Prints and saves what was found, rewrites the table; 1 where verify is red. Raises RuntimeError without a GPU."""
+@dataclass(frozen=True, kw_only=True)
+class Options(OutOption):
+    """Improves every row of the table that GPT-2 uses, by measurements on this GPU, and writes it back."""
+
+    op: Names | None = None  # comma-separated public kernel functions, such as layer_norm; None: all
+    seconds: float = math.inf  # after so many seconds no further row of the table is begun
+    dry_run: bool = False  # print what was found and leave the table as it is
+
+
+def main(options: Options) -> int:
+    """Prints and saves the configurations found and rewrites the table; returns 1 if verify fails.
+
+    Raises RuntimeError without a GPU.
+    """
     if not torch.cuda.is_available():
         raise RuntimeError("bench tune measures on a GPU, and there is none here")
     device = torch.device("cuda", torch.cuda.current_device())
-    ops = cases.chosen(options.op)
+    ops = chosen_operations(options.op)
     if not gate.verified(device):
         return 1
     results = Results.begin("tune", device, {"a row": "one row of kernels/_tuning.py, timed as a part of its case"})
@@ -226,7 +235,7 @@ def main(options: argparse.Namespace) -> int:
     done: set[Key] = set()
     end = time.monotonic() + options.seconds
     with results.kept_if_cut_short(options.out):
-        for case in cases.cases():
+        for case in all_cases():
             if case.op not in ops:
                 continue
             if time.monotonic() > end:
@@ -239,7 +248,7 @@ def main(options: argparse.Namespace) -> int:
                 results.add(f"{case.name} {row}", what="best configuration found", time_ms=None, **figures)
                 if ms < before:
                     best[row] = config
-    print(f"figures are in {results.save(options.out)}")
+    print(f"written: {results.save(options.out)}")
     path = Path(_tuning.__file__)
     tuned_on = f"{torch.cuda.get_device_name(device)}, {datetime.date.today()}"
     source = rewrite(path.read_text("utf-8"), best, _device.architecture(device), tuned_on)

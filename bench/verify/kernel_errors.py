@@ -1,4 +1,4 @@
-"""One case of the registry beside eager PyTorch and HuggingFace, against float64."""
+"""Errors of one case of the registry against float64, compared with those of eager PyTorch and HuggingFace."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastgpt2.bench.cases.registry import huggingface, operations
 from fastgpt2.bench.verify.error_rule import Row, compare, mean_size, token_losses
 
 
-def verify_case(case: Case, device: torch.device, with_hf: bool) -> Iterator[Row]:
-    """Outputs and the gradient of every floating input."""
+def errors_of_case(case: Case, device: torch.device, with_hf: bool) -> Iterator[Row]:
+    """A row for each output and for the gradient of each floating-point input."""
     torch.manual_seed(0)
     inputs = case.inputs(device)
 
@@ -33,7 +33,7 @@ def verify_case(case: Case, device: torch.device, with_hf: bool) -> Iterator[Row
     outputs = len(truth) - len(gradients)
     names = [f"output {i}" if outputs > 1 else "output" for i in range(outputs)] + gradients
     expected = 0.0
-    if case.op == "linear_cross_entropy":  # a mean of losses, in which errors cancel by luck
+    if case.op == "linear_cross_entropy":  # a mean of losses, in which errors may cancel
         exact, rounded = (_losses(*(_copy(t, wide) for t in inputs)) for wide in (True, False))
         expected = mean_size(rounded - exact) / mean_size(exact)
     for name, a, e, h, t in zip(names, ours, eager, hf, truth, strict=True):

@@ -1,16 +1,19 @@
 """`fastgpt2 verify`: every kernel, and the model by every toggle, against float64, eager PyTorch and HuggingFace.
 
-The kernels are those described in bench/cases/ops/. The rule is in error_rule.py.
+The kernels are those described in bench/cases/ops/; with --model the ops are those of its layers, on what reaches them
+there: see layer_errors.py. The rule is in error_rule.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +21,20 @@ from torch import Tensor
 
 from fastgpt2.bench.cases.registry import sized_cases
 from fastgpt2.bench.report.tables import print_whole
-from fastgpt2.bench.verify.error_rule import LIMIT, Row, compare, mean_size, root_mean_square, token_losses
-from fastgpt2.bench.verify.kernel_errors import verify_case
+from fastgpt2.bench.verify.batch import IDS, read_batch
+from fastgpt2.bench.verify.error_rule import RULE, Row, compare, mean_size, root_mean_square, token_losses, worst
+from fastgpt2.bench.verify.kernel_errors import errors_of_case
+from fastgpt2.bench.verify.layer_errors import call_errors, layer_table, recorded_calls, worst_layers
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.config import GPTConfig
+from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
+from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, about
+from fastgpt2.gpt2.output import plain_console
 from fastgpt2.gpt2.training.train_config import find_device
 
-RULE = f"at most {LIMIT:g} times eager PyTorch's (or half a unit in the last place) and 1e-5"
+TOKENS = {"cuda": 2048, "cpu": 16}  # of --batch; interpreted kernels take seconds a token in a large vocabulary
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -83,7 +92,7 @@ def verify_model(model: GPT, idx: Tensor, dtype: torch.dtype, with_hf: bool) -> 
         ]
         yield rows[0]
         yield rows[1]
-        yield max(rows[2:], key=lambda row: row.error / row.allowed)  # the worst of all gradients
+        yield worst(rows[2:])  # of all gradients
 
 
 def _huggingface_results(model: GPT, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -108,74 +117,95 @@ def _is_conv1d(name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------- command
 
 
-def verify(device: torch.device, dtypes: Sequence[torch.dtype], model: GPT | None = None) -> Iterator[Row]:
-    """All comparisons on one device: small sizes where kernels are interpreted, GPT-2's on a GPU.
-
-    model: whose weights to compare; random ones by default.
-    """
-    try:
-        import transformers  # noqa: F401
-    except ModuleNotFoundError:
-        with_hf = False
-    else:
-        with_hf = True
+def verify(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator[Row]:
+    """All comparisons on one device: small sizes where kernels are interpreted, GPT-2's on a GPU."""
+    with_hf = _has_transformers()
     on_gpu = device.type == "cuda"
     B, T, C, H, V = (2, 1000, 768, 12, 50257) if on_gpu else (2, 37, 64, 1, 97)
     for dtype in dtypes:
         for case in sized_cases(T, C, dtype, tokens=B * T, V=V):
-            yield from verify_case(case, device, with_hf)
-    if model is None:
-        layers = 12 if on_gpu else 2
-        model = random_model(GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H, n_embd=C), device)
-    model = model.double().to(device)
-    T = min(T, model.config.block_size)
-    idx = torch.randint(model.config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(2)).to(device)
+            yield from errors_of_case(case, device, with_hf)
+    layers = 12 if on_gpu else 2
+    model = random_model(GPTConfig(block_size=T, vocab_size=V, n_layer=layers, n_head=H, n_embd=C), device)
+    idx = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(2)).to(device)
     for dtype in dtypes:
         yield from verify_model(model, idx, dtype, with_hf)
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Prints the table and, last, the verdict."""
-    from rich.console import Console
+def verify_own(model: GPT, idx: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[list[Row], list[Row]]:
+    """Of the ops in each layer of a model, and of the whole model. idx (B, T + 1), on the model's device."""
+    layers: list[Row] = []
+    for call in recorded_calls(model, idx[:, :-1], idx[:, 1:]):
+        for dtype in dtypes:
+            layers += call_errors(call, dtype)
+    with_hf, model = _has_transformers(), model.double()
+    return layers, [row for dtype in dtypes for row in verify_model(model, idx, dtype, with_hf)]
+
+
+def _has_transformers() -> bool:
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def show(rows: Sequence[Row], layers: Sequence[Row] = ()) -> None:
+    """Prints the table and, last, the verdict. layers: those of a model's ops, of which the worst layers are shown."""
     from rich.table import Table
 
-    table = Table("what", "on triton", "result", "dtype", box=None)
+    console = plain_console()
+    if layers:
+        print_whole(console, layer_table(layers))
+        console.print()
+    where = ("layer",) if layers else ()
+    table = Table("what", *where, "on triton", "result", "dtype", box=None)
     for title in ("error vs fp64", "eager vs fp64", "allowed", "error vs HF", "ratio to eager"):
         table.add_column(title, justify="right")
     for column in table.columns:
         column.no_wrap = True
-    for row in rows:
+    for row in (*worst_layers(layers), *rows):
         to_hf = "-" if row.to_hf is None else f"{row.to_hf:.1e}"
-        ratio = f"{row.ratio:.2f}" if row.ok else f"[bold red]{row.ratio:.2f}[/]"
+        ratio = f"{row.ratio:.2f}" if row.ok else f"[bold red]above: {row.ratio:.2f}[/]"
         ratio = f"at rounding, {ratio}" if row.at_rounding else ratio
         figures = (f"{row.error:.1e}", f"{row.eager_error:.1e}", f"{row.allowed:.1e}", to_hf, ratio)
-        table.add_row(row.subject, row.toggle, row.result, row.dtype, *figures)
-    console = Console()
+        place = (row.place,) if layers else ()
+        table.add_row(row.subject, *place, row.toggle, row.result, row.dtype, *figures)
     print_whole(console, table)
+    rows = [*layers, *rows]
     bad = [row for row in rows if not row.ok]
     verdict = f"[bold red]{len(bad)} of {len(rows)} above it[/]" if bad else f"all {len(rows)} within"
     ratios = [row.ratio for row in rows if not row.at_rounding]
-    worst = f"; worst ratio to eager's error {max(ratios):.2f}, at rounding {len(rows) - len(ratios)}" if ratios else ""
-    console.print(f"\nErrors against float64, {RULE}: {verdict}{worst}")
+    largest = (
+        f"; worst ratio to eager's error {max(ratios):.2f}, at rounding {len(rows) - len(ratios)}" if ratios else ""
+    )
+    console.print(f"\nErrors against float64, {RULE}: {verdict}{largest}", highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Compares every kernel with eager PyTorch, float64 and HuggingFace; with --model the ops in each of its layers, on
+    the activations that reach them from the batch, and the whole model. Exits with 1 if an error against float64 breaks
+    the rule error <= max(2 * eager's error, eps / 2) + 1e-5, relative to the size of the truth. Sizes are largest
+    magnitudes, for the whole model root mean squares, and eps is that of the result's dtype. For a loss, eager's error
+    is at least the mean over its tokens. The ratio shown is error / eager's error; 'at rounding' marks where eager's
+    error is below eps / 2 + 1e-5.
+    """
+
+    device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU where there is one
+    # Triton's interpreter has no bfloat16, so on the CPU all means float16 and float32
+    dtype: Literal["bfloat16", "float16", "float32", "all"] = "all"
+    model: Checkpoint | None = None  # weights to compare: a run's folder, a checkpoint, or gpt2, ...; None: random ones
+    # for --model: text, or .npy or .pt with token ids (B, T); None: the sources of Python's library
+    batch: File | None = None
+    tokens: Annotated[
+        int | None, about(f"at most so many tokens of --batch; None: {TOKENS['cuda']:,}, on a CPU {TOKENS['cpu']}")
+    ] = None
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when every error is within the rule, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="fastgpt2 verify",
-        description="Compares every kernel with eager PyTorch, float64 and HuggingFace. Exits with 1 where an error, "
-        f"relative to the result's size, is not {RULE}. The ratio shown is error / eager's error; 'at rounding' "
-        "marks where eager's error is below the other terms.",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--dtype",
-        choices=[*DTYPES, "all"],
-        default="all",
-        help="default: %(default)s; Triton's interpreter has no bfloat16, so on the CPU all means float16 and float32",
-    )
-    parser.add_argument("--checkpoint", help="weights to compare, a hub name or a folder; default: random ones")
-    args = parser.parse_args(argv)
+    args = parse(Options, argv, "fastgpt2 verify")
     device = find_device(args.device)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton reads the variable when kernels are decorated, which has happened in this process.
@@ -185,7 +215,22 @@ def main(argv: Sequence[str]) -> int:
     if device.type != "cuda":
         print("No GPU: the kernels run in Triton's interpreter, on small shapes.")
         names = [n for n in names if n != "bfloat16" or args.dtype == n]
-    model = GPT.from_pretrained(args.checkpoint) if args.checkpoint else None
-    rows = list(verify(device, [DTYPES[name] for name in names], model))
-    show(rows)
-    return 0 if all(row.ok for row in rows) else 1
+    dtypes = [DTYPES[name] for name in names]
+    layers: list[Row] = []
+    if args.model is None:
+        rows = list(verify(device, dtypes))
+    else:
+        model, idx = _own(args.model, args.batch, TOKENS[device.type] if args.tokens is None else args.tokens, device)
+        print(f"{args.model}: {model.config.n_layer} layers, {idx.size(0)} x {idx.size(1) - 1} tokens")
+        layers, rows = verify_own(model, idx, dtypes)
+    show(rows, layers)
+    return 0 if all(row.ok for row in (*layers, *rows)) else 1
+
+
+def _own(name: str, batch: str | None, tokens: int, device: torch.device) -> tuple[GPT, Tensor]:
+    """The model of --model, and (B, T + 1) token ids for it."""
+    if batch is not None and Path(batch).suffix in IDS:  # needs no tokenizer
+        model, tokenizer = GPT.from_pretrained(name), None
+    else:
+        model, tokenizer = load_checkpoint(name)
+    return model.to(device), read_batch(batch, tokenizer, model.config, tokens).to(device)

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
 
-from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.command_line import parse
+from fastgpt2.gpt2.data import shards, windows
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.evaluation.evaluate import Watch, mean_loss, text_loss, windows_at_once
 from fastgpt2.gpt2.evaluation.hellaswag import DOWNLOAD, hellaswag, read_examples
 from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.training.progress import line, watched
+from fastgpt2.gpt2.options import Checkpoint, CommandOptions, Folder, Name, Word
+from fastgpt2.gpt2.output import plain_console
+from fastgpt2.gpt2.training.progress import line, stages, watched
+from fastgpt2.gpt2.training.settings import DtypeName
 from fastgpt2.gpt2.training.train_config import DTYPES, find_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Evaluates a run of `fastgpt2 train`, a checkpoint folder, or a model of the hub. The last line is JSON."""
+
+    checkpoint: Checkpoint  # the folder of a run, a checkpoint, or the name of a model on the hub, such as gpt2
+    check: bool = True  # compare a run's checkpoint with what the run wrote
+    data: Folder | None = None  # measure the loss on the validation shards of this folder; see fastgpt2 prepare
+    tokens: int = 2**20  # how many tokens of --data to use at most, always the same ones
+    text: Annotated[str, Word("PATH")] | None = (
+        None  # measure the perplexity of a file or folder of text, .jsonl or .parquet
+    )
+    # tokens of --text from one window to the next; fewer than block_size give each token more context, and take longer;
+    # None: block_size
+    stride: int | None = None
+    # score HellaSwag in both ways, from a FILE (the official JSONL); without a FILE it comes from the network
+    hellaswag: Annotated[str | None, Word("FILE", bare=DOWNLOAD)] = None
+    limit: int | None = None  # only the first N examples of HellaSwag; None: all
+    # windows, or examples of HellaSwag, that are computed at once; None: 8, and on a GPU up to 64, as memory allows
+    batch_size: int | None = None
+    dtype: DtypeName = "auto"  # of matrix products; auto: bfloat16 on CUDA, float32 elsewhere
+    kernels: Name = "auto"  # auto, triton, torch, or a list such as attention,mlp; auto: triton on CUDA
+    device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints a line for each thing asked for, then all of it as one line of JSON; returns 0."""
-    args = parser().parse_args(argv)
+    args = parse(Options, argv, "fastgpt2 eval")
     if args.data is None and args.text is None and args.hellaswag is None:
         raise ValueError("nothing to evaluate: give --data, --text or --hellaswag")
     for name in ("batch_size", "tokens", "limit"):
@@ -35,13 +61,15 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, allowed are whole numbers of at least 1")
     # Everything that can be missing or damaged is looked at before anything is computed.
     examples = None if args.hellaswag is None else read_examples(args.hellaswag)[: args.limit]
-    text = None if args.text is None else data.read_text(args.text)
-    device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=not args.no_check)
-    tokens = None if args.data is None else _validation_tokens(args.data, tokenizer)
+    device, console = find_device(args.device), plain_console()
+    with stages(console, "start") as say:
+        text = None if args.text is None else windows.read_text(args.text, say)
+        say("loading the model")
+        model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=args.check)
+        tokens = None if args.data is None else _validation_tokens(args.data, tokenizer, say)
+        text_tokens = None if text is None else windows.encode_text(text, tokenizer, say)
     model = model.to(device)
     batch_size = args.batch_size or windows_at_once(model, device)
-    console = Console()
     results: dict[str, Any] = {"checkpoint": args.checkpoint}
     with _autocast(args.dtype, device):
         if tokens is not None:
@@ -63,6 +91,7 @@ def main(argv: Sequence[str]) -> int:
                 batch_size=batch_size,
                 device=device,
                 watch=watched(console, "text"),
+                tokens=text_tokens,
             )
             results["text"] = dataclasses.asdict(found)
             line(
@@ -76,46 +105,21 @@ def main(argv: Sequence[str]) -> int:
             results["hellaswag"] = dataclasses.asdict(score)
             line(
                 console,
-                f"hellaswag  acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}; as EleutherAI's harness asks: "
-                f"acc {score.eleuther_acc:.4f}, acc_norm {score.eleuther_acc_norm:.4f}; {score.examples:,} examples",
+                f"hellaswag  EleutherAI's harness: acc {score.harness_acc:.4f}, acc_norm {score.harness_acc_norm:.4f}, "
+                f"acc_bytes {score.harness_acc_bytes:.4f}; build-nanogpt: acc {score.nanogpt_acc:.4f}, "
+                f"acc_norm {score.nanogpt_acc_norm:.4f}; {score.examples:,} examples",
             )
     line(console, json.dumps(results))
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """What can be typed after `fastgpt2 eval`."""
-    parser = argparse.ArgumentParser(
-        prog="fastgpt2 eval",
-        description="Evaluates a run of `fastgpt2 train`, a checkpoint folder, or a model of the hub. The last line is "
-        "JSON.",
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN|FOLDER|NAME", help="a run's folder, a checkpoint, or gpt2, ...")
-    add("--no-check", action="store_true", help="do not compare a run's checkpoint with what the run wrote")
-    add("--data", metavar="FOLDER", help="loss on the validation shards of a folder: see fastgpt2 prepare")
-    add("--tokens", type=int, default=2**20, metavar="N", help="of --data, at most, always the same (%(default)s)")
-    add("--text", metavar="PATH", help="perplexity of a file or folder of text, .jsonl or .parquet")
-    add("--stride", type=int, metavar="N", help="of --text: tokens from window to window; fewer than block_size give "
-        "each token more context, and take longer (block_size)")  # fmt: skip
-    add("--hellaswag", nargs="?", const=DOWNLOAD, metavar="FILE", help="both scorings; without a FILE (official "
-        "JSONL) from the network")  # fmt: skip
-    add("--limit", type=int, metavar="N", help="only the first N examples of HellaSwag (all)")
-    add("--batch-size", type=int, metavar="N", help="windows, or HellaSwag's examples, at once (8; on a GPU up to 64, "
-        "as memory allows)")  # fmt: skip
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of matrix products; auto: bfloat16 on CUDA")
-    add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,mlp")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: CUDA or ROCm where there is one")
-    return parser
-
-
-def _validation_tokens(folder: str, tokenizer: Tokenizer) -> shards.Shards:
+def _validation_tokens(folder: str, tokenizer: Tokenizer, say: windows.Say) -> shards.Shards:
     """The held-out tokens of a folder, which must be the checkpoint's kind of tokens."""
-    tokens = shards.open_tokens(folder, "val")
+    tokens = shards.open_tokens(folder, "val", say=say)
     with contextlib.suppress(FileNotFoundError):  # other projects' shards bring no tokenizer
         if tokenizers.load(folder) != tokenizer:
             raise ValueError(f"{folder} was encoded by another tokenizer than the checkpoint's: their losses differ")
-    data.check_tokens(tokens, tokenizer.vocab_size)
+    windows.check_tokens(tokens, tokenizer.vocab_size)
     return tokens
 
 
@@ -123,7 +127,7 @@ def _validation_loss(
     model: GPT, tokens: shards.Shards, most: int, batch_size: int, device: torch.device, watch: Watch
 ) -> dict[str, Any]:
     T = model.config.block_size
-    batches = list(data.evenly(tokens, T, batch_size, max(1, most // T)))
+    batches = list(windows.eval_batches(tokens, T, batch_size, max(1, most // T)))
     return {
         "tokens": sum(targets.numel() for _, targets in batches),
         "loss": mean_loss(model, watch(batches), device),

@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.console import Console
+
+from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.data.sources import SURROGATE
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.windows import MAX_SEED
-from fastgpt2.gpt2.generation.sample import load_checkpoint, stream_text, write_texts
+from fastgpt2.gpt2.generation.sample import load_checkpoint, prompt_tokens, stream_text, write_texts
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
+from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, Source, Text
 from fastgpt2.gpt2.output import visible
+from fastgpt2.gpt2.training.progress import stages
 from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 
 RULE = "-" * 80
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Writes text with a run of `fastgpt2 train`, a checkpoint folder, or a model of the hub. Without --prompt and
+    --file the prompt is read from standard input or, at a terminal, asked for again and again.
+    """
+
+    checkpoint: Checkpoint  # the folder of a run, a checkpoint, or the name of a model on the hub, such as gpt2
+    check: bool = True  # compare a run's checkpoint with what the run wrote
+    tokenizer: Source | None = None  # gpt2, byte or a vocabulary, for a checkpoint that brings none
+    prompt: Text | None = None  # how the text begins
+    file: File | None = None  # holds the prompt, in UTF-8; - is standard input
+    interactive: bool = False  # ask for prompts until Ctrl-D
+    stream: bool = False  # write each piece of the text as soon as it is there
+    json: bool = False  # one line for each text, with prompt, completion, tokens, logprobs and how it ended
+    num: int = 1  # how many texts to write
+    max_new_tokens: int = 200  # tokens after the prompt
+    stop: Text | None = None  # a text ends before these words, as it does before the tokenizer's end of text
+    special_tokens: bool = False  # the name of a special token in the prompt, such as <|endoftext|>, means that token
+    temperature: float = 0.8  # above 0; the smaller it is, the likelier the tokens
+    top_k: int | None = None  # only the N likeliest tokens; None: all
+    top_p: float | None = None  # only the likeliest tokens that hold X of the probability; None: all
+    min_p: float | None = None  # only tokens with at least X times the likeliest one's probability; None: all
+    repetition_penalty: float = 1.0  # above 1, tokens that the text already has become rarer
+    seed: int = 1337  # of the draws
+    greedy: bool = False  # always the likeliest token
+    refuse_long: bool = False  # an error for a prompt longer than block_size; without it the prompt's end is used
+    kernels: Name = "auto"  # auto, triton, torch, or a list such as attention,mlp; auto: triton on CUDA
+    device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
+    compile: bool = False  # compute each token through torch.compile
+
+
 def main(argv: Sequence[str]) -> int:
     """Writes text to standard output; returns 0."""
-    args = parser().parse_args(argv)
+    args = parse(Options, argv, "fastgpt2 sample")
+    _only_one(prompt=args.prompt, file=args.file, interactive=args.interactive)
+    _only_one(stream=args.stream, json=args.json)
     interactive = args.interactive or (args.prompt is None and args.file is None and sys.stdin.isatty())
     if interactive and args.json:
         raise ValueError("--json is for a prompt that is given, not for --interactive")
@@ -40,10 +79,16 @@ def main(argv: Sequence[str]) -> int:
     sampling = {name: getattr(args, name) for name in names}
     Sampling(**sampling)  # wrong settings are told before the model is loaded
     device = find_device(args.device)
-    model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=not args.no_check)
+    with stages(Console(stderr=True), "loading the model"):
+        model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=args.check)
     model.to(device, DTYPES[args.dtype]).eval()
     settings = dict(
-        max_new_tokens=args.max_new_tokens, stop=args.stop, crop=not args.refuse_long, compile=args.compile, **sampling
+        max_new_tokens=args.max_new_tokens,
+        stop=args.stop,
+        special_tokens=args.special_tokens,
+        crop=not args.refuse_long,
+        compile=args.compile,
+        **sampling,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="a prompt has")  # one that is typed twice is told about twice
@@ -62,7 +107,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace) -> str:
+def _only_one(**options: object) -> None:
+    """Raises ValueError where more than one of these options was given."""
+    given = [f"--{name}" for name, value in options.items() if value not in (None, False)]
+    if len(given) > 1:
+        allowed = ", ".join(f"--{name}" for name in options)
+        raise ValueError(f"{' and '.join(given)} are given together, allowed is one of {allowed}")
+
+
+def _prompt(args: Options) -> str:
     """The prompt that was given, from an argument, a file or standard input."""
     if args.prompt is not None:
         source, prompt = "--prompt", args.prompt
@@ -86,7 +139,7 @@ def _decoded(name: str, content: bytes) -> str:
 
 def _check_length(model: GPT, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> None:
     """Raises ValueError, in the words of the command line, for a long prompt where --refuse-long was given."""
-    length, most = len(tokenizer.encode(prompt)), model.config.block_size
+    length, most = len(prompt_tokens(tokenizer, prompt, settings["special_tokens"])), model.config.block_size
     if not settings["crop"] and length > most:
         raise ValueError(f"the prompt has {length} tokens, block_size is {most}, and --refuse-long is given")
 
@@ -120,45 +173,3 @@ def _converse(model: GPT, tokenizer: Tokenizer, seed: int, settings: dict[str, A
         except ValueError as error:  # a character that the tokenizer does not have, say
             print(f"fastgpt2: error: {error}", file=sys.stderr)
         seed += 1  # the same beginning again goes on in another way
-
-
-def parser() -> argparse.ArgumentParser:
-    """What can be typed after `fastgpt2 sample`."""
-    parser = argparse.ArgumentParser(
-        prog="fastgpt2 sample",
-        description="Writes text with a run of `fastgpt2 train`, a checkpoint folder, or a model of the hub. Without "
-        "--prompt and --file the prompt is read from standard input or, at a terminal, asked for again and again.",
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN|FOLDER|NAME", help="a run's folder, a checkpoint, or gpt2, ...")
-    add("--no-check", action="store_true", help="do not compare a run's checkpoint with what the run wrote")
-    add("--tokenizer", metavar="NAME|PATH", help="gpt2, byte or a vocabulary, where the checkpoint brings none")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins")
-    prompt.add_argument("--file", metavar="FILE", help="holds the prompt, UTF-8; - is standard input")
-    prompt.add_argument("--interactive", action="store_true", help="asks for prompts until Ctrl-D")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--stream", action="store_true", help="write each piece of the text as soon as it is there")
-    form.add_argument("--json", action="store_true", help="a line a text: prompt, completion, tokens, logprobs, ended")
-    add("--num", type=int, default=1, metavar="N", help="texts (%(default)s)")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens after the prompt (%(default)s)")
-    add("--stop", metavar="TEXT", help="a text ends before this (also before the tokenizer's end of text)")
-    add("--temperature", type=float, default=0.8, metavar="X", help="above 0; small: likely tokens (%(default)s)")
-    add("--top-k", type=int, metavar="N", help="only the N likeliest tokens (all)")
-    add("--top-p", type=float, metavar="X", help="only the likeliest tokens that hold X of the probability (all)")
-    add("--min-p", type=float, metavar="X", help="only tokens with X times the likeliest's probability (all)")
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: tokens of the text so far are rarer",
-    )
-    add("--seed", type=int, default=1337, metavar="N", help="of the draws (%(default)s)")
-    add("--greedy", action="store_true", help="always the likeliest token")
-    add("--refuse-long", action="store_true", help="an error for a prompt beyond block_size, whose end is used else")
-    add("--kernels", default="auto", metavar="NAME", help="auto, triton, torch, or a list such as attention,mlp")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, ...; auto: CUDA or ROCm where there is one")
-    add("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights (%(default)s)")
-    add("--compile", action="store_true", help="the work of a token through torch.compile")
-    return parser

@@ -8,83 +8,79 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import tyro
-
+from fastgpt2.gpt2.command_line import CommandLine
+from fastgpt2.gpt2.options import CommandOptions, Folder
 from fastgpt2.gpt2.output import run_console
 from fastgpt2.gpt2.training import train
 from fastgpt2.gpt2.training.pace import fitted
 from fastgpt2.gpt2.training.progress import line
 from fastgpt2.gpt2.training.run_folder import CONFIG, check_run
 from fastgpt2.gpt2.training.settings import Settings
-from fastgpt2.gpt2.training.train_config import TrainConfig, choose_preset, find_device, read_settings
-
-DESCRIPTION = (
-    "Trains a model from scratch and writes a run folder with config.yaml, log.jsonl, checkpoint/ and loss.png. "
-    "Without options: a small model on the sources of Python's library, in about two minutes on a CPU; on a GPU "
-    "the whole preset baby. Defaults below are those of the preset and the file that were given."
-)
+from fastgpt2.gpt2.training.train_config import TrainConfig, choose_preset, find_device, read_settings, sizes_of
 
 
-@dataclass(frozen=True)
-class Options(Settings):
-    """What can be typed after `fastgpt2 train`."""
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings, CommandOptions):
+    """Trains a model, from scratch or from the weights of --init-from, and writes a run folder with config.yaml,
+    log.jsonl, checkpoint/ and loss.png. Without options: a small model on the sources of Python's library, in about two
+    minutes on a CPU; on a GPU the whole preset baby. The defaults below are those of the preset, of the file and of the
+    weights that were given.
+    """
 
-    config: str | None = None  # a YAML file of settings, such as a run's config.yaml; the command line goes over it
-    resume: str | None = None  # the folder of a run to go on with, from its newest whole checkpoint
+    resume: Folder | None = None  # a run to go on with, from its newest whole checkpoint
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains; returns 0, or 128 + the number of the signal that ended the run."""
-    config, remark, resume = parse(argv)
+    asked = parse(argv)
+    config, resume = asked.config, asked.resume
     console = run_console(quiet=os.environ.get("RANK", "0") != "0")
-    line(console, f"preset  {config.preset} ({remark})")
-    if _is_ours_to_size(argv):
+    line(console, f"preset  {config.preset} ({asked.remark})")
+    if asked.fit:
         config, step_ms = fitted(config)
         line(console, f"pace    a step takes about {step_ms:.0f} ms here: {config.steps} steps in about two minutes")
     result = train.train(config, resume=resume, console=console)
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 
-def _is_ours_to_size(argv: Sequence[str]) -> bool:
-    """Whether nobody said how long to train, on what is no GPU. Ranks would measure different lengths."""
-    asked = _looked_for(argv, ("preset", "config", "resume", "steps", "device"))
-    said = any(asked[name] is not None for name in ("preset", "config", "resume", "steps"))
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return alone and not said and find_device(asked["device"] or "auto").type == "cpu"
+class Asked(NamedTuple):
+    """What a command line of `fastgpt2 train` asks for."""
+
+    config: TrainConfig
+    remark: str  # why it is this preset
+    resume: str | None  # the run to go on with
+    fit: bool  # whether nobody said how long to train, so that the time of a step here decides
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainConfig, str, str | None]:
-    """(the settings, what to say about the preset, the run to go on with if one is). Leaves with status 2 for an option
-    that does not exist."""
-    # Preset, file and run say what the other options' defaults are, so they are looked for first.
-    asked = _looked_for(argv, ("preset", "config", "device", "resume"))
-    if asked["resume"] is not None:
-        check_run(Path(asked["resume"]))
-    file = asked["config"] or (asked["resume"] and Path(asked["resume"]) / CONFIG)
+def parse(argv: Sequence[str]) -> Asked:
+    """The settings of a run. Raises as `options.parse`, and ValueError for settings that do not go together."""
+    line = CommandLine(Options, argv, "fastgpt2 train")
+    typed = line.values
+    # The preset, the file and the run that goes on say what the other options are by default.
+    resume = typed.get("resume")
+    if resume is not None:
+        check_run(Path(resume))
+    file = typed.get("config") or (resume and Path(resume) / CONFIG)
     from_file = read_settings(file) if file else {}
     with _naming(file, from_file):
-        device = find_device(asked["device"] or from_file.get("device") or "auto")
-        preset, remark = choose_preset(asked["preset"] or from_file.get("preset"), device)
-        base = dataclasses.asdict(TrainConfig.from_preset(preset))
-    options = tyro.cli(
-        Options,
-        prog="fastgpt2 train",
-        description=DESCRIPTION,
-        args=[*_as_arguments(from_file), *argv],
-        default=Options(**base),
-    )
-    if options.resume and options.out and Path(options.out).resolve() != Path(options.resume).resolve():
-        raise ValueError(f"out is {options.out!r}, and {options.resume} goes on where it is: leave --out out")
-    values = {name: value for name, value in dataclasses.asdict(options).items() if name in base}
+        device = find_device(typed.get("device") or from_file.get("device") or "auto")
+        given = {**from_file, **typed}
+        init_from = None if resume else given.get("init_from")  # a run that goes on does not look there again
+        preset, remark = choose_preset(given.get("preset"), device, init_from)
+        base = dataclasses.asdict(TrainConfig.from_preset(preset)) | (sizes_of(init_from) if init_from else {})
+    chosen = dataclasses.asdict(line.over({**base, **from_file, "preset": preset}))
     with _naming(file, from_file):
-        return TrainConfig(**{**values, "preset": preset}), remark, options.resume
+        config = TrainConfig(**{name: chosen[name] for name in base})
+    said = typed.keys() & {"preset", "config", "resume", "steps", "init_from"}
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # ranks would measure different lengths
+    return Asked(config, remark, resume, fit=alone and not said and device.type == "cpu")
 
 
 @contextlib.contextmanager
 def _naming(file: str | Path | None, from_file: Mapping[str, Any]) -> Iterator[None]:
-    """Errors about a value that stands in the file name the file too."""
+    """Inside, an error about a value that stands in the file names the file too."""
     try:
         yield
     except ValueError as error:
@@ -93,23 +89,3 @@ def _naming(file: str | Path | None, from_file: Mapping[str, Any]) -> Iterator[N
         if value is not None and rest.startswith((f"{value},", f"{value!r},")):
             raise ValueError(f"{file}: {error}") from None
         raise
-
-
-def _looked_for(argv: Sequence[str], names: Sequence[str]) -> dict[str, str | None]:
-    """The last value that `argv` gives to each of these options."""
-    found: dict[str, str | None] = dict.fromkeys(names)
-    for i, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        if option.removeprefix("--") in names and option.startswith("--"):
-            found[option[2:]] = value if equals else next(iter(argv[i + 1 : i + 2]), None)
-    return found
-
-
-def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """The same, typed: so a file's values are read and refused as those of the command line."""
-    words = []
-    for name, value in settings.items():
-        option = name.replace("_", "-")
-        flag = f"--{option}" if value else f"--no-{option}"
-        words.append(flag if isinstance(value, bool) else f"--{option}={value}")
-    return words

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fastgpt2.gpt2.data import shards
+from fastgpt2.gpt2.data import shards, windows
 from fastgpt2.gpt2.data import tokenizer as tokenizers
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.shards import Tokens
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.windows import Say, silent
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """documents: how many, None where that is not known. prompt: a few words that such a text could begin with."""
+    """n_documents: None where it is not known. prompt: a few words that such a text could begin with."""
 
     name: str
-    documents: int | None
+    n_documents: int | None
     train: Tokens
     val: Tokens
     tokenizer: Tokenizer
@@ -30,44 +32,61 @@ def load_corpus(
     val_fraction: float,
     block_size: int,
     *,
-    text_tokenizer: str = "char",
+    text_tokenizer: str | Callable[[], Tokenizer] = "char",
     rank: int = 0,
     world_size: int = 1,
+    say: Say = silent,
 ) -> Corpus:
     """Token shards where `source` is a folder of them, else text, encoded here.
 
-    source: see `data.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
-    tokenizer: see `tokenizers.from_spec`; None: the one that shards bring, and `text_tokenizer` for text and others.
+    source: see `windows.read_text` and `shards.open_tokens`. val_fraction: of a text; shards have a split of their own.
+    tokenizer: see `tokenizers.from_spec`. None: the one that lies beside the shards; `text_tokenizer` for text, and for
+        shards without a tokenizer.
+    text_tokenizer: a name, or makes that of the model which is trained; "char" is then that one, if it is one.
     rank, world_size: of this process, among those that read the same shards.
-    Raises OSError or ValueError for data that cannot be used, naming the file, for a tokenizer that is not the one that
-    shards bring, and for tokens that the tokenizer does not have.
+    say: hears what is being done, for somebody who waits.
+    Raises OSError or ValueError, naming the file, for data that cannot be used, for another tokenizer than the one that
+    lies beside the shards, and for tokens outside its vocabulary.
     """
     if source is not None and Path(source).is_file() and Path(source).suffix in shards.SUFFIXES:
         raise ValueError(
             f"{source} is a file of tokens: give its folder, whose files have train and val in their names"
         )
     if source is None or not shards.holds_tokens(source):
-        text = data.read_text(source)
-        made = tokenizers.from_spec(tokenizer or text_tokenizer, text.documents)
-        tokens = data.encode(((document, True) for document in text.documents), made)
-        train, val = data.split(tokens, val_fraction, block_size)
+        text = windows.read_text(source, say)
+        say("finding the tokenizer")
+        made = _named(tokenizer, text_tokenizer, text.documents)
+        tokens = windows.encode_text(text, made, say)
+        train, val = windows.split(tokens, val_fraction, block_size)
         return Corpus(text.name, len(text.documents), train, val, made, _known(text.prompt, train, made))
     made = shards_tokenizer(source, tokenizer, text_tokenizer)
-    parts = {split: shards.open_tokens(source, split, rank=rank, world_size=world_size) for split in shards.SPLITS}
+    place: dict[str, Any] = dict(rank=rank, world_size=world_size, say=say)
+    parts = {split: shards.open_tokens(source, split, **place) for split in shards.SPLITS}
+    say("looking at every token")  # of shards without a manifest
     for part in parts.values():
-        data.check_tokens(part, made.vocab_size)
-    documents = shards.read_manifest(source).documents if (Path(source) / shards.MANIFEST).is_file() else None
-    return Corpus(source, documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
+        windows.check_tokens(part, made.vocab_size)
+    n_documents = shards.read_manifest(source).n_documents if (Path(source) / shards.MANIFEST).is_file() else None
+    return Corpus(source, n_documents, parts["train"], parts["val"], made, _known("\n", parts["train"], made))
 
 
-def shards_tokenizer(folder: str, spec: str | None, otherwise: str = "char") -> Tokenizer:
-    """The tokenizer that lies beside the shards of `folder`; where there is none, the one that `spec` names, or
-    `otherwise`. Raises ValueError where there is one and `spec` names another."""
+def _named(spec: str | None, otherwise: str | Callable[[], Tokenizer], texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `spec` names, where it names none `otherwise`."""
+    if isinstance(otherwise, str):
+        return tokenizers.from_spec(spec or otherwise, texts)
+    if spec is None or (spec == "char" and tokenizers.is_named(spec, otherwise())):
+        return otherwise()
+    return tokenizers.from_spec(spec, texts)
+
+
+def shards_tokenizer(folder: str, spec: str | None, otherwise: str | Callable[[], Tokenizer] = "char") -> Tokenizer:
+    """The tokenizer that lies beside the shards of `folder`. If none lies there, the one that `spec` or else
+    `otherwise` names. Raises ValueError if one lies there and `spec` names another.
+    """
     try:
         made = tokenizers.load(folder)
     except FileNotFoundError:
-        if (spec or otherwise) != "char":
-            return tokenizers.from_spec(spec or otherwise, [])
+        if not isinstance(otherwise, str) or (spec or otherwise) != "char":
+            return _named(spec, otherwise, [])
         raise ValueError(
             f"{folder} holds tokens without their tokenizer, and tokenizer is 'char', which is made from text: "
             "name the one they were made with, such as gpt2"
@@ -80,5 +99,5 @@ def shards_tokenizer(folder: str, spec: str | None, otherwise: str = "char") -> 
 
 
 def _known(prompt: str, tokens: Tokens, tokenizer: Tokenizer) -> str:
-    """`prompt`, or a first token of the text where the tokenizer lacks some of its characters."""
+    """`prompt`, or the first token of the text if the tokenizer lacks a character of `prompt`."""
     return tokenizer.decode(tokens[:1]) if tokenizer.unknown(prompt) else prompt

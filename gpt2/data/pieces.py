@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 
 
 class Pieces:
-    """One text. What `add` and `finish` return makes up `text`.
+    """The text that follows a prompt. What `add` and `finish` return makes up `text`.
 
     stop: the text ends before this string, wherever tokens split it. It also ends before the tokenizer's end of text.
+    prompt: the tokens before the text: a vocabulary may leave out the space before a text's first word.
     tokens: how many were added before it ended, with the one that ended it. ended: None, "end_of_text" or "stop".
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | None = None):
+    def __init__(self, tokenizer: Tokenizer, stop: str | None = None, prompt: Iterable[int] = ()):
         if stop == "":
             raise ValueError("stop is empty: give at least one character, or None")
         self.text = ""
         self.tokens = 0
         self.ended: str | None = None
         self._end_of_text = tokenizer.end_of_text
-        self._decode = tokenizer.detokenizer()
+        self._decode = tokenizer.detokenizer(prompt)
         self._stop = stop
         self._held = ""  # may be the beginning of `stop`
 

@@ -28,11 +28,12 @@ from fastgpt2.gpt2.data import tokenizer as tokenizers
 from fastgpt2.gpt2.data.shards import Manifest
 from fastgpt2.gpt2.data.sources import Piece, Position, Source
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
-from fastgpt2.gpt2.data.windows import encode
+from fastgpt2.gpt2.data.vocabularies import FILES as TOKENIZER_FILES
+from fastgpt2.gpt2.data.windows import Say, counted, encode, silent
 from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 
 SHARD_TOKENS = 100_000_000
-VAL_PART = 10  # of a source that has no usual validation set: one token in so many of its first shard
+VAL_PART = 10  # of a source without a usual validation set: one token in so many of its first shard
 INPUTS = "inputs.json"  # see `Source.inputs`
 BATCHES_AHEAD = 4  # a process
 
@@ -45,14 +46,16 @@ def prepare(
     val_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     processes: int | None = None,
-    report: Callable[[Manifest, int, int], None] = lambda manifest, documents, tokens: None,
+    report: Callable[[Manifest, int, int], None] = lambda manifest, n_documents, tokens: None,
+    say: Say = silent,
 ) -> Manifest:
     """Writes shards, tokenizer and manifest into `out`; goes on where the same call was killed.
 
     tokenizer: see `tokenizers.from_spec`; "char" reads the source once more, before everything else.
     val_tokens: held out, from the beginning. Default: the source's own number, or a tenth of its first shard.
     processes: that encode; default: one a core. The files do not depend on it.
-    report: called with the manifest so far, and the documents and tokens encoded so far.
+    report: called with the manifest so far, and how many documents and tokens are encoded so far.
+    say: hears what is being done before that.
     Raises ValueError for a number out of range, a source too short for both splits, or a folder that was begun with
     other settings; FileExistsError for a folder with other files in it; BlockingIOError where another process is
     writing into it; and what the source raises.
@@ -69,7 +72,7 @@ def prepare(
     if manifest is not None and manifest.position is None:
         return manifest
     with exclusive(out):
-        return _prepare(source, out, settings, processes, report)
+        return _prepare(source, out, settings, processes, report, say)
 
 
 def _prepare(
@@ -78,13 +81,14 @@ def _prepare(
     settings: dict[str, Any],
     processes: int,
     report: Callable[[Manifest, int, int], None],
+    say: Say,
 ) -> Manifest:
     tokenizer, val_tokens, shard_tokens = (settings[name] for name in ("tokenizer", "val_tokens", "shard_tokens"))
     manifest = _begun(out, settings, source)
     for half_written in out.glob(".*.tmp"):  # by a call that was killed
         half_written.unlink()
     if manifest is None:
-        made = tokenizers.from_spec(tokenizer, source.texts())
+        made = tokenizers.from_spec(tokenizer, counted(source.texts(), say))
         made.save(out)
         write_atomically(out / INPUTS, json.dumps(source.inputs(), indent=1) + "\n")
         start = {"source": None, "skip": 0, "documents": 0}
@@ -93,13 +97,13 @@ def _prepare(
     if manifest.position is None:
         return manifest
     writer = _Writer(out, manifest, val_tokens, shard_tokens)
-    documents, skip = manifest.position["documents"], manifest.position["skip"]
+    n_documents, skip = manifest.position["documents"], manifest.position["skip"]
     for position, pieces, tokens in _encoded(out, source.batches(manifest.position["source"]), processes):
-        writer.add(_Batch(tokens, position, skip, documents))
-        documents, skip = documents + sum(ends for _, ends in pieces), 0
-        report(writer.manifest, documents, writer.tokens)
+        writer.add(_Batch(tokens, position, skip, n_documents))
+        n_documents, skip = n_documents + sum(ends for _, ends in pieces), 0
+        report(writer.manifest, n_documents, writer.tokens)
     _check_inputs(out, source)  # what changed while it was read may be there twice or not at all
-    return writer.finish(documents)
+    return writer.finish(n_documents)
 
 
 def _begun(out: Path, settings: dict[str, Any], source: Source) -> Manifest | None:
@@ -118,7 +122,7 @@ def _begun(out: Path, settings: dict[str, Any], source: Source) -> Manifest | No
         if spec not in ("char", "byte", "gpt2") and tokenizers.from_spec(spec, []) != tokenizers.load(out):
             raise ValueError(f"{out} was begun with another vocabulary than {spec} holds now: choose another folder")
         return manifest
-    ours = (INPUTS, "tokenizer.json", "tokenizer_config.json", LOCK)
+    ours = (INPUTS, *TOKENIZER_FILES, LOCK)
     if out.exists() and any(f.name not in ours and f.suffix != ".tmp" for f in out.iterdir()):
         raise FileExistsError(f"out is {str(out)!r}, which is not an empty folder: choose another")
     return None
@@ -143,7 +147,7 @@ def _check_inputs(out: Path, source: Source) -> None:
 def _encoded(
     folder: Path, batches: Iterable[tuple[Position, list[Piece]]], processes: int
 ) -> Iterator[tuple[Position, list[Piece], np.ndarray]]:
-    """Each batch with its tokens, in order. With one process in this one."""
+    """Each batch with its tokens, in order. With `processes` 1, this process encodes them itself."""
     if processes == 1:
         made = tokenizers.load(folder)
         for position, pieces in batches:
@@ -193,12 +197,12 @@ def _encode(pieces: list[Piece]) -> np.ndarray:
 
 @dataclasses.dataclass
 class _Batch:
-    """Tokens of which the first `skip` are written; where the source has them, and the documents before them."""
+    """Tokens of which the first `skip` are written, where the source has them, how many documents are before them."""
 
     tokens: np.ndarray
     position: Position
     skip: int
-    documents: int
+    n_documents: int
 
 
 class _Writer:
@@ -220,13 +224,13 @@ class _Writer:
         while self.manifest.val and self._waiting > self.shard_tokens:
             self._write("train", self.shard_tokens)
 
-    def finish(self, documents: int) -> Manifest:
+    def finish(self, n_documents: int) -> Manifest:
         """Writes what is left, and a manifest without a place to go on."""
         if not self.manifest.val:
             self._write_validation()
         if self._waiting:
             self._write("train", self._waiting)
-        self.manifest = dataclasses.replace(self.manifest, documents=documents, position=None)
+        self.manifest = dataclasses.replace(self.manifest, n_documents=n_documents, position=None)
         self.manifest.save(self.folder)
         return self.manifest
 
@@ -246,7 +250,7 @@ class _Writer:
             tokens = self._take(min(self.shard_tokens, count - first))
             written.append(shards.write_shard(self.folder, f"{split}_{len(written):05}.npy", tokens))
         next_batch = self._batches[0]
-        position = {"source": next_batch.position, "skip": next_batch.skip, "documents": next_batch.documents}
+        position = {"source": next_batch.position, "skip": next_batch.skip, "documents": next_batch.n_documents}
         more: dict[str, Any] = {split: tuple(written), "position": position}
         self.manifest = dataclasses.replace(self.manifest, **more)
         self.manifest.save(self.folder)

@@ -4,9 +4,9 @@
     len(tokens), tokens[start:stop]             # (stop - start,) uint16 or uint32, across the ends of shards
 
 A prepared folder holds shards as .npy, the tokenizer, and manifest.json with the length and SHA-256 of every shard.
-Read as well, in folders without a manifest, by the word train or val in a file's name (fineweb_val_000000.bin, and
-medieval_train.bin is train): nanoGPT's .bin (uint16 and
-nothing else), build-nanogpt's .npy, llm.c's .bin (256 int32 of header, then uint16).
+A folder without a manifest may hold files of other projects: nanoGPT's .bin (uint16 and nothing else), build-nanogpt's
+.npy, llm.c's .bin (256 int32 of header, then uint16). The word train or val in a file's name says which part it is:
+fineweb_val_000000.bin is val, medieval_train.bin is train.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,8 @@ class Tokens(Protocol):
 class Shards:
     """Arrays (N_i,) one after another as if they were one of (sum N_i,).
 
-    names: what to call each in an error. maxima: the largest token of each, where that is known. sha256s: of each
-    file, where they were compared.
+    names: what errors call each of them. maxima: the largest token of each, if it is known. sha256s: of each file, if
+    it was compared.
     """
 
     def __init__(
@@ -72,7 +72,9 @@ class Shards:
         return self._maxima
 
     def content(self) -> int:
-        """CRC-32 of all checksums: of the files', or else of every token, which are then read."""
+        """A checksum of all tokens: the CRC-32 of the files' checksums if these are known, otherwise of every token,
+        all of which are then read.
+        """
         if self._sha256s is None:
             with ThreadPoolExecutor() as threads:
                 parts = [f"{part:08x}" for part in threads.map(array_content, self.parts)]
@@ -117,18 +119,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. `position`: where an unfinished one goes on, None when it is whole."""
+    """What a prepared folder holds. `position`: where `prepare` goes on, None for a folder that is finished."""
 
     source: dict[str, Any]
     vocab_size: int
     end_of_text: int | None
     train: tuple[Shard, ...] = ()
     val: tuple[Shard, ...] = ()
-    documents: int = 0
+    n_documents: int = 0
     position: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
-        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        fields = {("documents" if name == "n_documents" else name): v for name, v in dataclasses.asdict(self).items()}
+        content = {"format": FORMAT, "version": VERSION, **fields}
         write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
     def shards(self, split: str) -> tuple[Shard, ...]:
@@ -144,7 +147,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise ValueError(f"its format is not {FORMAT!r}, version {VERSION}")
         for split in SPLITS:
             content[split] = tuple(Shard(**shard) for shard in content[split])
-        return Manifest(**content)
+        return Manifest(n_documents=content.pop("documents"), **content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no manifest of token shards: {error}") from None
 
@@ -164,7 +167,7 @@ def write_shard(folder: Path, file: str, tokens: np.ndarray) -> Shard:
 def holds_tokens(path: str | Path) -> bool:
     """Whether `path` is a folder of token shards, and not text that is still to be encoded.
 
-    One has a manifest, or files of tokens that are named train or val, or nothing but files of tokens.
+    A folder of token shards has a manifest, or files of tokens that are named train or val, or only files of tokens.
     """
     path = Path(path)
     if not path.is_dir() or (path / MANIFEST).is_file():
@@ -174,10 +177,18 @@ def holds_tokens(path: str | Path) -> bool:
     return bool(tokens) and (len(tokens) == len(files) or any(_split(f) for f in tokens))
 
 
-def open_tokens(folder: str | Path, split: str, *, rank: int = 0, world_size: int = 1) -> Shards:
+def open_tokens(
+    folder: str | Path,
+    split: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Callable[[str], None] = lambda stage: None,
+) -> Shards:
     """The tokens of one split, memory-mapped. Reads every shard of a manifest once, to compare its checksum.
 
     rank, world_size: each process compares its own part of the shards; the tokens are all of them.
+    say: hears how many shards were compared.
     Raises FileNotFoundError for a folder, a split or a shard that is missing, ValueError for a shard that is cut
     short, changed or in no known format, and for a folder that is not finished; each names the file.
     """
@@ -192,13 +203,15 @@ def open_tokens(folder: str | Path, split: str, *, rank: int = 0, world_size: in
         return Shards([_map(file) for file in files], names=[str(file) for file in files])
     manifest = read_manifest(folder)
     if manifest.position is not None:
-        raise ValueError(f"{folder} is not finished: give the same `fastgpt2 prepare` again, it goes on where it was")
+        raise ValueError(f"{folder} is not finished: give the same `fastgpt2 prepare` again, it goes on from there")
     shards = manifest.shards(split)
     if not shards:
         raise FileNotFoundError(f"{folder / MANIFEST} lists no {split} shard")
     parts = [_listed(folder, shard) for shard in shards]
+    mine = shards[rank::world_size]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda shard: _compare_checksum(folder, shard), shards[rank::world_size]))
+        for done, _ in enumerate(threads.map(lambda shard: _compare_checksum(folder, shard), mine)):
+            say(f"{done} of {len(mine)} {split} shards compared with their checksums")
     names = [str(folder / shard.file) for shard in shards]
     return Shards(parts, names, [shard.max_token for shard in shards], [shard.sha256 for shard in shards])
 

@@ -7,8 +7,13 @@ A source gives its documents in a fixed order, in batches, and can go on before 
     source.batches(position)                        # that batch again, and those after it; JSON can hold a position
 
 A long document comes in pieces, so that memory stays small and processes can share it. It is cut only between two
-lines, after a character that is no space and before another: there every tokenizer here would cut as well, so the
-pieces' tokens are the document's.
+lines, after a character that is no space and before another. There the tokenizers of characters and of bytes and
+GPT-2's byte-pair encoding cut as well, so that the tokens of the pieces are those of the document; for any other
+vocabulary the tokens of a document are, by definition here, those of its pieces.
+
+HuggingFace's `datasets` streams the hub's data, but not local files: it resumes by document, too, but its JSON reader
+names neither the file nor the line of an error (release 5.2 says "Expected object or value" and nothing else), and its
+text reader holds whole documents in memory.
 """
 
 from __future__ import annotations
@@ -40,22 +45,22 @@ _CUT = re.compile(r"\S\n(?=\S)")
 
 
 class Source(ABC):
-    """name: on the console. documents: how many, None where that is not known. prompt: a text could begin like this.
+    """name: on the console. n_documents: None where it is not known. prompt: words that a text could begin with.
 
     val_tokens: how many tokens at the beginning are usually held out, None where it depends on the length.
     """
 
     name: str
-    documents: int | None = None
+    n_documents: int | None = None
     prompt: str = "\n"
     val_tokens: int | None = None
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What tells this source from another one; JSON can hold it."""
+        """What identifies this source, in values that JSON can hold."""
 
     def inputs(self) -> dict[str, list[int]]:
-        """Every file that is read: [bytes, time of its last change in ns]. None of the hub's."""
+        """Each local file that is read: [size in bytes, time of its last change in ns]. {} for the hub's data."""
         return {}
 
     @abstractmethod
@@ -74,7 +79,9 @@ class Source(ABC):
 
 
 def cut(chunks: Iterable[str]) -> Iterator[Piece]:
-    """One document, given in chunks, as pieces of PIECE_CHARACTERS or a little more. None of an empty document."""
+    """The pieces of one document, whose text comes in chunks: PIECE_CHARACTERS long, or a little longer. An empty
+    document has no pieces.
+    """
     rest, searched, empty = "", PIECE_CHARACTERS, True
     for chunk in chunks:
         rest += chunk
@@ -92,7 +99,7 @@ def cut(chunks: Iterable[str]) -> Iterator[Piece]:
 
 
 class Files(Source):
-    """Text files, a document each; .jsonl and .parquet with a document in the field "text" of each row."""
+    """Local files: a text file is one document, a .jsonl or .parquet file has one in the field "text" of each row."""
 
     def __init__(self, name: str, files: list[Path], prompt: str = "\n"):
         self.name, self.files, self.prompt = name, files, prompt
@@ -122,11 +129,11 @@ class Files(Source):
 
 
 def _pieces(file: Path) -> Iterator[Piece]:
-    documents = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix)
-    if documents is None:
+    read = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix)
+    if read is None:
         yield from cut(_decoded(file))
     else:
-        for document in documents(file):
+        for document in read(file):
             yield from cut([document])
 
 
@@ -193,7 +200,7 @@ def _parquet(file: Path) -> Iterator[str]:
 
 
 class HubDataset(Source):
-    """A data set of the HuggingFace hub, streamed: nothing is stored but what is made from it."""
+    """A data set of the HuggingFace hub, read from the network row by row: only what is made from it is stored."""
 
     def __init__(self, name: str, dataset: str, config: str | None, val_tokens: int):
         self.name, self.dataset, self.config, self.val_tokens = name, dataset, config, val_tokens
@@ -216,7 +223,9 @@ class HubDataset(Source):
                     yield position, batch
                     position, size, batch = rows.state_dict(), 0, []
         except Exception as error:  # of its HTTP libraries, Arrow's, the operating system's
-            raise OSError(f"{self.dataset} broke off ({_reason(error)}); given again, the command goes on") from None
+            raise OSError(
+                f"{self.dataset} broke off ({_reason(error)}); give the same command again, it goes on"
+            ) from None
         if batch:
             yield position, batch
 
@@ -233,7 +242,7 @@ class HubDataset(Source):
                 "Parquet files"
             ) from None
         split = (rows.info.splits or {}).get("train")
-        self.documents = split.num_examples if split else None
+        self.n_documents = split.num_examples if split else None
         return rows
 
 
@@ -249,11 +258,12 @@ HUB = {
 
 
 def find_source(spec: str | Path | None, *more: str | Path) -> Source:
-    """None or "python": the sources of Python's library. A name of `HUB`. Else a file, or a folder and all below it.
+    """The source that `spec` names: None or "python" for the sources of Python's library, a name in `HUB`, or the path
+    of a file or of a folder, which stands for all files below it.
 
-    more: others, one after another; not of the hub. Hidden files of a folder are left out, and with a warning runs and
-    shards that lie in it. Raises FileNotFoundError for a path that is missing, ValueError for an empty folder, for one
-    that holds files of tokens, and for a run.
+    more: paths of further files and folders, read after it. Hidden files in a folder are left out; so are runs and
+    token shards that lie in it, with a warning. Raises FileNotFoundError for a path that does not exist, ValueError for
+    an empty folder, for a folder with files of tokens, and for the folder of a run or of token shards.
     """
     if more:
         parts = [find_source(part) for part in (spec, *more)]
@@ -284,7 +294,7 @@ def find_source(spec: str | Path | None, *more: str | Path) -> Source:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Every file, but for hidden ones and what this package made."""
+    """Every file below a folder, except hidden ones and those in folders that fastgpt2 wrote."""
     for name, folders, files in os.walk(folder):
         here = Path(name)
         for below in sorted(folders):
@@ -296,7 +306,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _made_here(folder: Path) -> bool:
-    """Whether a run or prepared shards are in a folder, also when they are not finished."""
+    """Whether a folder is a run's or one of prepared shards, finished or not."""
     if (folder / LOCK).is_file():
         return True
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,39 +11,65 @@ import torch
 from torch import Tensor
 
 from fastgpt2.gpt2.data.shards import Shards, Tokens, array_content
-from fastgpt2.gpt2.data.sources import HUB, Piece, find_source
+from fastgpt2.gpt2.data.sources import HUB, Piece, cut, find_source
 from fastgpt2.gpt2.data.tokenizer import Tokenizer, token_dtype
 from fastgpt2.gpt2.ops import IGNORED_TARGET
 
 MAX_SEED = 2**31 - 1
+Say = Callable[[str], None]  # hears what a long computation is at
+
+
+def silent(stage: str) -> None:
+    """A `Say` for those who do not want to know."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, what they are called on the console, and a few words that such a text could begin with."""
+    """documents: texts. name: what the console calls them. prompt: a few words that such a text could begin with."""
 
     name: str
     documents: list[str]
     prompt: str = "\n"
 
 
-def read_text(source: str | Path | None = None) -> Text:
+def read_text(source: str | Path | None = None, say: Say = silent) -> Text:
     """The documents of a file, of every file below a folder, or of Python's standard library, in memory.
 
-    See `sources.find_source`; the library's own sources are the text that every machine has: some megabytes.
+    source: see `sources.find_source`. None: the library's own sources, the text that every machine has, some megabytes.
+    say: hears how many documents were read.
     Raises FileNotFoundError for a source that is missing, ValueError for one that is empty or cannot be read.
     """
     if source in HUB:
         raise ValueError(f"data is {source!r}, which is large: give the folder that `fastgpt2 prepare` made of it")
     found = find_source(source)
-    documents = list(found.texts())
+    documents = list(counted(found.texts(), say))
     if not documents:
         raise ValueError(f"{found.name} holds no text: give a text, JSONL or Parquet file, or a folder of them")
     return Text(found.name, documents, found.prompt)
 
 
+def counted(documents: Iterable[str], say: Say) -> Iterator[str]:
+    """Passes documents on and says how many there were so far."""
+    for number, document in enumerate(documents, start=1):
+        say(f"{number:,} documents read")
+        yield document
+
+
+def encode_text(text: Text, tokenizer: Tokenizer, say: Say = silent) -> np.ndarray:
+    """`encode` of all documents, long ones in pieces, as `prepare` has them. say: hears how much of it is done."""
+    total, done = sum(map(len, text.documents)), 0
+    parts = [encode([], tokenizer)]
+    for piece in (piece for document in text.documents for piece in cut([document])):
+        parts.append(encode([piece], tokenizer))
+        done += len(piece[0])
+        say(f"{done / total:.0%} of {total:,} characters encoded")
+    return np.concatenate(parts)
+
+
 def encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> np.ndarray:
-    """All pieces one after another, after each document the tokenizer's end of text where it has one: (N,)."""
+    """The tokens of all pieces, (N,). Each document is followed by the tokenizer's end of text, if there is such a
+    token.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype)
     parts = [part for text, ends in pieces for part in (tokenizer.encode(text), end if ends else end[:0])]
@@ -61,9 +87,9 @@ def check_tokens(tokens: Tokens, vocab_size: int) -> None:
 
 
 def split(tokens: np.ndarray, val_fraction: float, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation): the last `val_fraction` of the tokens is held out, at least one window of it.
+    """(training, validation): the last `val_fraction` of the tokens is held out, but at least one window.
 
-    Raises ValueError where either part is shorter than one window of block_size tokens and the one after it.
+    Raises ValueError if either part is shorter than one window of block_size tokens and the one after it.
     """
     held_out = max(int(len(tokens) * val_fraction), block_size + 1)
     if len(tokens) - held_out < block_size + 1:
@@ -142,7 +168,7 @@ class Windows:
 
 
 def content(tokens: Tokens) -> int:
-    """A number that differs for other tokens; every one counts. See `Shards.content`."""
+    """A checksum of all tokens. See `Shards.content`."""
     return tokens.content() if isinstance(tokens, Shards) else array_content(np.asarray(tokens))
 
 
@@ -155,21 +181,24 @@ def _check_length(tokens: Tokens, block_size: int) -> None:
 
 
 def document_starts(idx: Tensor, end_of_text: int) -> Tensor:
-    """Where documents begin in idx (B, T): at every end of text, of which the next one knows where it begins, and at
-    every row's first token. As GPT's `documents`: (n + 1,) int32, places in the flattened idx, then B*T."""
+    """Where documents begin in idx (B, T): (n + 1,) int32, places in the flattened idx and, as the last number, B*T.
+    GPT takes it as `document_starts`.
+
+    An end of text is the first token of the document after it. The first token of each row begins a document, too.
+    """
     begins = idx == end_of_text
     begins[:, 0] = True
     places = begins.flatten().nonzero().flatten()
     return torch.cat([places, places.new_tensor([idx.numel()])]).to(torch.int32)
 
 
-def evenly(
+def eval_batches(
     tokens: Tokens, block_size: int, batch_size: int, windows: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Always the same windows, at most `windows`, spread evenly over `tokens` and not overlapping, in batches.
 
-    They are the same for any batch_size and world_size; rank r gets every batch number r + i * world_size. All ranks
-    get equally many: one for which nothing is left gets windows whose targets are all ignored.
+    The windows are the same for any batch_size and world_size. Rank r gets the batches number r, r + world_size, and so
+    on. All ranks get equally many batches: a rank for which no window is left gets one whose targets are all ignored.
     Raises ValueError for tokens shorter than one window.
     """
     _check_length(tokens, block_size)
@@ -185,8 +214,8 @@ def evenly(
 def strided(tokens: Tokens, block_size: int, stride: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All of `tokens` as (idx, targets), (B, T) int64 each: every token but the first is a target once, else ignored.
 
-    A window begins `stride` tokens after the one before it, so that a token is predicted from at least
-    block_size - stride tokens where there are so many. T is block_size, or less for a shorter text.
+    A window begins `stride` tokens after the one before it, so that every token but those of the first window is
+    predicted from at least block_size - stride tokens. T is block_size, or less for a shorter text.
     """
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride is {stride}, allowed are 1..{block_size}: block_size is {block_size}")

@@ -1,1 +1,1 @@
-"""What a model is worth: loss on text, HellaSwag."""
+"""Evaluation of a model: its loss on text, and HellaSwag."""

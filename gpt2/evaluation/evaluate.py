@@ -1,4 +1,4 @@
-"""How good a model is: its loss on text that it has not seen."""
+"""The loss of a model on text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.windows import Text, encode_text, strided
 from fastgpt2.gpt2.model import GPT, Context
 from fastgpt2.gpt2.ops import IGNORED_TARGET
 
-Watch = Callable[[Sequence[Any]], Iterable[Any]]  # passes its items on: rich.progress.track, or iter
+Watch = Callable[[Sequence[Any]], Iterable[Any]]  # yields its items, perhaps showing progress, as rich.progress.track
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode and no gradients inside; after it each module is in the mode it was in."""
+    """Inside, every module is in eval mode and gradients are off. Afterwards each module is in its former mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -38,16 +38,19 @@ def total_loss(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
-    documents: Callable[[Tensor], Tensor] | None = None,
+    find_document_starts: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, int]:
-    """(sum of the cross-entropy in nats, how many tokens) over all batches of (idx, targets), each (B, T) int64.
+    """(sum of the cross-entropy in nats, number of tokens) over all batches of (idx, targets), each (B, T) int64.
 
-    Negative targets are ignored. documents: gives the model's argument of that name for an idx; default: it gets none.
+    Negative targets are ignored. find_document_starts: computes the model's argument document_starts from idx; by
+    default attention crosses documents.
     """
     total, tokens = 0.0, 0
     with evaluating(model):
         for idx, targets in batches:
-            more = {} if documents is None else {"documents": documents(idx).to(device)}
+            more = {}
+            if find_document_starts is not None:
+                more["document_starts"] = find_document_starts(idx).to(device)
             _, loss = model(idx.to(device), targets.to(device), **more)
             count = int((targets >= 0).sum())
             total += loss.item() * count
@@ -56,14 +59,14 @@ def total_loss(
 
 
 def mean_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Mean cross-entropy per token over all batches, in nats. See `total_loss`."""
+    """The mean cross-entropy in nats a token over all batches. See `total_loss`."""
     total, tokens = total_loss(model, batches, device)
     return total / tokens
 
 
 def windows_at_once(model: GPT, device: torch.device) -> int:
-    """How many windows of block_size a batch without gradients may have: 8, and on a GPU up to 64 where half of its
-    free memory holds them, with logits, their probabilities and a block's activations in fp32."""
+    """The number of windows of block_size tokens in a batch without gradients: 8, or on a GPU up to 64 if half of its
+    free memory holds their logits, probabilities and one block's activations in fp32."""
     if device.type != "cuda":
         return 8
     free, _ = torch.cuda.mem_get_info(device)
@@ -74,7 +77,7 @@ def windows_at_once(model: GPT, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """loss: nats a token. Bits a byte do not depend on the tokenizer, so that they compare models of different ones."""
+    """loss: nats a token. bits_per_byte: bits a byte of text, which can be compared between different tokenizers."""
 
     tokens: int
     loss: float
@@ -85,24 +88,28 @@ class TextLoss:
 def text_loss(
     model: GPT,
     tokenizer: Tokenizer,
-    text: data.Text,
+    text: Text,
     *,
     stride: int | None = None,
     batch_size: int = 8,
     device: torch.device,
     watch: Watch = iter,
+    tokens: np.ndarray | None = None,
 ) -> TextLoss:
-    """How well the model predicts every token of a text.
+    """The loss of the model over every token of a text.
 
-    A document follows the end of text, as in training; without such a token the very first one cannot be predicted and
-    is not counted. stride: see `data.strided`; default: block_size. batch_size: windows at once.
+    Each document is preceded by the end of text, as in training. If the tokenizer has no such token, the first token
+    of the text cannot be predicted and is not counted.
+    stride: see `windows.strided`, by default block_size. batch_size: windows in a batch.
+    tokens: `windows.encode_text` of the text, where that was done before.
     Raises ValueError for a stride that is not in 1..block_size, or a text of one token.
     """
     T = model.config.block_size
-    tokens = data.encode(((document, True) for document in text.documents), tokenizer)
+    if tokens is None:
+        tokens = encode_text(text, tokenizer)
     if tokenizer.end_of_text is not None:
-        tokens = np.roll(tokens, 1)  # the end of each document stands before it, not after it
-    batches = list(data.strided(tokens, T, T if stride is None else stride, batch_size))
+        tokens = np.roll(tokens, 1)  # moves the end of text from the end of each document to its beginning
+    batches = list(strided(tokens, T, T if stride is None else stride, batch_size))
     total, count = total_loss(model, watch(batches), device)
     size = sum(len(document.encode()) for document in text.documents)
     return TextLoss(count, total / count, math.exp(total / count), total / math.log(2) / size)
@@ -116,10 +123,10 @@ def continuation_loss(
     device: torch.device,
     watch: Watch = iter,
 ) -> np.ndarray:
-    """Sum of the cross-entropy, in nats, of the last n tokens of each row given those before them: (N,) float64.
+    """The cross-entropy in nats of the last n tokens of each row given the tokens before them, summed: (N,) float64.
 
-    rows: (tokens, n), n below the number of tokens. Of a row longer than block_size + 1 the end counts. Rows of like
-    length share a batch; padding stands on the right, where no token sees it.
+    rows: N pairs (tokens, n) with n below the number of tokens. Rows longer than block_size + 1 are cut to their end.
+    Rows of similar length share a batch; padding is on the right, where no token attends to it.
     """
     V, T = model.config.vocab_size, model.config.block_size
     losses = np.empty(len(rows))
@@ -136,7 +143,7 @@ def continuation_loss(
                 targets[row, begin:end] = torch.from_numpy(tokens[begin + 1 :])
             x = model.transformer(idx.to(device), Context(model.kernels))  # (B, T, C)
             counted = targets >= 0
-            logits = model.lm_head(x[counted.to(device)])[:, :V]  # only where a token is to be predicted
+            logits = model.lm_head(x[counted.to(device)])[:, :V]  # only at positions whose target counts
             nats = F.cross_entropy(logits.float(), targets[counted].to(device), reduction="none")
             losses[batch] = (
                 torch.zeros(counted.shape, dtype=torch.float64).masked_scatter(counted, nats.double().cpu()).sum(1)

@@ -1,15 +1,16 @@
-"""HellaSwag: which of four endings does a text have? Answered by the loss of each ending after the context.
+"""HellaSwag: choosing the right one of four endings of a text by the loss of each ending after the context.
 
-    examples = read_examples("hellaswag_val.jsonl")             # the official file; without it, from the network
-    hellaswag(model, tokenizer, examples, device=device).acc_norm
+    examples = read_examples("hellaswag_val.jsonl")             # the official file; by default it is downloaded
+    hellaswag(model, tokenizer, examples, device=device).harness_acc_norm
 
-Two conventions are in use, and their numbers do not compare:
+Two conventions are in use, and their numbers cannot be compared:
 
-    acc, acc_norm                       the text as it is (build-nanogpt, llm.c): smallest sum, smallest mean of the
-                                        losses of an ending's tokens
-    eleuther_acc, eleuther_acc_norm     EleutherAI's harness: the activity before the context, WikiHow's marks taken
-                                        out; smallest sum, smallest sum over the ending's length in UTF-8 bytes (the
-                                        harness counts characters, which are bytes in all but a few endings)
+    nanogpt_acc, nanogpt_acc_norm       unchanged texts (build-nanogpt, llm.c). The ending with the smallest sum or the
+                                        smallest mean of its tokens' losses is chosen.
+    harness_acc, harness_acc_norm,      EleutherAI's harness (lm_eval 0.4: acc, acc_norm and acc_bytes):
+    harness_acc_bytes                   the activity is put before the context and WikiHow's markup is removed. The
+                                        ending with the smallest sum, the smallest sum divided by its length in
+                                        characters, or in UTF-8 bytes, is chosen.
 
 Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; github.com/rowanz/hellaswag.
 """
@@ -42,7 +43,7 @@ ENDINGS = 4
 
 @dataclass(frozen=True)
 class Example:
-    """`endings[label]` is how the text `context` went on."""
+    """One example. `endings[label]` is the right continuation of `context`."""
 
     activity: str
     context: str
@@ -54,13 +55,14 @@ class Example:
 
 @dataclass(frozen=True)
 class HellaSwag:
-    """Parts of the examples that were answered right; a quarter is chance."""
+    """The scores of a model: the fraction of the examples that it answers correctly. Chance is 0.25."""
 
     examples: int
-    acc: float
-    acc_norm: float
-    eleuther_acc: float
-    eleuther_acc_norm: float
+    nanogpt_acc: float
+    nanogpt_acc_norm: float
+    harness_acc: float
+    harness_acc_norm: float
+    harness_acc_bytes: float
 
 
 def hellaswag(
@@ -72,16 +74,17 @@ def hellaswag(
     device: torch.device,
     watch: Watch = iter,
 ) -> HellaSwag:
-    """All four scores, from batch_size endings at once."""
-    acc, acc_norm = plain_scores(model, tokenizer, examples, batch_size=batch_size, device=device, watch=watch)
-    pairs = [(_eleuther_context(e), _eleuther_text(ending)) for e in examples for ending in e.endings]
+    """Computes all scores. batch_size: endings in a batch. watch: shows progress over batches."""
+    plain = nanogpt_scores(model, tokenizer, examples, batch_size=batch_size, device=device, watch=watch)
+    pairs = [(_harness_context(e), _harness_text(ending)) for e in examples for ending in e.endings]
     rows = [_joint_row(tokenizer, *pair) for pair in pairs]
     losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
-    size = np.array([len(ending.encode()) for _, ending in pairs])
-    return HellaSwag(len(examples), acc, acc_norm, _right(losses, examples), _right(losses / size, examples))
+    characters, size = (np.array([len(form(ending)) for _, ending in pairs]) for form in (str, str.encode))
+    scores = (_right(each, examples) for each in (losses, losses / characters, losses / size))
+    return HellaSwag(len(examples), *plain, *scores)
 
 
-def plain_scores(
+def nanogpt_scores(
     model: GPT,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
@@ -90,7 +93,7 @@ def plain_scores(
     device: torch.device,
     watch: Watch = iter,
 ) -> tuple[float, float]:
-    """`acc` and `acc_norm` only."""
+    """Computes `nanogpt_acc` and `nanogpt_acc_norm` only. Arguments as for `hellaswag`."""
     rows = [_plain_row(tokenizer, e.context, ending) for e in examples for ending in e.endings]
     losses = continuation_loss(model, rows, batch_size=batch_size, device=device, watch=watch)
     tokens = np.array([n for _, n in rows])
@@ -98,7 +101,7 @@ def plain_scores(
 
 
 def _right(losses: np.ndarray, examples: Sequence[Example]) -> float:
-    """The part of the examples whose label has the smallest loss; losses (4 * examples,)."""
+    """The fraction of the examples whose label has the smallest loss. losses: (4 * number of examples,)."""
     labels = [example.label for example in examples]
     return float((losses.reshape(-1, ENDINGS).argmin(1) == labels).mean())
 
@@ -109,17 +112,18 @@ def _plain_row(tokenizer: Tokenizer, context: str, ending: str) -> tuple[np.ndar
 
 
 def _joint_row(tokenizer: Tokenizer, context: str, ending: str) -> tuple[np.ndarray, int]:
-    """Both are encoded as one text; spaces at the context's end belong to the ending, as a word's first token has."""
+    """Encodes both as one text. Spaces at the end of the context count as the ending's, because a word's first token
+    includes the space before it."""
     whole = tokenizer.encode(f"{context} {ending}")
     return whole, len(whole) - len(tokenizer.encode(context.rstrip()))
 
 
-def _eleuther_context(example: Example) -> str:
-    return _eleuther_text(f"{example.activity}: {example.context_a} {example.context_b.capitalize()}")
+def _harness_context(example: Example) -> str:
+    return _harness_text(f"{example.activity}: {example.context_a} {example.context_b.capitalize()}")
 
 
-def _eleuther_text(text: str) -> str:
-    """Without WikiHow's marks, such as [header]."""
+def _harness_text(text: str) -> str:
+    """`text` without WikiHow's markup, such as [header]."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -127,10 +131,10 @@ def _eleuther_text(text: str) -> str:
 
 
 def read_examples(path: str | Path = DOWNLOAD) -> list[Example]:
-    """The examples of an official .jsonl file; of "download" the validation file, fetched once into the cache.
+    """The examples of an official .jsonl file. "download" is the validation file, downloaded once into the cache.
 
-    Raises OSError for a file that cannot be read or downloaded, ValueError naming the file and the line of an example
-    that is not one, or has no label (as those of the test file).
+    Raises OSError for a file that cannot be read or downloaded, ValueError naming the file and line of an invalid
+    example or of one without a label, such as those of the test file.
     """
     path = _download() if path == DOWNLOAD else Path(path)
     examples = []
@@ -139,10 +143,10 @@ def read_examples(path: str | Path = DOWNLOAD) -> list[Example]:
             try:
                 examples.append(_example(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{path}, line {number} is no example with a label: {reason}") from None
+                reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+                raise ValueError(f"{path}, line {number} is not an example with a label: {reason}") from None
     if not examples:
-        raise ValueError(f"{path} holds no examples")
+        raise ValueError(f"{path} has no examples")
     return examples
 
 

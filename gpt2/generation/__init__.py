@@ -1,1 +1,1 @@
-"""Text out: sampling, generation token by token, decoding by CUDA graphs."""
+"""Generation: sampling, decoding token by token with a cache and CUDA graphs, and text."""

@@ -1,10 +1,10 @@
-"""What comes next in growing rows of tokens, at the cost of one token where the cache reaches.
+"""Logits of the next token for growing rows of tokens, with the work of one token while rows fit in the cache.
 
     decoder = Decoder(model, tokens, pads)      # tokens (B, E): row b is tokens[b, pads[b]:end], and end grows
-    logits = decoder.logits(end)                # (B, V), what follows tokens[:, :end]
+    logits = decoder.logits(end)                # (B, V), of the token that follows tokens[:, :end]
 
-The rows' last block_size tokens are read when they are new and whenever a row has more than block_size of them, because
-positions are absolute: there every token is a whole pass. Otherwise only the last token is. B batch, V vocabulary.
+The model reads the rows' last block_size tokens at the first call, and again for every token once a row has more than
+block_size tokens, because positions are absolute. Otherwise it reads only the last token. B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.packed import can_pack, packed
 from fastgpt2.gpt2.stock import is_watched
 
-# With fewer tokens to come, preparing (laying weights out, capturing a graph) does not pay.
+# With fewer tokens to generate, packing weights or capturing a graph takes longer than it saves.
 WORTH_PREPARING = 16
 
-# Positions that a cache under a graph or in compiled code is rounded up to, so that these serve other lengths too.
+# The size of a cache that is used by a graph or compiled code is rounded up to a multiple of this number of positions,
+# so that they serve texts of other lengths too.
 ROOM = 256
 
-Forward = Callable[..., Any]  # called as GPT.forward
+Forward = Callable[..., Any]  # takes the arguments of GPT.forward
 
 
 class Decoder:
-    """The model is in eval mode while it computes and is left in the mode it was in.
+    """Computes logits with a KV cache. The model is in eval mode while it computes and in its former mode afterwards.
 
-    cuda_graph: on CUDA, the work of one token is captured once and replayed. compile: that work goes through
-    torch.compile.
+    tokens: (B, E) int64, which the caller fills. pads: (B,) int64, the number of padding tokens on each row's left.
+    cuda_graph: on CUDA, the work of one token is captured once and replayed.
+    compile: the work of one token is compiled with torch.compile.
     """
 
     def __init__(self, model: GPT, tokens: Tensor, pads: Tensor, *, compile: bool = False, cuda_graph: bool = True):
@@ -46,11 +48,11 @@ class Decoder:
         self.least_pad = int(pads.min())
         self.compile = compile
         self.cuda_graph = cuda_graph and _has_graphs(model)
-        whole = self.cuda_graph or compile  # every token is the same work
+        whole = self.cuda_graph or compile  # both need the same shapes for every token
         S = min(model.config.block_size, -(-E // ROOM) * ROOM if whole else E)
-        self.end = 0  # the cache holds tokens[:, :end]
+        self.end = 0  # the cache holds the keys and values of tokens[:, :end]
         self._read: Forward = self._in_eval_mode(model)
-        self._read_one: Forward | None = None  # the same for one token a row, prepared when it is first needed
+        self._read_one: Forward | None = None  # the model for one token a row, prepared when it is first needed
         self._graph_key = B, S, KVCache.dtype_for(model), compile, model.kernels
         graph = _take_idle(model, self._graph_key) if self.cuda_graph else None
         if graph is None:
@@ -59,14 +61,14 @@ class Decoder:
             self.cache, self._read_one = graph.cache, graph
 
     def release(self) -> None:
-        """The decoder is not used any more: its graph may serve the model's next text."""
+        """Ends the use of this decoder and keeps its graph for the model's next text."""
         if isinstance(self._read_one, _Graph):
             _keep_idle(self.model, self._graph_key, self._read_one)
         self._read_one = None
 
     @torch.no_grad()
     def logits(self, end: int) -> Tensor:
-        """(B, V), valid until the next call."""
+        """Logits (B, V) of the token that follows tokens[:, :end]. They are valid until the next call."""
         many = self.tokens.size(1) - end >= WORTH_PREPARING
         if not self.end and many and not self.compile and self.model.kernels.mlp == "torch" and can_pack(self.model):
             self._read = self._in_eval_mode(packed(self.model))
@@ -83,7 +85,7 @@ class Decoder:
         return read
 
     def _window(self, end: int) -> Tensor:
-        """Reads the rows' last block_size tokens, moved to begin together: the padding is then after them, unseen."""
+        """Reads the rows' last block_size tokens, shifted to the left so that padding follows them and is not seen."""
         first = (end - self.model.config.block_size - self.pads).clamp(min=0) + self.pads  # (B,)
         W = min(end - self.least_pad, self.model.config.block_size)
         columns = first[:, None] + torch.arange(W, device=first.device)
@@ -105,24 +107,25 @@ class Decoder:
 
 
 def _has_graphs(model: GPT) -> bool:
-    """Not inside autocast, which frees the weights that it has cast when it ends, nor where weights are sharded, nor
-    with hooks, which a replay would not call."""
+    """Whether decoding the model with CUDA graphs is possible: on a GPU, with plain parameters, without hooks (a replay
+    would not call them) and outside autocast (which frees its casts of weights when it ends)."""
     on_gpu = all(type(p) is nn.Parameter and p.device.type == "cuda" for p in model.parameters())
     return on_gpu and not torch.is_autocast_enabled("cuda") and not any(is_watched(m) for m in model.modules())
 
 
 def _with_own_strides(read: Forward) -> Forward:
-    """A column's strides depend on how long its text may become, and compiled code holds for one of them."""
+    """Copies the token column before `read`. Its strides depend on the length of the text, and compiled code is
+    specialised on strides."""
     return lambda token, cache: read(token.clone(memory_format=torch.contiguous_format), cache=cache)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Streams, graphs and captures are of the current device: makes it the tensors'."""
+    """Makes `device` the current device, on which streams, graphs and captures are created."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class _Graph:
-    """One token's work as a CUDA graph: called like the model, it replays the captured kernels."""
+    """The work of one token as a CUDA graph. It is called like the model and replays the captured kernels."""
 
     def __init__(self, model: Forward, token: Tensor, cache: KVCache):
         self.token = token.clone()
@@ -134,7 +137,7 @@ class _Graph:
         lengths = cache.lengths.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles and allocates, which a capture may not
+        with torch.cuda.stream(side):  # compiles kernels and makes allocations that a capture may not make
             for _ in range(2):
                 cache.lengths.copy_(lengths)
                 model(self.token, cache=cache)
@@ -151,10 +154,10 @@ class _Graph:
         return self.out
 
 
-# Graphs of each model's last texts, with their caches, by what they hold for: capturing takes as long as many tokens.
-# Beside each, where the weights were, whose values a graph reads anew.
+# Graphs of each model's last texts with their caches, kept because a capture takes as long as many tokens. The key
+# holds what a graph depends on. The addresses of the weights are stored with each graph; a replay reads their values.
 _IDLE: weakref.WeakKeyDictionary[GPT, dict[tuple, tuple[tuple[int, ...], _Graph]]] = weakref.WeakKeyDictionary()
-MOST_IDLE = 2  # a model's: each holds a cache
+MOST_IDLE = 2  # graphs kept for a model; each holds a cache
 
 
 def _where(model: GPT) -> tuple[int, ...]:
@@ -162,7 +165,7 @@ def _where(model: GPT) -> tuple[int, ...]:
 
 
 def _take_idle(model: GPT, key: tuple) -> _Graph | None:
-    """A graph for `key` that nobody uses; graphs of weights that are elsewhere now are forgotten."""
+    """Removes and returns an unused graph for `key`, or None. Graphs are dropped if the weights' addresses changed."""
     where = _where(model)
     idle = {k: entry for k, entry in _IDLE.pop(model, {}).items() if entry[0] == where}
     _, graph = idle.pop(key, (None, None))

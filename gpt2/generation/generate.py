@@ -1,9 +1,9 @@
-"""Writing tokens: the next one is drawn from the model's distribution, again and again.
+"""Generating tokens: each one is sampled from the model's distribution of the next token.
 
     ids = generate(model, idx, 100, top_k=50)              (B, T) -> (B, T + 100)
-    for tokens in Generation(model, idx, 100, Sampling(top_k=50)): ...      (B,) at a time, as they are drawn
+    for tokens in Generation(model, idx, 100, Sampling(top_k=50)): ...      (B,) at a time, as they are sampled
 
-What is written is what the model without a cache would write: see `Decoder`.
+The tokens are those that the model would generate without a cache: see `Decoder`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastgpt2.gpt2.generation.decoder import Decoder
 from fastgpt2.gpt2.generation.sampling import Sampling, next_token
 from fastgpt2.gpt2.model import GPT, unwrap
 
-# On a GPU, asking whether all rows have stopped waits for it: asked once in so many tokens.
+# Checking whether all rows have stopped waits for the GPU, so it is done once in this number of tokens.
 STOP_CHECK_INTERVAL = 32
 
 Prompts = Tensor | Sequence[Sequence[int] | Tensor]
@@ -40,14 +40,14 @@ def generate(
     repetition_penalty: float = 1.0,
     **more: Any,
 ) -> Tensor:
-    """idx and up to max_new_tokens more: (B, T + n) int64; fewer only where every row has met a stop token.
+    """Continues idx by n tokens: (B, T + n) int64. n is max_new_tokens, or less if every row reached a stop token.
 
-    model: a GPT, also compiled, in DistributedDataParallel or inside peft's wrapper; the GPT itself computes.
-    idx: (B, T) int64; or B prompts of different lengths, which are then padded on the left to the longest.
-    generator: on the model's device; None is the device's default one.
+    model: a GPT, also compiled, in DistributedDataParallel or in peft's wrapper; the GPT inside computes.
+    idx: (B, T) int64, or B prompts of different lengths, which are padded on the left to the longest one.
+    generator: on the model's device; by default the device's own generator.
     temperature, top_k, top_p, min_p, repetition_penalty, greedy: see `Sampling`.
-    more: prompt_lengths, stop_tokens, crop, compile, cuda_graph, as in `Generation`.
-    Raises ValueError naming the argument, its value and what is allowed.
+    more: prompt_lengths, stop_tokens, vocab_size, crop, compile, cuda_graph, as in `Generation`.
+    Raises ValueError or TypeError naming the argument, its value and what is allowed.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy)
     generation = Generation(model, idx, max_new_tokens, sampling, generator, **more)
@@ -57,14 +57,16 @@ def generate(
 
 
 class Generation(Iterator[Tensor]):
-    """An iterator of the tokens (B,) that are drawn one after another, on the model's device.
+    """An iterator over the sampled tokens, (B,) int64 at a time, on the model's device.
 
     idx, max_new_tokens, generator: as for `generate`.
-    prompt_lengths: B numbers in 1..T; row b's prompt is its last so many tokens, what is left of them padding. Default:
-        whole rows, or the lengths of a list of prompts.
-    stop_tokens: a row that has drawn one of them repeats it from then on. It ends when all rows have.
-    with_logprobs: keep `logprobs`.
-    crop: of a prompt longer than block_size the model sees the end, with a warning; False: it is an error.
+    prompt_lengths: B numbers in 1..T. The prompt of row b is its last prompt_lengths[b] tokens, and the tokens before
+        them are padding. By default whole rows, or the lengths of a list of prompts.
+    stop_tokens: a row that sampled one of them repeats it from then on. Iteration ends when all rows have sampled one.
+    vocab_size: only the first so many tokens are sampled, for a table with more rows than there are tokens. By default
+        the model's.
+    with_logprobs: keeps `logprobs`.
+    crop: if a prompt is longer than block_size, the model sees its end, with a warning. With False it is an error.
     compile, cuda_graph: as for `Decoder`.
     """
 
@@ -78,6 +80,7 @@ class Generation(Iterator[Tensor]):
         *,
         prompt_lengths: Sequence[int] | Tensor | None = None,
         stop_tokens: Sequence[int] = (),
+        vocab_size: int | None = None,
         with_logprobs: bool = False,
         crop: bool = True,
         compile: bool = False,
@@ -93,7 +96,10 @@ class Generation(Iterator[Tensor]):
         for token in stop_tokens:
             if not 0 <= token < V:
                 raise ValueError(f"stop_tokens holds {token}, vocab_size is {V}: allowed are 0..{V - 1}")
+        if vocab_size is not None and not 1 <= vocab_size <= V:
+            raise ValueError(f"vocab_size is {vocab_size}, the model's is {V}: allowed are 1..{V}")
         B, T = idx.shape
+        self.vocab_size = V if vocab_size is None else vocab_size
         self.sampling, self.generator = sampling, generator
         self.tokens = torch.zeros(B, T + max_new_tokens, dtype=torch.int64, device=device)
         self.tokens[:, :T] = idx
@@ -102,7 +108,7 @@ class Generation(Iterator[Tensor]):
         self.stop = torch.tensor(list(stop_tokens), device=device) if len(stop_tokens) else None
         self.stop_interval = 1 if device.type == "cpu" else STOP_CHECK_INTERVAL
         self.stopped = torch.zeros(B, dtype=torch.bool, device=device)
-        self.written = torch.zeros(B, dtype=torch.int64, device=device)  # new tokens up to and with a row's stop
+        self.written = torch.zeros(B, dtype=torch.int64, device=device)  # new tokens up to and including a row's stop
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             real = torch.arange(T, device=device) >= pads[:, None]
@@ -112,7 +118,7 @@ class Generation(Iterator[Tensor]):
         self.closed = False
 
     def close(self) -> None:
-        """No more tokens are asked for: what was prepared for them serves the model's next text."""
+        """Ends the iteration and keeps the captured graph for the model's next text."""
         self.decoder.release()
         self.closed = True
 
@@ -122,7 +128,8 @@ class Generation(Iterator[Tensor]):
             self.close()
             raise StopIteration
         logits = self.decoder.logits(self.end)  # (B, V)
-        token = next_token(logits, self.sampling, self.generator, self.seen)  # (B, 1)
+        seen = None if self.seen is None else self.seen[:, : self.vocab_size]
+        token = next_token(logits[:, : self.vocab_size], self.sampling, self.generator, seen)  # (B, 1)
         if self.stop is not None:
             token = torch.where(self.stopped[:, None], self.tokens[:, self.end - 1 : self.end], token)
         if self._logprobs is not None:
@@ -139,13 +146,13 @@ class Generation(Iterator[Tensor]):
 
     @property
     def ids(self) -> Tensor:
-        """(B, T + n): prompts, padded on the left, and what has been written up to the last row's stop."""
+        """(B, T + n) int64: the prompts, padded on the left, and the tokens generated up to the last row's stop."""
         return self.tokens[:, : self.T + self._n()]
 
     @property
     def logprobs(self) -> Tensor:
-        """(B, n) float32, the logarithm of the model's probability of every new token: of its whole distribution at
-        temperature 1, whatever it was drawn from. 0 after a row's stop."""
+        """(B, n) float32: the log-probability of every new token under the model's distribution at temperature 1,
+        whatever the settings of sampling. 0 after a row's stop. Raises ValueError if with_logprobs is False."""
         if self._logprobs is None:
             raise ValueError("with_logprobs is False: log-probabilities were not kept")
         return self._logprobs[:, : self._n()]
@@ -180,7 +187,7 @@ def _left_padded(
 
 
 def _checked_prompts(idx: Tensor, prompt_lengths: Sequence[int] | Tensor | None, model: GPT, crop: bool) -> Tensor:
-    """How many tokens on the left of each row are padding: (B,) int64."""
+    """The number of padding tokens on the left of each row: (B,) int64. Raises ValueError or TypeError."""
     V, S, device = model.config.vocab_size, model.config.block_size, model.device
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"idx is {idx.dtype}, expected int64 tokens")

@@ -1,4 +1,4 @@
-"""Writing text: a prompt becomes tokens, a model goes on from them, its tokens become text.
+"""Generating text: a prompt is encoded, the model continues its tokens, and the new tokens are decoded.
 
     texts = generate_text(model, tokenizer, "Once", num=3, top_k=50)
     for piece in stream_text(model, tokenizer, "Once", stop="\n\n"): print(piece, end="", flush=True)
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastgpt2.gpt2.data import tokenizer as tokenizers
@@ -22,17 +23,18 @@ from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.generation.generate import Generation
 from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.weights.checkpoints import folder_to_read
+from fastgpt2.gpt2.weights.checkpoints import FILES, folder_to_read
 from fastgpt2.gpt2.weights.pretrained import CONFIG, HUB_NAMES, from_pretrained
+
+PADDED_TO = (64, 128, 256, 512)  # multiples that people round the rows of a token table up to
 
 
 @dataclass(frozen=True)
 class Text:
-    """What was written after a prompt.
+    """A text that was generated after a prompt.
 
-    tokens: how many were drawn, with the one that ended it. logprobs: theirs under the model (see `Generation`), None
-    where they were not asked for.
-    ended: "end_of_text", "stop" or "length".
+    tokens: the number of sampled tokens, including the one that ended the text. logprobs: their log-probabilities under
+    the model (see `Generation`), or None without with_logprobs. ended: "end_of_text", "stop" or "length".
     """
 
     prompt: str
@@ -48,26 +50,36 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any
 
 
 def write_texts(
-    model: GPT, tokenizer: Tokenizer, prompt: str, *, num: int = 1, stop: str | None = None, **settings: Any
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    num: int = 1,
+    stop: str | None = None,
+    special_tokens: bool = False,
+    **settings: Any,
 ) -> list[Text]:
-    """`num` texts after `prompt`, written side by side. Same seed, same texts.
+    """Generates `num` texts after `prompt` in one batch. The same seed gives the same texts.
 
     stop: a text ends before this string.
-    settings: max_new_tokens (200), seed (0), the fields of `Sampling`; with_logprobs (False); compile: see `Decoder`;
-        crop: of a prompt longer than block_size the model sees the end, with a warning, or with False it is an error.
+    special_tokens: where `prompt` has the name of a special token, such as <|endoftext|>, that token is meant; a prompt
+        may be nothing else. False: the name is read as ordinary characters.
+    settings: max_new_tokens (default 200), seed (0), with_logprobs (False), crop (as for `Generation`), compile (as for
+        `Decoder`), and the fields of `Sampling`.
     Raises ValueError naming the argument, its value and what is allowed.
     """
     if num < 1:
         raise ValueError(f"num is {num}, allowed are 1 and above")
-    rows = [Pieces(tokenizer, stop) for _ in range(num)]
-    generation = _begin(model, tokenizer, prompt, num, **settings)
+    tokens = prompt_tokens(tokenizer, prompt, special_tokens)
+    rows = [Pieces(tokenizer, stop, tokens.tolist()) for _ in range(num)]
+    generation = _begin(model, tokenizer, tokens, num, **settings)
     with contextlib.closing(generation):
-        if stop is None:  # nothing has to be looked at before the end
+        if stop is None:  # no token has to be decoded before the end
             for _ in generation:
                 pass
             drawn = generation.ids[:, generation.T :].tolist()
-            for row, tokens in zip(rows, drawn, strict=True):
-                for token in tokens:
+            for row, ids in zip(rows, drawn, strict=True):
+                for token in ids:
                     row.add(token)
         else:
             for column in generation:
@@ -85,14 +97,42 @@ def write_texts(
 
 
 def stream_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, *, stop: str | None = None, **settings: Any
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    stop: str | None = None,
+    special_tokens: bool = False,
+    **settings: Any,
 ) -> Iterator[str]:
-    """The text after `prompt` in pieces, as it is written: whole characters, and nothing of the stop string.
+    """Yields the text after `prompt` in pieces as it is generated: whole characters, without the stop string.
 
-    Arguments as for `write_texts`, checked before the first piece is asked for.
+    Arguments as for `write_texts`. They are checked before the first piece is requested.
     """
-    text = Pieces(tokenizer, stop)
-    return _pieces(_begin(model, tokenizer, prompt, 1, **settings), text)
+    tokens = prompt_tokens(tokenizer, prompt, special_tokens)
+    text = Pieces(tokenizer, stop, tokens.tolist())
+    return _pieces(_begin(model, tokenizer, tokens, 1, **settings), text)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, special_tokens: bool = False) -> np.ndarray:
+    """The tokens of a prompt, (T,). special_tokens: as for `write_texts`.
+
+    Raises ValueError for an empty prompt, for characters that the tokenizer has no token for, and for special_tokens
+    where it has no special tokens.
+    """
+    if not prompt:
+        raise ValueError("prompt is empty: give at least one character to go on from")
+    tokens = tokenizer.encode_with_special(prompt) if special_tokens else tokenizer.encode(prompt)
+    plain = prompt
+    for name in tokenizer.special_tokens if special_tokens else ():
+        plain = plain.replace(name, "")
+    if unknown := tokenizer.unknown(plain):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(
+            f"prompt holds {', '.join(map(repr, unknown[:5]))}{more}, which the tokenizer has no token for: "
+            f"its vocabulary has {tokenizer.vocab_size} tokens"
+        )
+    return tokens
 
 
 def _pieces(generation: Generation, text: Pieces) -> Iterator[str]:
@@ -109,7 +149,7 @@ def _pieces(generation: Generation, text: Pieces) -> Iterator[str]:
 def _begin(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    tokens: np.ndarray,
     num: int,
     *,
     max_new_tokens: int = 200,
@@ -119,16 +159,8 @@ def _begin(
     with_logprobs: bool = False,
     **sampling: Any,
 ) -> Generation:
-    if not prompt:
-        raise ValueError("prompt is empty: give at least one character to go on from")
-    if unknown := tokenizer.unknown(prompt):
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise ValueError(
-            f"prompt holds {', '.join(map(repr, unknown[:5]))}{more}, which the tokenizer has no token for: "
-            f"its vocabulary is {tokenizer.vocab_size} characters"
-        )
     device = model.device
-    row = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(device)
+    row = torch.from_numpy(tokens.astype("int64")).to(device)
     return Generation(
         model,
         row.repeat(num, 1),
@@ -139,6 +171,7 @@ def _begin(
         with_logprobs=with_logprobs,
         crop=crop,
         compile=compile,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),  # a table may have more rows
     )
 
 
@@ -150,40 +183,60 @@ def load_checkpoint(
 ) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a run's folder, of a folder that `from_pretrained` reads, or of a hub name.
 
-    tokenizer_spec: as `tokenizer.from_spec` takes it, where the checkpoint brings none.
+    tokenizer_spec: a specification for `tokenizer.from_spec`, for a checkpoint without a tokenizer.
     check: as for `from_pretrained`.
+    The token table may have more rows than the tokenizer has tokens: padding, or tokens that were never used.
+    Raises ValueError if model and tokenizer do not fit together.
     """
     if str(checkpoint) and Path(checkpoint).is_dir():
         checkpoint = str(folder_to_read(Path(checkpoint), check))
     model = from_pretrained(checkpoint, kernels=kernels, check=False)
+    V = model.config.vocab_size
     if tokenizer_spec is None:
-        tokenizer = checkpoint_tokenizer(checkpoint, model.config.vocab_size)
+        tokenizer = checkpoint_tokenizer(checkpoint, V)
     else:
         tokenizer = _named_tokenizer(checkpoint, tokenizer_spec)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        )
+    # A folder's own tokenizer of words may be smaller by any number: a [PAD] was added to the table alone, say. A run's
+    # too, where it began with weights of another vocabulary.
+    of_run = (Path(checkpoint) / FILES).is_file()
+    own = (of_run or bool(tokenizer.files and tokenizer.special_tokens)) and tokenizer.vocab_size <= V
+    if not own and not _is_padded(tokenizer.vocab_size, V):
+        raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens, the model {V}")
     return model, tokenizer
 
 
+def _is_padded(vocab_size: int, rows: int) -> bool:
+    """Whether a table of `rows` can be one of vocab_size tokens: GPT-2's 50257 are often rounded up to 50304."""
+    return any(rows == -(-vocab_size // multiple) * multiple for multiple in (1, *PADDED_TO))
+
+
+def _brought_tokenizer(checkpoint: str | Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder, or in that of a checkpoint that is a file. FileNotFoundError for none."""
+    path = Path(checkpoint)
+    return tokenizers.load(path.parent if path.is_file() else path)
+
+
 def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
-    """Raises ValueError where a folder brings another tokenizer than `spec` names."""
+    """The tokenizer that `spec` names. Raises ValueError if the folder has a different one."""
     try:
-        own = tokenizers.load(checkpoint)
+        own = _brought_tokenizer(checkpoint)
     except FileNotFoundError:
         return tokenizers.from_spec(spec, [])
     if not tokenizers.is_named(spec, own):
-        raise ValueError(f"tokenizer is {spec!r}, and {checkpoint} brings another one: leave tokenizer out")
+        raise ValueError(f"tokenizer is {spec!r}, but {checkpoint} has another one: leave tokenizer out")
     return own
 
 
 def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a checkpoint brings; GPT-2's where it brings none and its vocabulary has GPT-2's size."""
+    """The checkpoint's tokenizer, or GPT-2's if it has none and vocab_size is that of GPT-2, or that rounded up.
+
+    Raises FileNotFoundError if it has none and vocab_size differs from GPT-2's.
+    """
     if str(checkpoint) not in HUB_NAMES or (Path(checkpoint) / CONFIG).is_file():
         try:
-            return tokenizers.load(checkpoint) if Path(checkpoint).is_dir() else tokenizers.download(str(checkpoint))
+            here = Path(checkpoint).exists()
+            return _brought_tokenizer(checkpoint) if here else tokenizers.download(str(checkpoint))
         except FileNotFoundError as error:
-            if vocab_size != tokenizers.GPT2_VOCAB_SIZE:
+            if not _is_padded(tokenizers.GPT2_VOCAB_SIZE, vocab_size):
                 raise FileNotFoundError(f"{error}, and its {vocab_size} tokens are not GPT-2's vocabulary") from None
     return tokenizers.gpt2()

@@ -1,10 +1,10 @@
-"""The next token: drawn from the model's distribution, or from a part of it.
+"""Sampling the next token from the model's distribution or from a part of it.
 
-    l = logits, those of tokens that are already there made less likely by repetition_penalty
-    p = softmax(l / temperature), cut to the top_k likeliest tokens, then to the smallest set that holds top_p of what
-        is left, then to those with at least min_p of the likeliest's probability, and drawn from in proportion
+    l = logits, with repetition_penalty applied to tokens that have already occurred
+    p = softmax(l / temperature), restricted to the top_k likeliest tokens, then to the smallest set of tokens with at
+        least top_p of the remaining probability, then to tokens with at least min_p of the likeliest's probability
 
-All on the logits' device, without waiting for it. B is the batch, V the vocabulary.
+Everything is computed on the logits' device without waiting for it. B is the batch, V the vocabulary.
 Sources: top-p, Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020; min-p, Nguyen et al., "Turning Up
 the Heat", 2025; repetition penalty, Keskar et al., "CTRL", 2019, section 4.1.
 """
@@ -18,21 +18,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below this a temperature would round to 0 in float32; what it means, always the likeliest token, stays.
+# Smaller temperatures would round to 0 in float32. At this one the likeliest token is always sampled.
 SMALLEST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """The settings of sampling.
 
-    temperature: above 0; small ones prefer likely tokens.
-    top_k: exactly that many tokens, ties cut by position; None or more than there are: all.
+    temperature: above 0. Small values prefer likely tokens.
+    top_k: samples from exactly this number of tokens; ties are cut by position. None, or more than V, means all.
     top_p: in (0, 1].
-    min_p: in [0, 1], relative to the likeliest token.
-    repetition_penalty: above 0; more than 1 makes tokens of the row so far less likely.
-    greedy: always the likeliest token, as top_k=1; temperature, top_k, top_p and min_p then do not matter.
-    Raises ValueError naming the setting, its value and what is allowed, TypeError for what is no number.
+    min_p: in [0, 1], relative to the probability of the likeliest token.
+    repetition_penalty: above 0. Values above 1 make tokens that occur in the row less likely.
+    greedy: takes the likeliest token, as top_k=1 does. temperature, top_k, top_p and min_p then have no effect.
+    Raises ValueError naming the setting, its value and what is allowed, TypeError for a value that is not a number.
     """
 
     temperature: float = 1.0
@@ -68,9 +68,9 @@ def next_token(
     generator: torch.Generator | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Logits (B, V) -> tokens (B, 1), drawn as `sampling` says.
+    """Samples tokens (B, 1) int64 from logits (B, V).
 
-    generator: on the logits' device. seen: (B, V) bool, the tokens that repetition_penalty is for.
+    generator: on the logits' device. seen: (B, V) bool, the tokens to which repetition_penalty applies.
     """
     if seen is not None and sampling.repetition_penalty != 1.0:
         penalty = sampling.repetition_penalty
@@ -79,10 +79,11 @@ def next_token(
         return logits.argmax(dim=-1, keepdim=True)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    # The likeliest is at 0, so that a small temperature gives 0 and -inf, never inf - inf.
+    # Shifted so that the largest logit is 0: a small temperature then gives 0 and -inf, never inf - inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, SMALLEST_TEMPERATURE)
     if sampling.min_p:
-        # p >= min_p * p_max, and the likeliest's logarithm is 0. Before the other cuts, to which it is the same.
+        # p >= min_p * p_max, where the scaled logit of p_max is 0. The threshold is the same before and after the other
+        # restrictions.
         least = math.log(sampling.min_p)
     V = logits.size(-1)
     if sampling.top_k is None and sampling.top_p is None:

@@ -1,10 +1,10 @@
-"""HuggingFace's GPT-2 made fast in place: their model, trainer and files, these kernels.
+"""HuggingFace's GPT-2 accelerated in place: transformers' model, trainer and files with this package's kernels.
 
 from fastgpt2 import hf
 
-hf.register()                    # attn_implementation="fastgpt2" for any of their GPT-2 classes; hf.unregister()
-hf.accelerate(model)             # a live GPT2LMHeadModel: every op by `Kernels`, same parameters; hf.restore(model)
-print(hf.report(model))          # op, road, why
+hf.register()                # attn_implementation="fastgpt2" for transformers' GPT-2 classes; hf.unregister()
+hf.accelerate(model)         # computes a live GPT2LMHeadModel with `Kernels`, same parameters; hf.restore(model)
+print(hf.report(model))      # op, road, why
 """
 
 from fastgpt2.gpt2.hf.attention import register, unregister

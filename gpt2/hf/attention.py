@@ -1,12 +1,12 @@
-"""Our attention under transformers' own switch: `attn_implementation="fastgpt2"`.
+"""This package's attention as an attention implementation of transformers: `attn_implementation="fastgpt2"`.
 
     hf.register()                                                        # kernels="auto", fallback=None
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastgpt2")
     hf.unregister()
 
-Registered are both halves, how to attend and what a mask is: with the first alone transformers makes no mask, and a
-padded batch is silently wrong. `reorder_and_upcast_attn` asks for a softmax in float32, which the kernels have always.
-As with transformers' own "sdpa", weights of attention are not to be had (`output_attentions`).
+An attention function and a mask function are registered: without the latter transformers makes no mask, and results for
+padded batches are silently wrong. `reorder_and_upcast_attn` asks for a softmax in float32, which the kernels always
+have. As with transformers' "sdpa", the attention weights are not available (`output_attentions`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Registration:
-    """What `register` was given."""
+    """The arguments of `register`."""
 
     kernels: str | Kernels
     fallback: str | None
@@ -41,11 +41,11 @@ _registration = Registration("auto", None)
 
 
 def register(kernels: str | Kernels = "auto", fallback: str | None = None) -> None:
-    """Makes "fastgpt2" a name for `attn_implementation`; again with other arguments changes them for all models.
+    """Registers "fastgpt2" for `attn_implementation`. A second call changes the arguments for all models.
 
-    kernels: as for `GPT`; of a `Kernels` its field attention counts. On a CPU "auto" is PyTorch's attention.
-    fallback: "sdpa" computes by transformers' SDPA what the kernel cannot; with None that is a ValueError.
-    Raises ImportError where the installed transformers has no such interface.
+    kernels: as for `GPT`; only the field attention of a `Kernels` matters. On a CPU "auto" is PyTorch's attention.
+    fallback: with "sdpa", transformers' SDPA computes what the kernel does not support; with None that is a ValueError.
+    Raises ValueError for unknown kernels or fallback, ImportError if the installed transformers has no such interface.
     """
     global _registration
     if fallback not in FALLBACKS:
@@ -57,13 +57,13 @@ def register(kernels: str | Kernels = "auto", fallback: str | None = None) -> No
 
 
 def unregister() -> None:
-    """Takes the name back. Models that were loaded with it need `model.set_attn_implementation("sdpa")`."""
+    """Removes the registration. Models that were loaded with it need `model.set_attn_implementation("sdpa")`."""
     for interface in _interfaces():
         interface._global_mapping.pop(NAME, None)
 
 
 def is_registered() -> bool:
-    """Whether both halves are there and ours."""
+    """Whether both functions are registered and are those of this module."""
     attention, masks = (interface._global_mapping for interface in _interfaces())
     return attention.get(NAME) is attention_forward and masks.get(NAME) is mask
 
@@ -93,9 +93,10 @@ def mask(
     device: torch.device | str = "cpu",
     **more: Any,
 ) -> Tensor | None:
-    """A mask of `visible.py` for Triton's attention, transformers' boolean one for PyTorch's.
+    """A mask in a form of `visible.py` for Triton's attention, or transformers' boolean mask for PyTorch's.
 
-    Raises ValueError for what the kernel cannot see (sliding windows, padding between tokens) without a fallback.
+    Without a fallback, raises ValueError for masks that the kernel does not support (sliding windows, padding between
+    tokens).
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -130,10 +131,10 @@ def attention_forward(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, H, S, D) -> (B, T, H, D) and no weights.
+    """query (B, H, T, D), key and value (B, H, S, D) -> (B, T, H, D), and None for the weights.
 
-    more: `cu_seq_lens_q` (n + 1,) counts where there is no cache. Raises ValueError for what the kernel cannot do,
-    without a fallback.
+    more: `cu_seq_lens_q` (n + 1,) is used if there is no cache. Without a fallback, raises ValueError for calls that
+    the kernel does not support.
     """
     kernels = ops.kernels_for(_registration.kernels, query.device)
     B, H, T, D = query.shape
@@ -156,7 +157,7 @@ def attention_forward(
 def why_not(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, more: dict[str, Any]
 ) -> str | None:
-    """What the kernel cannot do of a call; None where it can."""
+    """The reason for which the kernel does not support a call; None if it does."""
     if getattr(module, "is_cross_attention", False) or not more.get("is_causal", getattr(module, "is_causal", True)):
         return "attention is not causal self-attention (is_cross_attention, is_causal)"
     if k.size(1) != q.size(1):
@@ -174,7 +175,7 @@ def why_not(
 
 
 def _is_theirs(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, more: dict[str, Any], kernels: Kernels) -> bool:
-    """Whether PyTorch's attention is asked for, for something else than a causal row of tokens without a past."""
+    """Whether the call is not plain causal attention without a past, and PyTorch is to compute it."""
     if kernels.attention == "triton":
         return False
     return k.shape != q.shape or v.shape != q.shape or why_not(module, q, k, v, None, more) is not None
@@ -193,16 +194,16 @@ def _instead(what: str) -> str:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scale: float, dropout_p: float, kernels: Kernels
 ) -> Tensor:
-    """q (B, H, T, D), k and v (B, H, S, D), of which the T tokens are the last that are filled -> (B, T, C).
+    """q (B, H, T, D), k and v (B, H, S, D) -> (B, T, C). The T queries belong to the last filled keys.
 
-    attention_mask: of `visible.py`, or for PyTorch's attention booleans (B, 1, T, S).
+    attention_mask: a form of `visible.py`, or booleans (B, 1, T, S) for PyTorch's attention.
     """
     B, H, T, D = q.shape
     alone = attention_mask is None or attention_mask.dtype != torch.int64
     one = T == 1 and k.size(2) > 1 and attention_mask is None
     if kernels.attention == "torch" and (k.size(2) != T or not alone):
         seen = visible.as_booleans(attention_mask, B, T, k.size(2))
-        if seen is None and not one:  # the room that a static cache has is not filled yet
+        if seen is None and not one:  # the rest of a static cache is not filled yet
             k, v = k[:, :, :T], v[:, :, :T]
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=seen is None and not one, scale=scale, dropout_p=dropout_p
@@ -216,38 +217,29 @@ def attend(
         attention_mask = visible.ranges(torch.full((1,), k.size(2), device=q.device), None)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if T == 1 and dropout_p == 0 and not differentiable:
-        return _attend_one(q, k, v, attention_mask, scale, kernels)
+        return _attend_one(q, k, v, attention_mask, scale)
     return _attend_behind(q, k, v, attention_mask, scale, dropout_p, kernels)
 
 
 def _documents(attention_mask: Tensor | None, B: int, T: int, kernels: Kernels) -> Tensor | None:
-    """`ops.document_mask` of it, or what that has made already."""
+    """`ops.document_mask` of attention_mask, which is None, in a form of `visible.py`, or already a boolean mask."""
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return attention_mask
     return ops.document_mask(attention_mask.flatten(), B, T, kernels)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, kernels: Kernels) -> Tensor:
-    """One token a row over a cache where it is already. The kernel wants keys and values in one tensor, and rows that
-    begin at 0: a copy."""
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Tensor:
+    """One token a row over a cache that already has its key and value. The kernel reads the cache without a copy."""
     B, H, _, D = q.shape
-    stop = ranges[:, 0, 0, 0].expand(B)
-    cache = torch.stack((k, v))  # (2, B, H, S, D)
-    if ranges.size(3) == 2:  # rows that begin later are moved to 0
-        start = ranges[:, 0, 0, 1].expand(B)
-        place = (torch.arange(k.size(2), device=q.device) + start[:, None]).clamp(max=k.size(2) - 1)  # (B, S)
-        cache = cache.gather(3, place[None, :, None, :, None].expand(cache.shape))
-        stop = stop - start
-    last = (stop - 1)[None, :, None, None, None].expand(2, B, H, 1, D)
-    new = cache.gather(3, last).squeeze(3)  # (2, B, H, D)
-    qkv = torch.stack((q[:, :, 0], new[0], new[1]), 1)  # (B, 3, H, D)
-    return ops.decode_attention(qkv.view(B, 1, 3 * H * D), cache, (stop - 1).to(torch.int32), H, scale, kernels)
+    last = (ranges[:, :, :, :1] - 1).expand(B, H, 1, D)
+    qkv = pack(q, k.gather(2, last), v.gather(2, last))
+    return ops.cached_attention(qkv, k, v, *visible.lengths_and_starts(ranges, B), H, scale)
 
 
 def _attend_behind(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, dropout_p: float, kernels: Kernels
 ) -> Tensor:
-    """T tokens behind a past, as the last rows of a causal square: the past has queries too, of zeros."""
+    """T queries after a past, computed as the last rows of square causal attention whose other queries are zeros."""
     B, H, T, D = q.shape
     S = int(ranges[0, 0, -1, 0])
     q = F.pad(q, (0, 0, S - T, 0))

@@ -1,8 +1,10 @@
 """transformers' GPT2Block in terms of `ops`: LayerNorm with the residual sum before it, attention, MLP.
 
-Modules stay modules, as everywhere in this package: what is not exactly transformers' or PyTorch's class, or has
-hooks, is called in its place, and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and
-PyTorch read it transposed, by strides.
+As everywhere in this package, a module that has hooks or is not exactly a class of transformers or PyTorch is called,
+and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and PyTorch read its transpose by
+strides.
+The kernel `decode_linear` is not used: its programs read whole rows of (out, in), and Conv1D's layout would cost a copy
+of every weight for each token. So the linear layers of a new token are PyTorch's.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from fastgpt2.gpt2.stock import PLAIN, LinearWeights, is_stock
 
 
 class Context(NamedTuple):
-    """How one call of the model is computed, the same in every block.
+    """How one call of the model is computed; the same in every block.
 
-    documents: of `ops.document_mask`, for rows without a past. seen: of `visible.py`, for tokens behind those in the
-    cache; alone: there are none.
+    alone: whether rows have no past. documents: what `ops.document_mask` returned, for rows without a past. seen: a
+    form of `visible.py`, for tokens after those in the cache. lengths, starts: what `visible.lengths_and_starts`
+    returned, where the decoding kernel can compute one token a row.
     """
 
     kernels: Kernels
@@ -31,10 +34,13 @@ class Context(NamedTuple):
     alone: bool = True
     documents: Tensor | None = None
     seen: Tensor | None = None
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
 
 
 def weights(layer: Any, theirs: Theirs) -> Any:
-    """A stock Conv1D as `ops` takes linear layers, without a copy; any other layer itself, to be called."""
+    """A stock Conv1D in the form in which `ops` takes linear layers, without a copy. Any other layer is returned itself
+    and will be called."""
     if is_stock(layer, theirs.Conv1D) and all(type(p) in PLAIN for p in layer._parameters.values()):
         return LinearWeights(layer.weight.t(), layer.bias)
     return layer
@@ -48,7 +54,7 @@ class Block(StandIn):
     _gradient_checkpointing_func: Any
 
     def compute(self, *args: Any, **kwargs: Any) -> Tensor:
-        """GPT2Block's contract, with attention as its own module computes it."""
+        """Computes what GPT2Block's forward does, calling the attention module."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
         kernels = ops.kernels_for(self._fastgpt2.kernels, call["hidden_states"].device)
         if call.get("encoder_hidden_states") is not None:
@@ -59,22 +65,23 @@ class Block(StandIn):
         return ops.total(self.add_mlp(stream, kernels))
 
     def extend(self, stream: Stream, context: Context) -> Stream:
-        """Both branches, ours altogether: `attn` must be stock. The sum before and the last one are left to others."""
+        """Both branches in terms of `ops`; `attn` must be stock. As in `gpt2/model.py`, the sum of the previous block
+        is computed here and the last sum is left to the next LayerNorm."""
         x, h = ops.add_layer_norm(stream, self.ln_1, context.kernels)
         y, bias = ops.project(self.attend(h, context), weights(self.attn.c_proj, self.theirs), context.kernels)
         return self.add_mlp(branch(y, bias, x, self.attn.resid_dropout), context.kernels)
 
     def whole(self, x: Tensor, context: Context) -> Tensor:
-        """x (B, T, C) -> (B, T, C), as `extend`: what a checkpoint keeps and computes again."""
+        """As `extend`, x (B, T, C) -> (B, T, C). Activation checkpointing saves x and calls this again."""
         return ops.total(self.extend(Stream(x), context))
 
     def checkpointed(self, stream: Stream, context: Context) -> Stream:
-        """As `extend`, by the function of `gradient_checkpointing_enable`."""
+        """As `extend`, through the function that `gradient_checkpointing_enable` set."""
         again = functools.partial(self.whole, context=context)
         return Stream(self._gradient_checkpointing_func(again, ops.total(stream)))
 
     def attend(self, h: Tensor, context: Context) -> Tensor:
-        """h (B, T, C) -> what the heads give, (B, T, C)."""
+        """The heads' outputs before the projection: h (B, T, C) -> (B, T, C)."""
         attn, kernels = self.attn, context.kernels
         qkv = ops.linear(h, weights(attn.c_attn, self.theirs))  # (B, T, 3C)
         H, D = attn.num_heads, attn.head_dim
@@ -82,12 +89,14 @@ class Block(StandIn):
         if context.cache is not None:
             q, k, v = (t.unflatten(2, (H, D)).transpose(1, 2) for t in qkv.split(H * D, dim=2))  # (B, H, T, D)
             keys, values = context.cache.update(k, v, attn.layer_idx)
+            if context.lengths is not None and dropout_p == 0:
+                return ops.cached_attention(qkv, keys, values, context.lengths, context.starts, H, attn.scaling)
             if not context.alone:
                 return attend(q, keys, values, context.seen, attn.scaling, dropout_p, kernels)
         return ops.causal_attention(qkv, H, attn.scaling, dropout_p, kernels, context.documents)
 
     def add_mlp(self, stream: Stream, kernels: Kernels) -> Stream:
-        """The second branch."""
+        """Adds the MLP branch to the stream."""
         x, h = ops.add_layer_norm(stream, self.ln_2, kernels)
         mlp, theirs = self.mlp, self.theirs
         if not is_stock(mlp, theirs.MLP):
@@ -101,7 +110,7 @@ class Block(StandIn):
 
 
 def branch(y: Tensor, bias: Tensor | None, residual: Tensor, dropout: nn.Module) -> Stream:
-    """A branch's end, residual + dropout(y + bias), still to be summed."""
+    """residual + dropout(y + bias) as a stream whose sum is still to be computed."""
     if is_stock(dropout, nn.Dropout):
         return Stream(y, bias, residual, dropout.p if dropout.training else 0.0)
     return Stream(dropout(y if bias is None else y + bias), None, residual)

@@ -1,4 +1,4 @@
-"""A live GPT-2 of transformers computed by these ops, and given back as it was."""
+"""Accelerating a live GPT-2 of transformers in place, and restoring it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from fastgpt2.gpt2.ops import Kernels
 
 
 def accelerate(model: nn.Module, kernels: str | Kernels = "auto", training_logits: bool = True) -> nn.Module:
-    """Computes every GPT-2 of transformers in `model` by these ops, in place; returns `model`.
+    """Makes every GPT-2 of transformers in `model` compute with this package's ops, in place, and returns `model`.
 
-    model: a GPT2LMHeadModel, or anything that holds a GPT2Model (GPT2ForSequenceClassification, a peft model, DDP).
-        Before or after peft. Parameters, names, `model.config` and files stay theirs.
-    kernels: as for `GPT`. On a CPU "auto" is PyTorch's ops.
-    training_logits: with False, a training step with labels has a loss and no logits (`outputs.logits` is None),
-        where Triton computes the loss: the head's output is never made. In eval mode, without labels (Trainer's label
-        smoothing, `compute_loss_func`), in `generate`, and with any other loss function logits are always there.
+    model: a GPT2LMHeadModel, or any module that contains a GPT2Model (GPT2ForSequenceClassification, a peft model,
+        DDP), before or after peft. Parameters, names, `model.config` and saved files stay transformers'.
+    kernels: as for `GPT`. On a CPU "auto" means PyTorch's ops.
+    training_logits: with False, a training step with labels returns a loss and no logits (`outputs.logits` is None) if
+        Triton computes the loss; the head's output is then never computed. In eval mode, without labels (Trainer's
+        label smoothing, `compute_loss_func`), in `generate` and with any other loss function, logits are always
+        returned.
 
-    Again with other arguments changes them. Raises TypeError where there is no GPT2Model in `model`.
+    A second call changes the arguments. Raises TypeError if `model` contains no GPT2Model.
     """
     settings = Settings(ops.requested_kernels(kernels), bool(training_logits))
     check_module(model)
@@ -42,9 +43,9 @@ def accelerate(model: nn.Module, kernels: str | Kernels = "auto", training_logit
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate`; a model that was not accelerated stays as it is. Returns `model`.
+    """Undoes `accelerate` and returns `model`. A model that was not accelerated stays unchanged.
 
-    Raises TypeError where somebody has put a class of its own over ours since, as FSDP2 does.
+    Raises TypeError if the class of an accelerated module was replaced since, as FSDP2 does.
     """
     check_module(model)
     modules = [m for m in model.modules() if isinstance(m, StandIn)]
@@ -65,7 +66,7 @@ def _base(module: StandIn) -> Any:
 
 
 def _kinds() -> dict[Any, Any]:
-    """transformers' classes, and what computes in their place."""
+    """transformers' classes, each with the class that computes in its place."""
     from transformers.models.gpt2 import modeling_gpt2 as theirs
 
     return {theirs.GPT2LMHeadModel: LMHeadModel, theirs.GPT2Model: Model, theirs.GPT2Block: Block}

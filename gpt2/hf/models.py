@@ -1,8 +1,8 @@
-"""transformers' GPT2Model and GPT2LMHeadModel in terms of `ops`: embedding, the run of blocks, head and loss.
+"""transformers' GPT2Model and GPT2LMHeadModel in terms of `ops`: embedding, blocks, head and loss.
 
-A call that asks for something else than tokens in and the last layer out (hidden states, embeddings as inputs, an
-encoder) goes transformers' way, and so does one where a block or its attention has hooks: with their embedding, mask,
-attention and sums between blocks, and these blocks' LayerNorm and MLP. `hf.report` says so.
+transformers' own forward computes calls with other inputs or outputs (hidden states, embeddings as inputs, an encoder)
+and models in which a block or its attention has hooks. Embedding, mask, attention and the sums between blocks are then
+transformers', and only LayerNorm and MLP are computed by `Block`. `hf.report` says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastgpt2.gpt2.inputs import check_range
 from fastgpt2.gpt2.ops import IGNORED_TARGET, Kernels, Stream
 from fastgpt2.gpt2.stock import is_stock
 
-# What a call may bring: these, and what transformers' blocks do not look at.
+# Arguments with which transformers' own forward computes a call.
 NOT_OURS = (
     "token_type_ids",
     "inputs_embeds",
@@ -34,7 +34,7 @@ NOT_OURS = (
 
 
 def why_not(model: Any) -> str | None:
-    """Why no call of a GPT2Model goes our way; None where calls can."""
+    """The reason for which transformers' forward computes every call of a GPT2Model; None if `Model.compute` can."""
     from transformers import AttentionInterface
 
     config = model.config
@@ -80,7 +80,7 @@ class Model(StandIn):
         positions = call.get("position_ids")
         if positions is None and cache is not None and not (isinstance(past, int) and past == 0):
             positions = torch.arange(idx.size(1), device=idx.device) + past
-        if kernels.embedding == "triton":  # whose kernel answers NaN where PyTorch raises
+        if kernels.embedding == "triton":  # its kernel returns NaN for indices for which PyTorch raises
             self.check(idx, call.get("position_ids"), past)
         x = self.embed(idx, None if positions is None else positions.expand(idx.shape), kernels)
         stream = Stream(x)
@@ -90,7 +90,7 @@ class Model(StandIn):
         return _model_output(x, cached, cache if use_cache else None)
 
     def check(self, idx: Tensor, positions: Tensor | None, past: int | Tensor) -> None:
-        """Raises ValueError for tokens and positions that the tables do not have; on a GPU a device-side assertion."""
+        """Raises ValueError for tokens and positions outside the tables; on a GPU this is a device-side assertion."""
         if is_stock(self.wte, nn.Embedding):
             check_range("input_ids", idx, "the vocabulary", self.wte.weight.size(0))
         if not is_stock(self.wpe, nn.Embedding):
@@ -106,7 +106,7 @@ class Model(StandIn):
         return "cache" if "cache" in self.names else "past_key_values"
 
     def serves(self, call: dict[str, Any]) -> bool:
-        """Whether a call's arguments are those that `compute` knows."""
+        """Whether `compute` supports a call's arguments."""
         idx, mask = call.get("input_ids"), call.get("attention_mask")
         if idx is None or idx.dim() != 2 or any(call.get(name) is not None for name in NOT_OURS[:4]):
             return False
@@ -124,7 +124,8 @@ class Model(StandIn):
         return mask.dim() == 2 and (cache is not None or mask.shape == idx.shape)
 
     def context(self, idx: Tensor, call: dict[str, Any], cache: Any, past: int | Tensor, kernels: Kernels) -> Context:
-        """Who sees whom. Raises ValueError for padding between real tokens of a row where Triton attends."""
+        """The context of a call, with the mask of its attention. Raises ValueError for padding between real tokens of a
+        row if Triton computes attention."""
         (B, T), positions, mask = idx.shape, call.get("position_ids"), call.get("attention_mask")
         S = T if cache is None else cache.get_mask_sizes(T, 0)[0]
         by_torch = kernels.attention == "torch"
@@ -147,6 +148,9 @@ class Model(StandIn):
             raise ValueError(
                 f"{error}. hf.accelerate(model, Kernels(attention='torch', ...)) computes such calls by PyTorch"
             ) from None
+        if not alone and T == 1 and not by_torch and not torch.is_grad_enabled():
+            ranges = visible.ranges(torch.full((1,), S, device=idx.device), None) if seen is None else seen
+            return Context(kernels, cache, alone, None, seen, *visible.lengths_and_starts(ranges, B))
         if seen is None or not alone:
             return Context(kernels, cache, alone, None, seen)
         if seen.dtype == torch.int32:
@@ -167,7 +171,7 @@ class LMHeadModel(StandIn):
     lm_head: Any
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
-        """Their contract, but that a training step may go `without_logits`."""
+        """Computes what GPT2LMHeadModel's forward does, except that a training step may be `without_logits`."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
         if call.get("labels") is None or not self.without_logits(call):
             return super().forward(*args, **kwargs)
@@ -177,16 +181,20 @@ class LMHeadModel(StandIn):
         outputs = self.transformer(**call)
         targets = F.pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted
         x = outputs.last_hidden_state
+        if targets.numel() != x.shape[:-1].numel():
+            raise ValueError(f"labels is of shape {tuple(targets.shape)}, allowed is {tuple(x.shape[:-1])}")
         targets = targets.to(x.device).view(x.shape[:-1])
-        check_range("labels", targets, "the vocabulary", self.lm_head.weight.size(0), negative=True)
-        loss = ops.loss_without_logits(x, self.lm_head, targets, "mean" if items is None else "sum", ignored)
-        if items is not None:
-            loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+        left_out = targets == ignored
+        check_range("labels", targets.masked_fill(left_out, 0), "the vocabulary", self.lm_head.weight.size(0))
+        loss = ops.loss_without_logits(x, self.lm_head, targets, ignored)
+        if items is None:
+            items = (~left_out).sum()  # where there are none, the loss is NaN, as theirs
+        loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
         return _head_output(loss, outputs)
 
     def without_logits(self, call: dict[str, Any]) -> bool:
-        """Whether the loss comes without logits: in a training step, where the caller of `accelerate` said so, by
-        Triton's loss, a stock head and transformers' own loss function, for all positions."""
+        """Whether the loss is computed without logits: in a training step over all positions, with
+        training_logits=False, Triton's loss, a stock head and transformers' own loss function."""
         keep = call.get("logits_to_keep")
         return (
             not self._fastgpt2.training_logits
@@ -199,7 +207,7 @@ class LMHeadModel(StandIn):
 
 
 def why_logits(model: Any, kernels: Kernels) -> str | None:
-    """Why a training step makes logits, of which the loss is computed; None where it does not."""
+    """The reason for which a training step computes its loss from logits; None if it does not."""
     from transformers.loss.loss_utils import LOSS_MAPPING
 
     if model._fastgpt2.training_logits:

@@ -1,7 +1,7 @@
-"""q, k and v as transformers hands them to an attention function, and the packed tensor that our kernels read.
+"""From q, k and v, as transformers passes them to an attention function, to the packed tensor that the kernels read.
 
-GPT-2's q, k, v are (B, H, T, D) views of one projection (B, T, 3*C), [q | k | v] in its last dimension. Where they
-still are, that projection is found again without a copy; where a cache or an adapter made copies, they are packed anew.
+GPT-2's q, k and v are (B, H, T, D) views of one projection (B, T, 3*C) with [q | k | v] in its last dimension. If they
+still are, that projection is recovered without a copy. If a cache or an adapter made copies, they are packed again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v (B, H, T, D) -> qkv (B, T, 3*C): the projection that they are views of, or else one copy."""
+    """q, k, v (B, H, T, D) -> qkv (B, T, 3*C): the projection of which they are views, or else a copy."""
     qkv = projection(q, k, v)
     if qkv is None:
         qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).flatten(2)  # (B, T, 3, H, D)
@@ -19,9 +19,10 @@ def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """The contiguous (B, T, 3*C) tensor whose thirds q, k, v (B, H, T, D) are, None where there is none.
+    """The contiguous (B, T, 3*C) tensor whose thirds are q, k and v (B, H, T, D); None if there is none.
 
-    It is the tensor that autograd knows, so that gradients reach it. Code that torch.compile traces has no storages.
+    It is the tensor that autograd recorded, so that gradients reach it. Always None under torch.compile, where tensors
+    have no storages.
     """
     if torch.compiler.is_compiling() or not q.shape == k.shape == v.shape or q.numel() == 0:
         return None

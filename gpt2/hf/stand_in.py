@@ -1,7 +1,7 @@
-"""A class that takes the place of one of transformers' in a live module, and can be taken away again.
+"""Replacing the class of a live transformers module by a subclass, which can be undone.
 
-The module stays the object it is: parameters, buffers, hooks, names. Its class becomes a subclass of its own one, which
-computes by `compute` and carries transformers' name, because Trainer, `save_pretrained` and others go by that.
+The module remains the same object with its parameters, buffers, hooks and names. Its new class is a subclass of the old
+one that computes with `compute`. It has transformers' class name, because Trainer, `save_pretrained` and others use it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastgpt2.gpt2.stock import is_watched, stock
 
 @dataclass(frozen=True)
 class Settings:
-    """What `hf.accelerate` was given."""
+    """The arguments of `hf.accelerate`."""
 
     kernels: str | Kernels
     training_logits: bool
@@ -33,7 +33,7 @@ def check_module(model: Any) -> None:
 
 
 class Theirs(NamedTuple):
-    """The classes of transformers whose arithmetic we know."""
+    """The classes of transformers that this package can compute without calling them."""
 
     Attention: type
     MLP: type
@@ -42,7 +42,7 @@ class Theirs(NamedTuple):
 
 
 class StandIn(nn.Module):
-    """What the classes made by `stand_in` have in common. `compute` is called with forward's own arguments."""
+    """The base of the classes made by `stand_in`. `compute` is called with the arguments of forward."""
 
     _fastgpt2: Settings = None  # type: ignore[assignment]  # of a model that only has the class: type(model)(config)
     theirs: ClassVar[Theirs]
@@ -52,7 +52,7 @@ class StandIn(nn.Module):
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol):
-        """Copies and pickles are accelerated too; what is pickled names transformers' class and ours."""
+        """Copies and unpickled modules are accelerated too. A pickle names transformers' class and the base here."""
         ours, base = type(self).__bases__
         return _empty, (base, ours), self.__dict__
 
@@ -86,7 +86,7 @@ def _make(base: Any, ours: Any) -> Any:
         return self.compute(*args, **kwargs)
 
     parameters = list(inspect.signature(base.forward).parameters.values())[1:]
-    # A class that was patched before we came is called, and never computed in its place.
+    # A class whose forward was patched before acceleration is always called.
     known = [
         kind if kind in _originals or is_of_transformers(kind.forward) else object
         for kind in (GPT2Attention, GPT2MLP, Conv1D, NewGELUActivation)
@@ -106,17 +106,18 @@ def _make(base: Any, ours: Any) -> Any:
     return made
 
 
-# Classes of transformers, and their `forward` as it was when we met them; None where it was somebody else's already.
+# Classes of transformers with the `forward` that they had when first accelerated; None if it was already patched.
 _originals: dict[Any, Any] = {}
 
 
 def _is_original(kind: Any) -> bool:
-    """Whether the class has the `forward` that transformers gave it; torch.compile cannot compare wrapped functions."""
+    """Whether the class has transformers' own `forward`. True under torch.compile, which cannot compare wrapped
+    functions."""
     return torch.compiler.is_compiling() or _originals.get(kind) is kind.forward
 
 
 def is_of_transformers(function: Any) -> bool:
-    """Whether a function, and every one that it wraps, is written in transformers or PyTorch."""
+    """Whether a function and every function that it wraps are defined in transformers or PyTorch."""
     import transformers
 
     homes = tuple(str(Path(package.__file__ or "").parent) for package in (transformers, torch))
@@ -129,6 +130,6 @@ def is_of_transformers(function: Any) -> bool:
 
 
 def is_untouched(module: Any, kind: Any) -> bool:
-    """`is_stock` for classes whose `forward` transformers wraps, and for those that stand in for them."""
+    """`is_stock` for classes whose `forward` transformers wraps, and for the classes that replace them."""
     theirs = kind.__bases__[1] if issubclass(kind, StandIn) else kind
     return type(module) is kind and not is_watched(module) and _is_original(theirs)

@@ -1,4 +1,4 @@
-"""What runs where in a model of transformers: op, road, why."""
+"""A table of how the ops of a transformers model are computed: op, road, why."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.stock import LinearWeights, is_stock
 
 THEIRS = "transformers"
+LINEAR = "matrix products are PyTorch's, on Conv1D's weight by strides; the kernel for few rows reads (out, in) alone"
 
 
 class Row(NamedTuple):
-    """op: what is computed. road: "triton", "torch", "modules" (called one by one) or "transformers". why: in words."""
+    """op: the op. road: what computes it, "triton", "torch", "modules" (called one by one), "transformers" or "none".
+    why: the reason in words."""
 
     op: str
     road: str
@@ -26,7 +28,7 @@ class Row(NamedTuple):
 
 
 class Report(tuple[Row, ...]):
-    """Rows of `report`; printed, a table."""
+    """The rows of `report`, printed as a table."""
 
     def __str__(self) -> str:
         rows = [Row("op", "road", "why"), *self]
@@ -35,9 +37,9 @@ class Report(tuple[Row, ...]):
 
 
 def report(model: nn.Module) -> Report:
-    """How the first GPT-2 of transformers in `model` is computed now, with its parameters where they are.
+    """How the first GPT-2 of transformers in `model` is computed with its parameters on their current device.
 
-    Raises TypeError where there is none.
+    Raises TypeError if there is none.
     """
     from transformers import GPT2LMHeadModel, GPT2Model
 
@@ -54,7 +56,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _registered(body: Any) -> Row:
-    """Attention of a model that is not accelerated, or of calls that go transformers' way."""
+    """The attention of a model that is not accelerated, or whose calls transformers' forward computes."""
     name = body.config._attn_implementation
     if name != attention.NAME:
         return Row("attention", THEIRS, f"attn_implementation={name!r}")
@@ -113,8 +115,8 @@ def _switch(op: str, road: str) -> str:
 
 
 def _row(op: str, road: str, switch: str, called: list[str]) -> Row:
-    """A row whose op is fused but for the modules `called`."""
-    why = _switch(switch, road) if switch else "matrix products are PyTorch's, on Conv1D's weight by strides"
+    """The row of an op that is fused, except for the modules `called`."""
+    why = _switch(switch, road) if switch else LINEAR
     if called:
         shown = ", ".join(called[:4]) + (f" and {len(called) - 4} more" if len(called) > 4 else "")
         why += f"; replaced or with hooks, so called as modules: {shown}"

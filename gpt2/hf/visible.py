@@ -1,15 +1,15 @@
-"""Which keys each query sees, in the form that our kernels take, as a tensor that goes where transformers' masks go.
+"""The keys that each query sees, in a form for the kernels and as a tensor that transformers passes on like a mask.
 
-Every query sees one run of keys that ends with itself. None: it begins with the first key. Otherwise one of
+Every query sees consecutive keys that end with itself. If they begin with the first key the form is None, otherwise
 
-    documents   int32 (1, 1, 1, B*T + 1)    T queries against the same T tokens: where the run of each of the B*T
-                                            flattened tokens begins, and B*T. Equal neighbours are one document.
-    ranges      int64 (B, 1, T, 1 or 2)     T queries behind tokens in a cache: the run's end, and its beginning where
-                                            it may be another than 0
+    documents   int32 (1, 1, 1, B*T + 1)    for T queries against the same T tokens: the first key of each of the B*T
+                                            flattened tokens, then B*T. Neighbours with the same one form a document.
+    ranges      int64 (B, 1, T, 1 or 2)     for T queries after tokens in a cache: the end of the keys and, if it may
+                                            differ from 0, their beginning
 
-Both have four dimensions, as a mask that transformers leaves as it is, and sizes that follow from shapes alone, so that
-nothing waits for the device and equal batches are equal launches. Padding is a document of its own, left or right:
-real tokens see what they should, and padding sees padding.
+Both have four dimensions, because transformers leaves such a mask unchanged. Their sizes depend only on shapes, so that
+nothing waits for the device and equal shapes give equal launches. Padding on the left or right is a separate document:
+real tokens see the right keys, and padding sees padding.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ HOLES = (
 
 
 def starts_of_padding(real: Tensor) -> Tensor:
-    """real (B, T) bool, in one run a row -> where each token's run of equal values begins, (B, T)."""
+    """real (B, T) bool, one run of True a row -> the start of each token's run of equal values, (B, T)."""
     return starts_of_documents(real[:, 1:] != real[:, :-1])
 
 
 def starts_of_positions(position_ids: Tensor) -> Tensor:
-    """position_ids (B, T), which restart where a document begins -> where each token's document begins, (B, T)."""
+    """position_ids (B, T), which restart at the start of a document -> the start of each token's document, (B, T)."""
     return starts_of_documents(position_ids.diff(dim=1) != 1)
 
 
 def starts_of_documents(is_first: Tensor) -> Tensor:
-    """is_first (B, T - 1): whether token t + 1 begins a document -> where each token's one begins, (B, T)."""
+    """is_first (B, T - 1), whether token t + 1 begins a document -> the start of each token's document, (B, T)."""
     place = torch.arange(1, is_first.size(1) + 1, device=is_first.device)
     zero = torch.zeros(is_first.size(0), 1, dtype=torch.int64, device=is_first.device)
     return torch.cat([zero, torch.where(is_first, place, 0)], 1).cummax(1).values
 
 
 def documents(starts: Tensor) -> Tensor:
-    """starts (B, T), within rows -> the form above."""
+    """starts (B, T), each token's start within its row -> the form `documents` above."""
     B, T = starts.shape
     rows = torch.arange(B, device=starts.device)[:, None] * T
     ends = torch.full((1,), B * T, device=starts.device)
@@ -54,20 +54,27 @@ def documents(starts: Tensor) -> Tensor:
 
 
 def ranges(stop: Tensor, start: Tensor | None) -> Tensor:
-    """stop (T,), start (B,) -> the form above; without start (1, 1, T, 1), the same for all rows."""
+    """stop (T,), start (B,) -> the form `ranges` above. Without start it is (1, 1, T, 1), the same for all rows."""
     stop = stop.long()
     if start is None:
         return stop[None, None, :, None]
     return torch.stack(torch.broadcast_tensors(stop[None, :], start.long()[:, None]), -1)[:, None]
 
 
+def lengths_and_starts(ranges: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
+    """Of ranges with one query: how many tokens lie before it in each row's cache, (B,) int32, and where they begin;
+    None where all begin at 0."""
+    first, *more = ranges[:, 0, 0].expand(B, -1).to(torch.int32).unbind(1)
+    return (first - 1).contiguous(), more[0].contiguous() if more else None
+
+
 def is_visible(mask: Any) -> bool:
-    """Whether `mask` is one of the forms above, and not a mask of transformers or of the user."""
+    """Whether `mask` has one of the forms above, and is not a mask of transformers or of the user."""
     return isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64)
 
 
 def as_booleans(mask: Tensor | None, B: int, T: int, S: int) -> Tensor | None:
-    """The same for PyTorch's attention of T queries over S keys: (B, 1, T, S) bool; None stays None."""
+    """The mask as booleans for PyTorch's attention of T queries over S keys: (B, 1, T, S). None stays None."""
     if mask is None or not is_visible(mask):
         return mask
     if mask.dtype == torch.int32:
@@ -80,8 +87,8 @@ def as_booleans(mask: Tensor | None, B: int, T: int, S: int) -> Tensor | None:
 
 
 def holds(condition: Tensor, message: str) -> bool:
-    """Whether all of `condition` is true. Where code is being compiled that is not known yet: True, and what was
-    compiled raises RuntimeError."""
+    """Whether all of `condition` is true. Under torch.compile this is not known yet: returns True, and the compiled
+    code raises RuntimeError if it is not."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition.all(), message)
         return True
@@ -97,16 +104,16 @@ def encode(
     device: torch.device | str = "cpu",
     booleans: bool = False,
 ) -> Tensor | None:
-    """T queries a row behind `past` tokens, over S keys, of which a static cache has more than there are tokens.
+    """The form above for T queries a row after `past` tokens, over S keys. A static cache has more keys than tokens.
 
-    real (B, S) bool: tokens that are no padding; None for all. booleans: where there is padding, a mask (B, 1, T, S)
-    for PyTorch's attention, as transformers' own. Raises ValueError for padding between real tokens without.
+    real (B, S) bool: the tokens that are not padding; None if all are real. booleans: if there is padding, returns a
+    mask (B, 1, T, S) for PyTorch's attention instead. Without it, raises ValueError for padding between real tokens.
     """
     compiling = torch.compiler.is_compiling()
     if isinstance(past, Tensor) and (T > 1 or real is not None) and not compiling:
         past = int(past)
     if real is not None and not compiling and bool(real[:, : past + T].all()):
-        real = None  # the usual batch: the kernel without documents is faster
+        real = None  # a batch without padding, for which the kernel without documents is faster
     known = not isinstance(past, Tensor)
     if real is None:
         if known and (past == 0 or (T == 1 and past + T == S)):
@@ -124,10 +131,10 @@ def encode(
 
 
 def from_booleans(seen: Tensor, past: int | Tensor) -> Tensor | None:
-    """The form above of who sees whom, (B, 1, T, S) bool, T queries behind `past` tokens.
+    """The form above of the mask `seen` (B, 1, T, S) bool for T queries after `past` tokens.
 
-    A token that neither sees itself nor is seen is padding. Raises ValueError unless every other query sees a run of
-    keys that ends with itself, and each run is a document's.
+    A token that neither sees itself nor is seen by any query is padding. Raises ValueError unless every other query
+    sees consecutive keys that end with itself and begin with its document.
     """
     wrong = "the mask lets tokens see something else than the tokens before them in their document"
     T, S = seen.shape[2:]

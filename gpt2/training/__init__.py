@@ -1,1 +1,1 @@
-"""A training run: its settings, its steps, its folder, and what is shown of it."""
+"""Training: the settings of a run, its steps, its folder and its reports."""

@@ -1,4 +1,4 @@
-"""log.jsonl of a run, read."""
+"""Reading a run's log.jsonl."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LOG = "log.jsonl"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, none where there is none; a last line that was cut off in writing is left out.
+    """The records of a log.jsonl, or [] if the file does not exist. An incomplete last line is ignored.
 
-    Raises ValueError naming a line that is no JSON or no record of a step.
+    Raises ValueError naming a line that is not JSON or not the record of a step.
     """
     if not path.exists():
         return []
@@ -23,5 +23,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step"), int):
-            raise ValueError(f"{path}, line {number} is no record of a step: {line[:60]}")
+            raise ValueError(f"{path}, line {number} is not the record of a step: {line[:60]}")
     return records

@@ -1,4 +1,4 @@
-"""Steps that must not be made: losses and gradients that are no numbers, and losses far above those before."""
+"""Detecting bad steps: a loss or gradient that is NaN or infinite, or a loss far above the previous ones."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections import deque
 from typing import Any
 
 RECENT_STEPS = 20
-SMALLEST_DEVIATION = 0.01  # nats: a loss that stands still is no reason to call its next move a spike
+SMALLEST_DEVIATION = 0.01  # nats; after a nearly constant loss, a small change is not a spike
 MOST_IN_A_ROW = 20
 
 
 class LossWatch:
-    """Looks at every step before its update.
+    """Checks every step before its update.
 
-    spike: standard deviations of the last 20 losses that one may lie above their mean. Counted so, the noise of small
-    batches is no spike, and a small jump of a large batch is one.
+    spike: a loss is bad if it exceeds the mean of the last 20 losses by more than this many of their standard
+        deviations. So the noise of small batches is not a spike, and a small jump with a large batch is one.
     """
 
     def __init__(self, spike: float):
@@ -25,14 +25,14 @@ class LossWatch:
         self.left_out = 0
 
     def problem(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, None if nothing is."""
+        """A description of what is wrong with a step; None if it is good. loss: nats a token."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            return f"the loss is {loss}, the gradient's norm {grad_norm}"
+            return f"the loss is {loss} and the gradient's norm {grad_norm}"
         if len(self.recent) == RECENT_STEPS:
             mean, deviation = statistics.fmean(self.recent), statistics.pstdev(self.recent)
             if loss > mean + self.spike * max(deviation, SMALLEST_DEVIATION):
                 return (
-                    f"the loss is {loss:.4f}, the mean of the {RECENT_STEPS} before it {mean:.4f}, their standard "
+                    f"the loss is {loss:.4f}, the {RECENT_STEPS} losses before it have mean {mean:.4f} and standard "
                     f"deviation {deviation:.4f}"
                 )
         self.recent.append(loss)
@@ -40,7 +40,7 @@ class LossWatch:
         return None
 
     def leave_out(self, step: int, problem: str) -> None:
-        """Notes that a step's update is not made. Raises FloatingPointError where that has become the rule."""
+        """Records that the update of a step is left out. Raises FloatingPointError after more than 20 in a row."""
         self.left_out += 1
         if self.left_out > MOST_IN_A_ROW:
             raise FloatingPointError(f"step {step}: {problem}, the {self.left_out}th bad step in a row; lower lr")

@@ -1,4 +1,4 @@
-"""The optimizer and learning-rate schedule of the GPT-2 reproduction."""
+"""The optimizer and the learning-rate schedules of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adamw(
     optimizer: str = "torch",
     max_norm: float | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and embeddings only (tensors of two and more dimensions).
+    """AdamW with weight decay on matrices and embeddings only (tensors of two and more dimensions).
 
     device_type: "cuda", "cpu", ... where the parameters are or will be.
     optimizer: "torch": PyTorch's, fused on CUDA and CPU. "triton": `TritonAdamW`, two launches with the clipping, whose
@@ -52,7 +52,7 @@ def adamw(
 
 
 def cosine_schedule(step: int, *, peak: float, floor: float, warmup: int, steps: int) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up to `peak`, then a cosine down to `floor` at `steps`."""
+    """The learning rate of step `step`, from 0: linear warm-up to `peak`, then a cosine down to `floor` at `steps`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -60,10 +60,8 @@ def cosine_schedule(step: int, *, peak: float, floor: float, warmup: int, steps:
 
 
 def wsd_schedule(step: int, *, peak: float, floor: float, warmup: int, steps: int, decay: int) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, `peak` until the last `decay` steps, a line to `floor`.
-
-    Source: Hu et al., "MiniCPM", 2024 (warmup, stable, decay).
-    """
+    """The learning rate of step `step`, from 0: linear warm-up, then `peak`, then in the last `decay` steps a linear
+    decay to `floor`. Source: Hu et al., "MiniCPM", 2024 (warmup, stable, decay)."""
     if step < warmup:
         return peak * (step + 1) / warmup
     fallen = min(1.0, max(0, step - (steps - decay)) / max(1, decay))

@@ -1,4 +1,4 @@
-"""How long a run takes on this machine: a short measurement, so that "about two minutes" holds on a slow laptop too."""
+"""Fitting the length of a run to this machine by a short measurement, so that slow machines need two minutes too."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.train_config import TrainConfig
 
-RUN_S = 100.0  # of steps; the rest of two minutes is for start, validations, sample and picture
+RUN_S = 100.0  # for the steps; the rest of two minutes is for start, validation, sample and plot
 MEASURE_S = 2.0
 FEWEST_STEPS = 100
-VOCABULARY = 100  # about as many characters as a text has
+VOCABULARY = 100  # about the number of different characters of a text
 
 
 def fitted(config: TrainConfig) -> tuple[TrainConfig, float]:
-    """(`config` with no more steps than take RUN_S here, and validations and warm-up in proportion; ms of a step)."""
+    """(`config` with at most the steps that take RUN_S on this machine, and eval_interval and warmup in proportion; the
+    duration of a step in ms)."""
     seconds = step_seconds(config)
     steps = int(RUN_S / seconds) // FEWEST_STEPS * FEWEST_STEPS
     steps = min(config.steps, max(FEWEST_STEPS, steps))
@@ -32,10 +33,8 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, float]:
 
 
 def step_seconds(config: TrainConfig) -> float:
-    """Median time of one process's step on random tokens, measured for MEASURE_S or, where that is longer, one step.
-
-    The first of several, which allocates, does not count.
-    """
+    """The median duration, in seconds, of a step of one process on random tokens, measured for MEASURE_S and at least
+    one step. If there are several, the first one is not counted, because it allocates memory."""
     model = GPT(config.model_config(VOCABULARY), kernels=config.kernels)
     optimizer = model.configure_optimizers(config.weight_decay, config.lr, (0.9, config.beta2), "cpu")
     idx = torch.randint(VOCABULARY, (config.batch_size, config.block_size))

@@ -1,4 +1,4 @@
-"""Loss curves as a picture, from the logs of runs."""
+"""Plots of loss curves from the logs of runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from fastgpt2.gpt2.files import write_atomically
 from fastgpt2.gpt2.training.log import LOG, read_log
 
 FORMATS = (".pdf", ".png", ".svg")
-# The largest unit of time in which the longest run is at least 2: not "0.02 hours" for a minute.
+# Hours per unit of time. A plot uses the largest unit in which the longest run takes at least 2.
 UNITS = {"days": 24.0, "hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}
-SMOOTHING_WINDOWS = 50  # a running mean over a 50th of a run
-# acc_norm of OpenAI's weights, as build-nanogpt reports it; the same examples for every model, so always comparable.
+SMOOTHING_WINDOWS = 50  # the running mean is over a 50th of the run
+# acc_norm by chance and of OpenAI's weights as build-nanogpt reports it. All models answer the same examples.
 HELLASWAG_REFERENCES = {"chance": 0.25, "OpenAI's GPT-2 124M (build-nanogpt)": 0.2955}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The log of one run; arrays over its steps. hours: of training, without validation and sampling."""
+    """The log of one run as arrays over its steps. hours: time in training, without validation and sampling. loss and
+    val_loss: nats a token. Values that a step does not have are NaN."""
 
     name: str
     tokens: np.ndarray
@@ -34,15 +35,15 @@ class Curve:
 
     @classmethod
     def read(cls, run: Path) -> Curve:
-        """Raises FileNotFoundError for a folder without a log, ValueError for a log without steps."""
+        """Reads the folder of a run. Raises FileNotFoundError if it has no log, ValueError if the log has no steps."""
         if not (run / LOG).is_file():
-            raise FileNotFoundError(f"{run} is no run: it has no {LOG}")
+            raise FileNotFoundError(f"{run} is not the folder of a run: it has no {LOG}")
         records = read_log(run / LOG)
         if not records:
             raise ValueError(f"{run / LOG} has no steps yet")
 
         def column(name: str) -> np.ndarray:
-            return np.array([record.get(name) for record in records], dtype=float)  # what is not there is NaN
+            return np.array([record.get(name) for record in records], dtype=float)  # None becomes NaN
 
         hours = np.cumsum(column("step_ms")) / 3.6e6
         columns = (column(name) for name in ("loss", "val_loss", "hellaswag"))
@@ -50,10 +51,11 @@ class Curve:
 
 
 def plot_runs(runs: Sequence[Path], picture: Path, references: Mapping[str, float] | None = None) -> None:
-    """All runs in one picture: loss against tokens and against time, and HellaSwag against tokens where it was scored.
+    """Plots all runs in one picture: loss against tokens and time, and HellaSwag against tokens if it was scored.
 
-    runs: folders. picture: a file that ends in .pdf, .png or .svg; ValueError for another.
-    Thin lines: every step; thick: running mean; dots: validation. references: name -> loss, drawn as horizontal lines.
+    runs: their folders. picture: the file to write, .pdf, .png or .svg. references: name -> loss, drawn as horizontal
+        lines. Thin lines are all steps, thick lines running means, dots validation.
+    Raises ValueError for another kind of file or a log without steps, FileNotFoundError for a folder without a log.
     """
     if picture.suffix not in FORMATS:
         raise ValueError(f"out is {str(picture)!r}, allowed are names that end in {', '.join(FORMATS)}")
@@ -77,18 +79,18 @@ def plot_runs(runs: Sequence[Path], picture: Path, references: Mapping[str, floa
             color = f"C{curves.index(curve)}"
             axes.plot(curve.tokens[there], curve.hellaswag[there], color=color, marker="o", label=curve.name)
         _references(axes, HELLASWAG_REFERENCES)
-        axes.set(xlabel="tokens trained on", ylabel="HellaSwag, acc_norm")
+        axes.set(xlabel="tokens trained on", ylabel="HellaSwag, build-nanogpt's acc_norm")
     _finish([by_tokens, by_time, *rest], [by_time])
     _save(figure, picture)
 
 
 def time_unit(hours: float) -> str:
-    """One of `UNITS`, for the longest run."""
+    """The name in `UNITS` of the unit of time for a longest run of `hours`."""
     return next((unit for unit, size in UNITS.items() if hours >= 2 * size), "seconds")
 
 
 def plot_losses(log: Path, png: Path, title: str) -> None:
-    """Training loss of every step and its running mean, and validation loss, of one run against tokens."""
+    """Plots one run against tokens: the training loss of every step, its running mean and the validation loss."""
     from matplotlib.figure import Figure
 
     curve = Curve.read(log.parent)

@@ -1,12 +1,14 @@
-"""What a run says while it goes: a bar on a terminal, plain lines elsewhere."""
+"""Reports of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from rich.progress import Progress as RichProgress
 
 from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.data.corpus import Corpus
+from fastgpt2.gpt2.data.windows import Say
 from fastgpt2.gpt2.evaluation.evaluate import Watch
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.output import visible
@@ -28,11 +31,11 @@ from fastgpt2.gpt2.training.run_folder import Record
 from fastgpt2.gpt2.training.train_config import TrainConfig
 
 RECENT_STEPS = 20
-QUIET_S, LINE_EVERY_S = 2.0, 10.0  # before the first line about a long computation, and between two
+QUIET_S, LINE_EVERY_S = 2.0, 10.0  # time before the first line about a long computation, and between lines
 
 
 class Progress:
-    """Shows records: the latest on a bar, those with a validation loss on lines of their own."""
+    """Shows records: the latest one on a progress bar, and those with a validation loss as lines."""
 
     def __init__(self, console: Console, steps: int, done: int = 0):
         self._console = console
@@ -79,7 +82,7 @@ class Progress:
 
 
 def watched(console: Console, what: str, unit: str = "batches") -> Watch:
-    """Passes items on and shows how far it is: a bar on a terminal, elsewhere a line on standard error now and then."""
+    """Passes items on and shows the progress: a bar on a terminal, elsewhere a line on standard error now and then."""
     if console.is_terminal:
         return functools.partial(track, description=what, console=console, transient=True)
     return functools.partial(_said_now_and_then, what=what, unit=unit)
@@ -96,15 +99,42 @@ def _said_now_and_then(items: Sequence[Any], what: str, unit: str) -> Iterator[A
             due = now + LINE_EVERY_S
 
 
+@contextlib.contextmanager
+def stages(console: Console, what: str) -> Iterator[Say]:
+    """Shows what a computation of unknown length is at: the argument of the last call of what the `with` is given.
+
+    On a terminal beside a spinner; elsewhere, from two seconds on, as a line on standard error now and then.
+    """
+    if console.is_terminal or console.quiet:
+        with console.status(what) as status:
+            yield lambda stage: status.update(f"{what}: {stage}")
+        return
+    begin, ended, latest = time.monotonic(), threading.Event(), ["begun"]
+
+    def tell() -> None:
+        wait = QUIET_S
+        while not ended.wait(wait):
+            print(f"{what}: {latest[0]}, {time.monotonic() - begin:.0f} s so far", file=sys.stderr, flush=True)
+            wait = LINE_EVERY_S
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield lambda stage: latest.__setitem__(0, stage)
+    finally:
+        ended.set()
+        teller.join()
+
+
 def cost(record: Record) -> str:
-    """What a step takes, as far as it is known."""
+    """The MFU and peak memory of a step as text, as far as they are known."""
     mfu = "" if record.mfu is None else f"  MFU {record.mfu:.1%}"
     memory = "" if record.peak_memory_bytes is None else f"  peak {record.peak_memory_bytes / 2**30:.2f} GiB"
     return mfu + memory
 
 
 def line(console: Console, text: str) -> None:
-    """Exactly this text: no markup, no colours for numbers, no line breaks of rich's own."""
+    """Prints exactly `text`, without rich's markup, colours and line breaks."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -118,16 +148,17 @@ def announce(
     done: int,
     val_loss: float,
 ) -> None:
-    """What is about to happen, in a few lines."""
+    """Prints what is about to be trained, in a few lines."""
     c = model.config
     kernels = ", ".join(f"{op} {how}" for op, how in vars(model.kernels).items())
     same = set(vars(model.kernels).values())
-    documents = "" if corpus.documents is None else f"{corpus.documents:,} documents, "
+    documents = "" if corpus.n_documents is None else f"{corpus.n_documents:,} documents, "
     rows = {
         "text": f"{corpus.name}: {documents}{len(corpus.train):,} tokens and {len(corpus.val):,} held out, "
         f"vocabulary {corpus.tokenizer.vocab_size}",
         "model": f"{model.get_num_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"width {c.n_embd}, block {c.block_size}",
+        **({} if config.init_from is None else {"from": config.init_from}),
         "run": f"{config.steps} steps of {config.tokens_per_step(processes):,} tokens on {config.device} in "
         f"{config.dtype}, {f'{processes} processes with {config.parallel}, ' if processes > 1 else ''}"
         f"kernels {same.pop() if len(same) == 1 else kernels}{', compiled' if config.compile else ''}"
@@ -157,12 +188,12 @@ def _mfu_in_words(model: GPT) -> str:
 
 
 def show_sample(console: Console, prompt: str, sample: str) -> None:
-    """What the trained model writes."""
+    """Prints a text that the trained model generated after `prompt`."""
     line(console, f"\n--- a sample, from {prompt!r} ---\n{visible(sample, console.file)}\n---\n")
 
 
 def show_end(console: Console, folder: Path, prompt: str, record: Record, stopped_by: signal.Signals | None) -> None:
-    """Where everything is."""
+    """Prints where the run's results are, and the signal that stopped it, if any."""
     if stopped_by is not None:
         line(console, f"stopped by {stopped_by.name} after step {record.step}, saved as it stands")
     line(console, f"run    {folder}")
@@ -170,7 +201,7 @@ def show_end(console: Console, folder: Path, prompt: str, record: Record, stoppe
 
 
 def shell_word(text: str) -> str:
-    """`text` as bash and zsh read it back: what cannot be seen is escaped."""
+    """`text` quoted for bash and zsh, with unprintable characters escaped."""
     if text.isprintable():
         return shlex.quote(text)
     return "$'" + "".join(c if c.isprintable() and c not in "\\'" else _escaped(c) for c in text) + "'"

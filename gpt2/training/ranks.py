@@ -1,8 +1,8 @@
-"""The processes of one run: who they are, what they tell one another, and a model spread over them.
+"""The processes of one run (ranks), their communication, and the parallel model.
 
     torchrun --standalone --nproc_per_node=8 -m fastgpt2.gpt2 train ...
 
-One process that torchrun did not start is a run of its own, and everything here then does nothing.
+Without torchrun there is one process, and all communication is skipped.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: of this process, 0..size - 1; the first one writes. device: where this process computes."""
+    """rank: the number of this process, 0..size - 1; rank 0 writes files. size: the number of processes. device: where
+    this process computes."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    began: bool = False  # the process group is this run's own
+    began: bool = False  # whether `join` created the process group
 
     @classmethod
     def join(cls, device: str) -> Ranks:
-        """This process among those that torchrun started, each with the GPU of its local rank; alone without torchrun.
+        """Joins the processes that torchrun started, each with the GPU of its local rank. Without torchrun, size is 1.
 
-        Collectives go through NCCL between GPUs and through gloo between CPUs, or through the process group that is
-        there already. Call `leave` at the end.
+        Collectives use NCCL between GPUs and gloo between CPUs, or an existing process group. Call `leave` at the end.
+        Raises ValueError if several processes are given one GPU by its index.
         """
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
@@ -44,7 +45,7 @@ class Ranks:
         place = torch.device(device)
         if place.type == "cuda":
             if place.index is not None:
-                raise ValueError(f"device is {device!r}, with {size} processes each takes its own: give cuda")
+                raise ValueError(f"device is {device!r}, but each of {size} processes uses another GPU: give 'cuda'")
             place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(place)
         began = not dist.is_initialized()
@@ -54,6 +55,7 @@ class Ranks:
         return cls(place, dist.get_rank(), size, began)
 
     def leave(self) -> None:
+        """Destroys the process group if `join` created it."""
         if self.began:
             dist.destroy_process_group()
 
@@ -62,18 +64,18 @@ class Ranks:
         return self.rank == 0
 
     def all_reduce_mean(self, values: Tensor) -> list[float]:
-        """Of every element over the ranks, on each of them. Waits for the device."""
+        """The mean of every element over the ranks, on each of them. Waits for the device."""
         return [value / self.size for value in self.all_reduce(values)]
 
     def all_reduce(self, values: Tensor) -> list[float]:
-        """Of every element over the ranks, on each of them. Waits for the device."""
+        """The sum of every element over the ranks, on each of them. Waits for the device."""
         values = values.detach().to(self.device)
         if self.size > 1:
             dist.all_reduce(values)
         return values.tolist()
 
     def all_reduce_max(self, value: int) -> int:
-        """On any rank."""
+        """The maximum of `value` over the ranks, on each of them. Waits for the device."""
         if self.size == 1:
             return value
         shared = torch.tensor(value, device=self.device)
@@ -81,9 +83,9 @@ class Ranks:
         return int(shared)
 
     def broadcast(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; only rank 0 calls it. Waits for rank 0.
+        """Calls `work` on rank 0 only and returns its result on every rank. Waits for rank 0.
 
-        Raises on every rank where it raises.
+        If it raises, every rank raises.
         """
         value = self.on_all(work if self.first else lambda: None)
         if self.size == 1:
@@ -93,9 +95,10 @@ class Ranks:
         return cast(T, box[0])
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """What `work` returns on this rank, once it is done on all of them.
+        """Calls `work` on every rank and returns this rank's result when all ranks are done.
 
-        Raises on every rank where it raises on one: a rank that went on alone would wait for the others for ever.
+        If it raises on one rank, every rank raises, because a rank that continued alone would wait for the others
+        forever.
         """
         if self.size == 1:
             return work()
@@ -113,7 +116,7 @@ class Ranks:
         return cast(T, value)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank has, in their order, on every rank."""
+        """The list of every rank's `value`, in the order of the ranks, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -122,10 +125,11 @@ class Ranks:
 
 
 def parallelize(model: GPT, ranks: Ranks, parallel: str, compile: bool) -> nn.Module:
-    """What a step calls instead of `model`, whose parameters it shares: averages gradients over the ranks.
+    """The module that training steps call instead of `model`. It shares the model's parameters and averages gradients
+    over the ranks.
 
-    parallel: "ddp": every rank holds the model. "fsdp": every rank holds a part of each parameter, of its gradient and
-        of the optimizer's state (FSDP2); call it before the optimizer is made.
+    parallel: with "ddp" every rank holds the whole model. With "fsdp" every rank holds a part of each parameter, of its
+        gradient and of the optimizer's state (FSDP2); call this before the optimizer is created.
     """
     if ranks.size > 1 and parallel == "fsdp":
         _shard(model, ranks)
@@ -137,11 +141,12 @@ def parallelize(model: GPT, ranks: Ranks, parallel: str, compile: bool) -> nn.Mo
 
 
 def _shard(model: GPT, ranks: Ranks) -> None:
-    """A block's parameters are gathered before its forward and before its backward, and given up after each."""
+    """Shards the model with FSDP2. A block's parameters are gathered before its forward and before its backward, and
+    freed after each."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # The model computes nothing in place on a view, which FSDP2 warns of whenever a module returns one.
+    # FSDP2 warns about in-place operations on views whenever a module returns a view. The model makes none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for block in model.transformer.h:
@@ -150,10 +155,8 @@ def _shard(model: GPT, ranks: Ranks) -> None:
 
 
 def set_gradient_sync(module: Any, wanted: bool) -> None:
-    """Whether the next forward and backward of what `parallelize` gave average gradients: only a step's last pass does.
-
-    To be set before the forward: DDP decides there.
-    """
+    """Sets whether the next forward and backward of `module`, made by `parallelize`, average gradients over the ranks.
+    Only the last pass of a step needs to. Call this before the forward, in which DDP reads the setting."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module.require_backward_grad_sync = wanted
     elif hasattr(module, "set_requires_gradient_sync"):

@@ -19,18 +19,19 @@ from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import kernels_digest
 from fastgpt2.gpt2.training.log import LOG, read_log
-from fastgpt2.gpt2.training.train_config import TrainConfig, settings_text
+from fastgpt2.gpt2.training.train_config import TrainConfig, read_settings, settings_text
 
 CONFIG, ABOUT, PLOT = "config.yaml", "about.json", "loss.png"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One step, one line of log.jsonl. Losses are in nats a token; rates leave validation out.
+    """The record of one step, a line of log.jsonl. Losses are in nats a token; times do not include validation.
 
-    tokens: trained on so far. loss: mean over the step's passes, before its update. mfu: FLOPs of the model, by
-    `GPTConfig.flops_per_token`, over the peak of all GPUs, None where that is unknown. peak_memory_bytes: of this
-    process. val_loss: after the update. hellaswag: acc_norm after it. left_out: why the step made no update.
+    tokens: all tokens trained on so far. loss: the mean over the step's passes, before its update. mfu: the model's
+    FLOP/s by `GPTConfig.flops_per_token` divided by the peak of all GPUs; None if the peak is unknown.
+    peak_memory_bytes: of this process. val_loss, hellaswag (`nanogpt_acc_norm`): after the update. left_out: the reason
+    if the step's update was left out.
     """
 
     step: int
@@ -47,12 +48,12 @@ class Record:
     left_out: str | None = None
 
     def numbers(self) -> dict[str, float]:
-        """Every number that is there, by name."""
+        """All numbers that the record has, by name, without the step."""
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
 
     def line(self) -> str:
-        """One line of JSON, where infinity and what is no number are null."""
+        """The record as one line of JSON, in which NaN and infinity are null."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         return json.dumps(values, allow_nan=False) + "\n"
@@ -64,10 +65,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: str | None, preset: str, held: contextlib.ExitStack) -> RunFolder:
-        """A new folder, which is this process's until `held` is closed: `out`, or runs/DATE-TIME-PRESET.
+        """Creates the folder `out`, or runs/DATE-TIME-PRESET, and locks it for this process until `held` is closed.
 
-        What a run left there that was killed before its config.yaml was written goes. Raises FileExistsError where
-        anything else is in it, BlockingIOError where another run is using it.
+        Files of a run that was killed before its config.yaml was written are deleted. Raises FileExistsError if the
+        folder has other files, BlockingIOError if another run uses it.
         """
         if out is None:
             named = Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{preset}"
@@ -83,7 +84,7 @@ class RunFolder:
                 if out is not None:
                     raise
                 continue
-            if _is_new(path):  # still: nobody was quicker
+            if _is_new(path):  # no other process has used it before this one locked it
                 for leftover in path.iterdir():
                     if leftover.name != LOCK:
                         leftover.unlink()
@@ -94,13 +95,13 @@ class RunFolder:
         raise FileExistsError(f"out is {str(path)!r}, which is not an empty folder: choose another")
 
     def write_config(self, config: TrainConfig, model: GPT, corpus: Corpus) -> None:
-        """Every setting as it was used, which `--config` takes; beside it what the settings led to."""
+        """Writes all settings to config.yaml, which `--config` reads, and to about.json what they led to."""
         content: dict[str, Any] = {
             "model": dataclasses.asdict(model.config),
             "kernels": dataclasses.asdict(model.kernels),
             "text": {
                 "name": corpus.name,
-                "documents": corpus.documents,
+                "documents": corpus.n_documents,
                 "tokens": len(corpus.train),
                 "held_out": len(corpus.val),
             },
@@ -109,19 +110,25 @@ class RunFolder:
         write_atomically(self.path / ABOUT, json.dumps(content, indent=2) + "\n")
         write_atomically(self.path / CONFIG, settings_text(config))
 
+    def set_steps(self, steps: int) -> None:
+        """config.yaml says how long the run is, also where it is longer than it was begun."""
+        config = TrainConfig(**read_settings(self.path / CONFIG))
+        if config.steps != steps:
+            write_atomically(self.path / CONFIG, settings_text(dataclasses.replace(config, steps=steps)))
+
     def log(self, record: Record) -> None:
-        """Appends one line, in one write."""
+        """Appends the record to the log as one line, in one write."""
         with open(self.path / LOG, "a", encoding="utf-8") as file:
             file.write(record.line())
 
     def rewind_log(self, step: int) -> dict[str, Any] | None:
-        """Leaves the lines up to that of `step`, which it returns, None where there is no such line."""
+        """Removes the log's lines after `step`. Returns the record of `step`, or None if the log has no line of it."""
         kept = [record for record in read_log(self.path / LOG) if record["step"] <= step]
         write_atomically(self.path / LOG, "".join(json.dumps(record) + "\n" for record in kept))
         return kept[-1] if kept and kept[-1]["step"] == step else None
 
     def sweep(self) -> None:
-        """Removes what a process left that was killed while it wrote: files of temporary names."""
+        """Removes temporary files that a process left when it was killed while writing."""
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
 
@@ -132,7 +139,7 @@ class RunFolder:
 
 
 def _is_new(path: Path) -> bool:
-    """Whether nothing is there but what a run leaves that was killed before its config.yaml was written."""
+    """Whether `path` is missing, empty, or has only what a run leaves that is killed before it writes config.yaml."""
     if not path.exists():
         return True
     temporary = tuple(f".{name}." for name in (ABOUT, CONFIG))
@@ -141,16 +148,16 @@ def _is_new(path: Path) -> bool:
 
 
 def check_run(folder: Path) -> None:
-    """Raises FileNotFoundError for a folder that is no run's."""
+    """Raises FileNotFoundError if `folder` is not the folder of a run."""
     if not (folder / CONFIG).is_file():
         if (folder / LOCK).is_file() and _is_new(folder):
             raise FileNotFoundError(
                 f"resume is {str(folder)!r}, where a run was killed before its settings were written: begin it again "
-                "with the command that began it"
+                "with the same command"
             )
         raise FileNotFoundError(f"resume is {str(folder)!r}, which is no run: it has no {CONFIG}")
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides its settings."""
+    """The versions on which a run's numbers depend besides its settings."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "kernels": kernels_digest()}

@@ -1,4 +1,4 @@
-"""Every setting of a training run, as plain values: fields are options of `fastgpt2 train`, comments their help."""
+"""All settings of a training run. The fields are the options of `fastgpt2 train`, and the comments are their help."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Nothing is checked here: that is `training.train_config.TrainConfig`. Defaults are those of the preset baby."""
+    """The settings as plain values; `training.train_config.TrainConfig` checks them. The defaults are preset baby's."""
 
-    preset: str = "baby"  # where settings not given come from: baby, gpt2, -medium, -large, -xl; each also -smoke
+    preset: str = "baby"  # what is not given: baby, gpt2, -medium, -large, -xl, finetune; each also with -smoke
+    init_from: str | None = None  # weights to begin with: gpt2, a run, a checkpoint of ours, HuggingFace's, nanoGPT's
     data: str | None = None  # text (file or folder), or token shards of `prepare`; None: Python library's sources
-    tokenizer: str | None = None  # char, byte, gpt2, or a vocabulary's path; None: the data's own, or the preset's
+    tokenizer: str | None = None  # char, byte, gpt2, or a vocabulary's path; None: that of data, weights or preset
     out: str | None = None  # the run's folder; None: runs/DATE-TIME-PRESET
 
-    steps: int = 5000  # optimizer steps
+    steps: int = 5000  # optimizer steps; more with --resume: it goes on at the rate of a run of that length
     total_batch_tokens: int | None = None  # tokens a step, all ranks and passes; None: one pass of each rank
     batch_size: int = 64  # sequences in one forward and backward pass of one rank
     block_size: int = 256  # tokens a sequence
@@ -43,7 +44,7 @@ class Settings:
     eval_interval: int = 250  # steps between two validation losses, each with a checkpoint
     keep: int = 2  # checkpoints that stay, the newest ones
     eval_tokens: int = 327_680  # tokens in one validation loss, always the same ones
-    hellaswag: str | None = None  # HellaSwag's .jsonl, or download: acc_norm at each validation
+    hellaswag: str | None = None  # HellaSwag's .jsonl, or download: build-nanogpt's acc_norm at each validation
     seed: int = 1337  # of weights, dropout and the order of the data
 
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one

@@ -1,17 +1,17 @@
-"""Forward and backward of a training step as CUDA graphs behind autograd: two launches in place of hundreds.
+"""Forward and backward of a training step as CUDA graphs inside autograd: two launches instead of hundreds.
 
     graphs = StepGraphs(forward, model, {"idx": idx, "targets": targets})   # forward(**inputs) -> (logits, loss)
     logits, loss = graphs(idx=idx, targets=targets)                         # replays the forward
-    (loss / n).backward()                                                   # replays the backward, of this upstream
+    (loss / n).backward()                                                   # replays the backward with gradient 1 / n
 
-The arithmetic is the same, and what comes after the model (accumulation, hooks on parameters, DDP's buckets) is
-PyTorch's own: to autograd a replay is one node that gives each parameter its gradient. Where `cuts` names blocks,
-backward is a graph for each run of blocks between them, so that gradients of the last blocks are handed on, and DDP
-reduces them, while the GPU computes those of the blocks before.
+The arithmetic is unchanged, and everything after the model (accumulation, hooks on parameters, DDP's buckets) is
+PyTorch's own: for autograd, a replay is one node that returns the gradient of each parameter. If `cuts` names blocks,
+backward is cut into several graphs there. The gradients of the last blocks are then returned, and DDP reduces them,
+while the GPU computes those of the earlier blocks.
 
-The graphs' memory is theirs: what a replay leaves there stays until the next one. So losses, logits and gradients are
-given out as copies, but for gradients that autograd adds to `p.grad` at once. (`torch.cuda.make_graphed_callables`
-gives gradients out as they lie: PyTorch takes them as `p.grad`, and the next replay writes into it.)
+A replay overwrites the results of the previous one in the graphs' memory. Losses, logits and gradients are therefore
+returned as copies, except for gradients that autograd adds to `p.grad` at once. (`torch.cuda.make_graphed_callables`
+returns gradients without a copy: PyTorch uses them as `p.grad`, and the next replay overwrites it.)
 
 Source: PyTorch's notes on CUDA graphs.
 """
@@ -28,25 +28,26 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgpt2.gpt2.ops import graph_road
+from fastgpt2.gpt2.ops import launched_by_graph
 
 Out = TypeVar("Out")
 ONLY_ONCE = (
     "whose graphs hold the loss's backward alone, once after each forward: take such a step from a copy of the model "
     "(copy.deepcopy), or after fastgpt2.gpt2.training.graphed.release(model)"
 )
-WARM_UP = 2  # passes that compile, and allocate what a capture may not
+WARM_UP = 2  # passes before the capture, which compile kernels and make allocations that a capture may not make
 
 
 class Recorder:
-    """Captures on one device; its graphs share their memory and are replayed in the order of their capture.
+    """Captures graphs on one device. They share one memory pool and are replayed in the order of their capture.
 
-    `pool_bytes`: GPU memory that they hold while they live, activations included.
+    pool_bytes: GPU memory that the graphs hold, activations included.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.pool_bytes = device, 0
-        # Not one stream for both: a library's work space for the captures' stream is then in the captures' memory.
+        # Separate streams for warm-up and capture, so that a library allocates its workspace for the capture's stream
+        # in the graphs' memory pool.
         self.side, self.stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -56,7 +57,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def random_numbers_kept(self) -> Iterator[None]:
-        """After it, also after an error, the device's generator is where it was."""
+        """Restores the state of the device's generator at the end, also after an error."""
         before = torch.cuda.get_rng_state(self.device)
         try:
             yield
@@ -64,7 +65,7 @@ class Recorder:
             torch.cuda.set_rng_state(before, self.device)
 
     def warm_up(self, work: Callable[[], Out]) -> tuple[Out, bool]:
-        """(what work returns, whether it drew random numbers), run beside the current stream as a capture is."""
+        """(what work returns, whether it drew random numbers). Runs on a side stream, as a capture does."""
         before = torch.cuda.get_rng_state(self.device)
         with torch.cuda.device(self.device):
             self.side.wait_stream(torch.cuda.current_stream())
@@ -74,11 +75,12 @@ class Recorder:
         return out, not torch.equal(before, torch.cuda.get_rng_state(self.device))
 
     def capture(self, work: Callable[[], Out]) -> tuple[Callable[[], None], Out]:
-        """(a replay of work, the memory into which each replay writes what work returns)."""
+        """(a function that replays work, the tensors that work returned, which each replay overwrites)."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self.device)
-        # Other threads (a loader that pins memory, NCCL's watchdog) may meanwhile do what a capture may not.
+        # "thread_local", because other threads (a loader that pins memory, NCCL's watchdog) may meanwhile make calls
+        # that are forbidden during a capture.
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.device(self.device), capture:
             out = work()
@@ -93,7 +95,7 @@ class Recorder:
 
 @dataclass
 class Segment:
-    """Backward through a run of blocks: after a replay, `gradients` are those of `parameters`."""
+    """Backward through consecutive blocks. After a replay, `gradients` holds the gradients of `parameters`."""
 
     replay: Callable[[], None]
     parameters: list[nn.Parameter]
@@ -101,18 +103,20 @@ class Segment:
 
 
 class Turn:
-    """One forward, whose activations lie in the graphs' memory. left: segments whose backward has not run; versions: of
-    the parameters then."""
+    """One replayed forward, whose activations are in the graphs' memory until its backward has run.
+
+    left: the number of segments whose backward has not run. versions: the parameters' versions at the forward.
+    """
 
     def __init__(self, left: int, versions: list[int]):
         self.left, self.versions = left, versions
 
 
 class StepGraphs:
-    """Captures when it is made. Inputs keep their shapes, parameters their memory, and Python's state is not looked at
-    again: `Graphed` watches over all that.
+    """The graphs of a step, captured in the constructor. Inputs must keep their shapes, parameters their memory, and
+    Python code is not run again; `Graphed` checks for changes.
 
-    A backward belongs to the forward before it and runs once; `busy` says that one is awaited.
+    Each backward belongs to the preceding forward and runs once. `busy` is True while a backward is outstanding.
     """
 
     def __init__(
@@ -123,17 +127,18 @@ class StepGraphs:
         cuts: Sequence[nn.Module] = (),
         redraws: bool = False,
     ):
-        """forward: computes (logits or None, scalar loss) with `module`, from tensors like `inputs`, under the autocast
-        state that is set now; waits for no device. Nothing else that it reads changes, but for random numbers.
+        """forward: computes (logits or None, scalar loss) with `module` from tensors like `inputs`, under the current
+            autocast state, without waiting for the device. It reads nothing else that changes, except random numbers.
+        cuts: the blocks of the model, in order, before which backward is cut.
+        redraws: whether backward recomputes parts of the forward, which may draw random numbers.
 
-        cuts: blocks of the model, in their order, before which backward is cut. redraws: backward computes again what
-            forward drew random numbers for.
-        Leaves random numbers where they were. Raises RuntimeError for what cannot be captured or takes too much memory.
+        Leaves the random number generator's state unchanged. Raises RuntimeError if something cannot be captured or
+        memory runs out.
         """
         self._compute, self._module, self._cuts = forward, module, cuts
         self.inputs = {name: t.clone() for name, t in inputs.items()}
-        # The graphs read the parameters' memory through leaves of their own, which nobody has put a hook on and whose
-        # gradients nobody, like DDP, waits for on another stream.
+        # The graphs read the parameters' memory through separate leaf tensors, which have no hooks and whose gradients
+        # no other code, such as DDP, waits for on another stream.
         self._leaves = {p: nn.Parameter(p.detach()) for p in module.parameters() if p.requires_grad}
         if not self._leaves:
             raise RuntimeError("no parameter requires a gradient")
@@ -141,29 +146,29 @@ class StepGraphs:
         self._turn: Callable[[], Turn | None] = lambda: None
         self._tape: list[tuple[list[Tensor], list[Tensor]]] = []
         try:
-            with graph_road(), self.recorder.random_numbers_kept():
+            with launched_by_graph(), self.recorder.random_numbers_kept():
                 self._upstream = self._warm_up(redraws)
                 self._replay_forward, (self.logits, self.loss) = self.recorder.capture(self._forward)
                 self.segments = self._capture_backward()
         finally:
-            self._tape = []  # what it holds are activations
+            self._tape = []  # frees the activations that it holds
 
     @property
     def pool_bytes(self) -> int:
-        """GPU memory that is held between steps, beside gradients."""
+        """GPU memory in bytes that is held between steps, besides gradients."""
         return self.recorder.pool_bytes
 
     @property
     def busy(self) -> bool:
-        """Whether a forward's backward may still come, which the next forward would spoil."""
+        """Whether the last forward may still need its activations for a backward. The next forward overwrites them."""
         turn = self._turn()
         return turn is not None and turn.left > 0
 
     def __call__(self, **inputs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """-> (logits or None, loss), copies. Raises RuntimeError where `busy`."""
+        """-> (logits or None, loss), as copies. Raises RuntimeError if `busy`."""
         if self.busy:
             raise RuntimeError(
-                "the forward before has not had its backward yet, whose activations this would overwrite"
+                "the previous forward still needs its backward: this one would overwrite its activations"
             )
         for name, own in self.inputs.items():
             own.copy_(inputs[name])
@@ -174,10 +179,10 @@ class StepGraphs:
         for i, segment in enumerate(self.segments):
             below, logits = _Replay.apply(self, i, turn, below, *segment.parameters)
         assert below is not None
-        return logits, below  # the last one's is the loss
+        return logits, below  # the last segment returns the loss
 
     def replay_backward(self, i: int, turn: Turn, upstream: Tensor | None) -> None:
-        """Of segment i: the last one first. upstream: the gradient of the loss, for the last one."""
+        """Replays the backward of segment i. The last one comes first and needs `upstream`, the loss's gradient."""
         if turn.left != i + 1:
             raise RuntimeError(f"backward goes through a graphed step a second time, {ONLY_ONCE}")
         if upstream is not None:
@@ -193,12 +198,14 @@ class StepGraphs:
     # ----------------------------------------------------------------------------------------------------- capture
 
     def _warm_up(self, redraws: bool) -> Tensor:
-        """-> where the gradient of the loss is put before a replay."""
+        """-> the tensor into which the gradient of the loss is copied before a replay."""
         upstream = None
         for _ in range(WARM_UP):
             (_, loss), drew = self.recorder.warm_up(self._forward)
             if drew and redraws:
-                raise RuntimeError("recompute computes dropout a second time, with numbers that no graph draws again")
+                raise RuntimeError(
+                    "recompute repeats dropout in backward, and graphs cannot draw the same numbers again"
+                )
             upstream = torch.ones_like(loss) if upstream is None else upstream
             above: Sequence[Tensor | None] = [upstream]
             while self._tape:
@@ -219,8 +226,8 @@ class StepGraphs:
         return segments
 
     def _forward(self) -> tuple[Tensor | None, Tensor]:
-        """-> (logits or None, loss), and on the tape for every segment, first block first: (what it gives to the one
-        above, what it got from the one below)."""
+        """-> (logits or None, loss). Records for every segment, from the first block on: (the tensors that it passes to
+        the next segment, the leaves at which it received those of the previous one)."""
         joints: list[Tensor] = []
         self._tape = []
 
@@ -228,7 +235,7 @@ class StepGraphs:
             nonlocal joints
             inner = [t for t in stream if isinstance(t, Tensor) and t.grad_fn is not None]
             if not inner:
-                return stream  # nothing below takes gradients
+                return stream  # no parameter of the blocks below requires a gradient
             self._tape.append((inner, joints))
             leaves = {id(t): t.detach().requires_grad_() for t in inner}
             joints = list(leaves.values())
@@ -242,8 +249,11 @@ class StepGraphs:
         return None if logits is None else logits.detach(), loss.detach()
 
     def _backward(self, upstream: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Takes a segment off the tape; upstream: gradients of what it gives to the one above -> gradients of what it
-        got from the one below, then of all leaves, None for those that it does not use."""
+        """Takes the last segment off the tape and computes its backward.
+
+        upstream: the gradients of the tensors that it passed on -> the gradients of those that it received, followed by
+        those of all leaves, None for leaves that it does not use.
+        """
         given, joints = self._tape.pop()
         pairs = [(t, g) for t, g in zip(given, upstream, strict=True) if g is not None]
         with self._leaves_in_place(), torch.autocast(given[0].device.type, enabled=False):
@@ -253,7 +263,7 @@ class StepGraphs:
 
     @contextlib.contextmanager
     def _leaves_in_place(self) -> Iterator[None]:
-        """Inside, the module computes with the leaves."""
+        """Inside, the leaves replace the module's parameters."""
         modules = [m._parameters for m in self._module.modules()]
         places = [(own, name, p) for own in modules for name, p in own.items() if p is not None and p in self._leaves]
         try:
@@ -266,8 +276,8 @@ class StepGraphs:
 
 
 class _Replay(torch.autograd.Function):
-    """One segment. The loss hangs on the last one, which hangs on the one before: so autograd runs them in turn, and
-    hands the gradients of each on before it goes to the next."""
+    """The autograd node of one segment. The loss depends on the last segment's node, and each node on the previous one.
+    Autograd therefore runs them one after the other and passes on the gradients of each before it runs the next."""
 
     @staticmethod
     def forward(ctx, graphs: StepGraphs, i: int, turn: Turn, below: Tensor | None, *parameters: nn.Parameter):  # type: ignore[override]
@@ -290,7 +300,7 @@ class _Replay(torch.autograd.Function):
 
 
 def _given_out(segment: Segment, nodes: Sequence[Any]) -> list[Tensor]:
-    """Gradients: the graph's own memory where autograd adds it to `p.grad` at once, else copies, which are kept."""
+    """The gradients of a segment: the graphs' memory itself if autograd adds it to `p.grad` at once, else copies."""
     found = list(segment.gradients)
     kept = [
         k
@@ -299,26 +309,26 @@ def _given_out(segment: Segment, nodes: Sequence[Any]) -> list[Tensor]:
     ]
     if kept:
         copies = [torch.empty_like(found[k]) for k in kept]
-        torch._foreach_copy_(copies, [found[k] for k in kept])  # in a few launches
+        torch._foreach_copy_(copies, [found[k] for k in kept])  # copies many tensors in a few launches
         for k, copy in zip(kept, copies, strict=True):
             found[k] = copy
     return found
 
 
 def _accumulates(node: Any) -> bool:
-    """Whether the backward that runs ends in AccumulateGrad `node`, as loss.backward() does. torch.autograd.grad gives
-    gradients to its caller."""
+    """Whether the current backward ends in the AccumulateGrad node `node`, as loss.backward() does. torch.autograd.grad
+    returns gradients to its caller instead."""
     if not hasattr(torch._C, "_will_engine_execute_node"):
         return False
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # what it says of a leaf under torch.autograd.grad
+    except RuntimeError:  # raised for a leaf under torch.autograd.grad
         return False
 
 
 @contextlib.contextmanager
 def _cut_before(blocks: Sequence[Any], cut: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, each block extends what `cut` makes of the stream that comes to it."""
+    """Inside, each of the blocks applies `cut` to the incoming stream before it extends it."""
 
     def extend(block: Any, stream: Any, context: Any) -> Any:
         return type(block).extend(block, cut(stream), context)
@@ -334,8 +344,8 @@ def _cut_before(blocks: Sequence[Any], cut: Callable[[Any], Any]) -> Iterator[No
 
 @contextlib.contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Inside, autocast casts weights anew: a copy from before is of weights that have changed since, and one made in
-    a capture is in no memory that may be read after it."""
+    """Inside, autocast does not cache casts of weights. A cached copy from before the capture would be outdated in
+    replays, and one made during the capture is in memory that must not be read afterwards."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so where it can save itself."""
+"""Signals that ask a run to stop, which it does where it can save its state."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import signal
 import threading
 
-LOOK_S = 1.0  # between two looks at the parent
+LOOK_S = 1.0  # time between two checks of the parent process
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP inside a `with` are noted in `received`; a second one raises KeyboardInterrupt.
+    """Inside a `with`, the first SIGINT, SIGTERM or SIGHUP is stored in `received`; a second raises KeyboardInterrupt.
 
-    SIGHUP, which a terminal sends that is closed, counts unless it is ignored, as under nohup.
-    launched: by torchrun, which passes on what the terminal has sent already: there a second one is nothing new. A
-    launcher that is gone, killed perhaps, is as good as its SIGTERM: the ranks would train on, unseen, while somebody
-    resumes their run.
-    Only the main thread may install handlers; elsewhere nothing is changed.
+    SIGHUP, which is sent when a terminal is closed, is handled unless it is ignored, as under nohup.
+    launched: whether torchrun started this process. torchrun forwards signals that the terminal has already sent, so a
+        second signal is then ignored. If torchrun itself is gone, for example killed, this counts as SIGTERM, because
+        the ranks would otherwise keep training while the run is resumed elsewhere.
+    Handlers are installed only in the main thread; in other threads nothing is changed.
     """
 
     HANDLED = tuple(s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no SIGHUP

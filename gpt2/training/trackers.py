@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides log.jsonl: TensorBoard and Weights & Biases, each where the settings ask for it."""
+"""Trackers that receive a run's numbers besides log.jsonl: TensorBoard and Weights & Biases, if the settings ask."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TensorBoard:
     def __init__(self, config: TrainConfig, folder: Path, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a resumed run computes again replaces what stands there.
+        # Steps that a resumed run repeats replace their earlier entries.
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def log(self, record: Record) -> None:
@@ -39,12 +39,12 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of that name in the project fastgpt2; WANDB_MODE=offline keeps it in RUN/wandb."""
+    """A run in the project fastgpt2, named as the run's folder. WANDB_MODE=offline keeps it in RUN/wandb."""
 
     def __init__(self, config: TrainConfig, folder: Path, done: int):
         import wandb
 
-        identity = folder / "wandb-id"  # names are not unique: a/run and b/run
+        identity = folder / "wandb-id"  # needed because names are not unique: a/run and b/run
         if not identity.exists():
             write_atomically(identity, uuid.uuid4().hex[:8])
         try:
@@ -58,8 +58,8 @@ class Wandb:
             )
         except wandb.errors.Error as error:
             raise RuntimeError(
-                f"wandb is True, and it cannot be used: {str(error).splitlines()[0]} (`wandb login`, or "
-                "WANDB_MODE=offline in the environment)"
+                f"wandb is True, but it cannot be used: {str(error).splitlines()[0]} (run `wandb login`, or set the "
+                "environment variable WANDB_MODE=offline)"
             ) from None
 
     def log(self, record: Record) -> None:
@@ -73,12 +73,12 @@ TRACKERS: dict[str, type[TensorBoard] | type[Wandb]] = {"tensorboard": TensorBoa
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raises ImportError for one that the settings ask for and that is not installed."""
+    """Raises ImportError if the settings ask for a tracker whose package is not installed."""
     for package in TRACKERS:
         if getattr(config, package) and importlib.util.find_spec(package) is None:
-            raise ImportError(f"{package} is True, and the package is not installed: pip install 'fastgpt2[watch]'")
+            raise ImportError(f"{package} is True, but the package is not installed: pip install 'fastgpt2[watch]'")
 
 
 def open_trackers(config: TrainConfig, folder: Path, done: int) -> list[Tracker]:
-    """Those that the settings ask for. done: steps that a resumed run has behind it."""
+    """The trackers that the settings ask for. done: the number of steps that a resumed run has completed."""
     return [tracker(config, folder, done) for name, tracker in TRACKERS.items() if getattr(config, name)]

@@ -1,4 +1,4 @@
-"""How a model is trained: the settings of a run, checked, and the presets."""
+"""The settings of a training run with their checks, settings files, and the presets."""
 
 from __future__ import annotations
 
@@ -13,24 +13,34 @@ import torch
 
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.data.windows import MAX_SEED
+from fastgpt2.gpt2.options import read_file
 from fastgpt2.gpt2.training.settings import Settings
+from fastgpt2.gpt2.weights.pretrained import open_checkpoint
 
+ARCHITECTURE = ("n_layer", "n_head", "n_embd")  # what weights decide; of positions they have so many at most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Every setting of one training run: `TrainConfig.from_preset("gpt2", steps=100)`."""
+    """The checked settings of one training run: `TrainConfig.from_preset("gpt2", steps=100)`.
+
+    Raises ValueError for a value that is not allowed.
+    """
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> TrainConfig:
-        """One of `PRESETS` with single settings replaced.
+        """One of `PRESETS` with some settings replaced.
 
-        Raises ValueError for an unknown name or a value that is not allowed, TypeError for an unknown setting.
+        With `init_from` its sizes are those of the checkpoint, which is looked at, and not the preset's.
+        Raises ValueError for an unknown name or a value that is not allowed, TypeError for an unknown setting; for
+        `init_from` as `GPT.from_pretrained`.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown, there are {', '.join(PRESETS)}")
-        return cls(preset=name, **{**PRESETS[name], **overrides})
+        source = overrides.get("init_from")
+        sizes = {} if source is None else sizes_of(source)
+        return cls(preset=name, **{**PRESETS[name], **sizes, **overrides})
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "eval_interval", "eval_tokens", "keep"):
@@ -57,19 +67,20 @@ class TrainConfig(Settings):
         self.grad_accum_steps(1)
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        """The model that is trained."""
+        """The configuration of the model that is trained."""
         names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "vocab_multiple")
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
     def text_tokenizer(self) -> str:
-        """Of text, and of tokens that bring none, where `tokenizer` is None."""
-        small = self.preset.endswith("-smoke")
-        return "char" if not self.preset.startswith("gpt2") else "byte" if small else "gpt2"
+        """The tokenizer if the setting `tokenizer` is None and the data has none."""
+        if not self.preset.startswith("gpt2"):
+            return "char"
+        return "byte" if self.preset.endswith("-smoke") else "gpt2"
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Forward and backward passes of each rank whose mean gradient makes one step.
+        """The number of forward and backward passes that each rank makes in one step.
 
-        Raises ValueError where the tokens of a step are not a whole number of passes of all ranks.
+        Raises ValueError if the tokens of a step are not a whole number of passes of all ranks.
         """
         together = self.batch_size * self.block_size * world_size
         if self.total_batch_tokens is None:
@@ -82,32 +93,46 @@ class TrainConfig(Settings):
         return self.total_batch_tokens // together
 
     def as_cuda_graph(self, world_size: int) -> bool:
-        """Whether forward and backward are CUDA graphs. Raises ValueError where they shall be and cannot."""
+        """Whether forward and backward are CUDA graphs. Raises ValueError if cuda_graph='on' but capture is not
+        possible."""
         cuda, sharded = torch.device(self.device).type == "cuda", self.parallel == "fsdp" and world_size > 1
         if self.cuda_graph == "on" and not cuda:
-            raise ValueError(f"cuda_graph is 'on' and device is {self.device!r}, allowed is a GPU")
+            raise ValueError(f"cuda_graph is 'on' and device is {self.device!r}, allowed is a CUDA device")
         if self.cuda_graph == "on" and sharded:
-            raise ValueError(f"cuda_graph is 'on' and parallel 'fsdp' on {world_size} ranks, allowed is 'ddp'")
+            raise ValueError(f"cuda_graph is 'on' and parallel is 'fsdp' on {world_size} ranks, allowed is 'ddp'")
         return cuda and not sharded and self.cuda_graph != "off"
 
     def tokens_per_step(self, world_size: int = 1) -> int:
-        """Tokens that one optimizer step is trained on, over all ranks."""
+        """The number of tokens of one optimizer step over all ranks."""
         return self.grad_accum_steps(world_size) * self.batch_size * self.block_size * world_size
 
     def on_this_machine(self) -> TrainConfig:
-        """device and dtype settled: "auto" replaced by what it means here."""
-        device = find_device(self.device)
-        dtype = self.dtype if self.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+        """The settings with "auto" in device and dtype replaced by its meaning on this machine.
+
+        Raises ValueError for a device that cannot be used here.
+        """
+        device, dtype = find_device(self.device), self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
         return dataclasses.replace(self, device=str(device), dtype=dtype)
 
 
+def sizes_of(source: str) -> dict[str, int]:
+    """What a checkpoint says of the model that `init_from` it begins with."""
+    config = open_checkpoint(source).config
+    return {name: getattr(config, name) for name in (*ARCHITECTURE, "block_size")}
+
+
 def find_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises ValueError for a device that is not here."""
+    """The device of that name; "auto" is the GPU if there is one, else the CPU.
+
+    Raises ValueError for a device that cannot be used here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        # Under torchrun each process looks at its own GPU: a look at the first one would take memory there.
+        # Under torchrun each process tries its own GPU, because a try of the first one would take memory there.
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else device
         torch.empty(0, device=own)
     except (RuntimeError, AssertionError) as error:
@@ -120,67 +145,12 @@ def find_device(name: str) -> torch.device:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a YAML file gives: {name: value}, each of its setting's type.
-
-    What stands there is read as the setting's type has it, so that `cuda_graph: off` is the choice "off" and `lr: 1e-3`
-    a number, which by themselves are no such things in YAML 1.1.
-    Raises FileNotFoundError where there is no such file, ValueError naming it for one that is no YAML, has a setting
-    that is unknown or twice there, or a value of another type.
-    """
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config is {str(path)!r}, there is no such file")
-    try:
-        content = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if content is not None and not isinstance(content, yaml.MappingNode):
-        raise ValueError(f"{path} holds no settings, expected lines such as 'lr: 0.001'")
-    hints, settings = get_type_hints(Settings), {}
-    for key, value in [] if content is None else content.value:
-        name = str(key.value)
-        where = f"{path}, line {key.start_mark.line + 1}"
-        if name not in hints:
-            raise ValueError(f"{where}: setting {name!r} is unknown, there are {', '.join(hints)}")
-        if name in settings:
-            raise ValueError(f"{where}: setting {name!r} is there twice")
-        if not isinstance(value, yaml.ScalarNode):
-            raise ValueError(f"{where}: {name} holds more than one value, expected one")
-        kind = value.tag.removeprefix("tag:yaml.org,2002:")
-        try:
-            settings[name] = _typed(hints[name], kind, value.value)
-        except ValueError as error:
-            raise ValueError(f"{where}: {name} is {value.value!r}, {error}") from None
-    return settings
-
-
-def _typed(hint: Any, kind: str, text: str) -> Any:
-    """What `text`, which YAML takes for a `kind`, is for a setting of type `hint`. Raises ValueError."""
-    options = get_args(hint)
-    choices = [option for option in options if isinstance(option, str)]
-    if choices:
-        if text not in choices:
-            raise ValueError(f"allowed are {', '.join(choices)}")
-        return text
-    if kind == "null":
-        if type(None) not in options:
-            raise ValueError("which is nothing: leave it out, or give a value")
-        return None
-    wanted = next((option for option in options if option is not type(None)), hint)
-    if wanted is bool:
-        if kind != "bool":
-            raise ValueError("allowed are true and false")
-        return text.lower() in ("true", "yes", "on")
-    try:
-        return wanted(text)
-    except ValueError:
-        raise ValueError(f"expected {'a whole number' if wanted is int else 'a number'}") from None
+    """Reads settings from a YAML file: {name: value}. Raises as `options.read_file`."""
+    return read_file(path, Settings)
 
 
 def settings_text(config: TrainConfig) -> str:
-    """Every setting as YAML, which `read_settings` reads. The run's folder is left open: another run has another."""
+    """All settings as YAML for `read_settings`. `out` is None, because another run needs another folder."""
     import yaml
 
     return yaml.safe_dump({**dataclasses.asdict(config), "out": None}, sort_keys=False)
@@ -189,23 +159,27 @@ def settings_text(config: TrainConfig) -> str:
 # -------------------------------------------------------------------------------------------------------- presets
 
 
-# GPT-2's sizes: 524,288 tokens a step over 10B tokens (build-nanogpt), peak learning rates from GPT-3's table 2.1.
+# GPT-2's sizes with 524,288 tokens a step and 10B tokens (build-nanogpt); peak learning rates from GPT-3's table 2.1.
 _GPT2 = dict(
     steps=19073, total_batch_tokens=2**19, batch_size=16, block_size=1024, n_layer=12, n_head=12,
     n_embd=768, dropout=0.0, vocab_multiple=128, lr=6e-4, min_lr=6e-5, warmup=715, beta2=0.95, eval_tokens=10 * 2**20,
 )  # fmt: skip
+_FINETUNE = dict(
+    steps=200, batch_size=8, dropout=0.0, vocab_multiple=128, lr=3e-5, min_lr=3e-6, warmup=0, beta2=0.95,
+    eval_interval=50, eval_tokens=2**16,
+)  # fmt: skip
 _MEDIUM = dict(n_layer=24, n_head=16, n_embd=1024, batch_size=8, lr=3e-4, min_lr=3e-5)
 _LARGE = dict(n_layer=36, n_head=20, n_embd=1280, batch_size=4, lr=2.5e-4, min_lr=2.5e-5)
 _XL = dict(n_layer=48, n_head=25, n_embd=1600, batch_size=4, lr=2e-4, min_lr=2e-5)
-# The recipe and depth of a GPT-2 at a width and for a time that a CPU has, with no vocabulary to download; a step's
-# tokens divide by eight processes.
+# A GPT-2 with its own depth, but with a width and number of steps for a CPU, and without a vocabulary to download. The
+# tokens of a step are divisible by eight processes.
 _SMOKE = dict(
     steps=30, total_batch_tokens=512, batch_size=1, block_size=64, n_head=4, n_embd=64, warmup=3,
     eval_interval=10, eval_tokens=2048,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "baby": {},
-    # baby at a size that 2 CPU cores train in about two minutes.
+    # The preset baby at a size that 2 CPU cores train in about two minutes.
     "baby-smoke": dict(
         steps=2000, batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, lr=3e-3,
         eval_tokens=15_360,
@@ -218,15 +192,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large-smoke": _GPT2 | _LARGE | _SMOKE,
     "gpt2-xl": _GPT2 | _XL,
     "gpt2-xl-smoke": _GPT2 | _XL | _SMOKE,
+    # For weights that exist: nanoGPT's finetune_shakespeare takes few steps at a twentieth of GPT-2's rate.
+    "finetune": _FINETUNE,
+    "finetune-smoke": _FINETUNE | dict(steps=20, batch_size=1, eval_interval=10, eval_tokens=4096),
 }  # fmt: skip
 
 
-def choose_preset(name: str | None, device: torch.device) -> tuple[str, str]:
-    """(the preset of a run that asked for `name`, or for none; what to say about it)."""
+def choose_preset(name: str | None, device: torch.device, init_from: str | None = None) -> tuple[str, str]:
+    """(the preset of a run, what to print about it). name: the preset that the user asked for, or None."""
+    usual = "baby" if init_from is None else "finetune"
     if name is not None and not isinstance(name, str):
         raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
     if device.type == "cuda":
-        return name or "baby", f"on {torch.cuda.get_device_name(device)}"
+        return name or usual, f"on {torch.cuda.get_device_name(device)}"
     if name is None:
-        return "baby-smoke", "no GPU here: baby at a size for a CPU"
+        return f"{usual}-smoke", f"no GPU here: {usual} at a size for a CPU"
     return name, "made for a CPU" if name.endswith("-smoke") else f"made for a GPU; {name}-smoke is made for a CPU"

@@ -1,4 +1,4 @@
-"""One run's model, optimizer and data: steps, validation, and a state that goes on bit for bit where it was saved."""
+"""The model, optimizer and data of a run: steps, validation, and a state from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 from fastgpt2.gpt2 import hardware
-from fastgpt2.gpt2.data import windows as data
 from fastgpt2.gpt2.data.shards import Tokens
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
+from fastgpt2.gpt2.data.windows import Windows, check_tokens, document_starts, eval_batches
 from fastgpt2.gpt2.evaluation.evaluate import total_loss
-from fastgpt2.gpt2.evaluation.hellaswag import Example, plain_scores
+from fastgpt2.gpt2.evaluation.hellaswag import Example, nanogpt_scores
 from fastgpt2.gpt2.generation.sample import generate_text
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.graphed import graphed
@@ -32,9 +32,11 @@ SAMPLE_TOKENS = 300
 
 
 class Trainer:
-    """Everything that a step needs and nothing that it writes.
+    """Everything that a step computes with. It writes no files.
 
-    ranks: the processes that share the run's steps; default: this one alone. Every method is called on all of them.
+    ranks: the processes that share the steps, by default only this one. Every method must be called on all of them.
+    model: the model to train, of the sizes of `config`; by default a new one.
+    Raises ValueError if config.document_mask is set and the tokenizer has no end of text.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Trainer:
         train_tokens: Tokens,
         val_tokens: Tokens,
         ranks: Ranks | None = None,
+        model: GPT | None = None,
     ):
         self.config, self.tokenizer, self.val_tokens = config, tokenizer, val_tokens
         self.ranks = ranks or Ranks(torch.device(config.device))
@@ -51,9 +54,11 @@ class Trainer:
         self.peak_flops = hardware.peak_flops(self.device)
         self.grad_accum_steps = config.grad_accum_steps(self.ranks.size)
         self.captures = config.as_cuda_graph(self.ranks.size)
-        self.model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels).to(self.device)
+        if model is None:
+            model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels)
+        self.model = model.to(self.device)
         self.model.transformer.recompute = config.recompute
-        # Validation and sampling use the module itself, which shares its weights with the compiled one.
+        # Validation and sampling use the plain module, which shares its weights with the compiled one.
         self.parallel_model = parallelize(self.model, self.ranks, config.parallel, config.compile)
         clips = {"optimizer": "triton", "max_norm": config.grad_clip} if config.optimizer == "triton" else {}
         self.optimizer = self.model.configure_optimizers(
@@ -63,18 +68,18 @@ class Trainer:
         self.watch = LossWatch(config.spike)
         if config.document_mask and tokenizer.end_of_text is None:
             raise ValueError(
-                "document_mask is set, and the tokenizer has no end of text: gpt2's has one, char and byte none"
+                "document_mask is set, but the tokenizer has no end of text: gpt2 has one, char and byte have none"
             )
         for part in (train_tokens, val_tokens):
-            data.check_tokens(part, self.model.config.vocab_size)
-        self.windows = data.Windows(train_tokens, config.block_size, config.seed, self.ranks.rank, self.ranks.size)
+            check_tokens(part, self.model.config.vocab_size)
+        self.windows = Windows(train_tokens, config.block_size, config.seed, self.ranks.rank, self.ranks.size)
         if not self.ranks.first:
-            torch.manual_seed(config.seed + self.ranks.rank)  # the same weights, but other dropout
+            torch.manual_seed(config.seed + self.ranks.rank)  # the weights are the same, but dropout differs
 
     # -------------------------------------------------------------------------------------------------- training
 
     def step(self, step: int) -> Record:
-        """Optimizer step number `step`, from 1."""
+        """Makes optimizer step number `step`, from 1. Raises FloatingPointError for a bad step (see `LossWatch`)."""
         config, start = self.config, time.perf_counter()
         lr = self.learning_rate(step - 1)
         for group in self.optimizer.param_groups:
@@ -86,7 +91,7 @@ class Trainer:
         left_out = self._update(step, loss, norm)
         seconds = time.perf_counter() - start
         tokens = config.tokens_per_step(self.ranks.size)
-        flops = self.model.config.flops_per_token() * tokens / self.ranks.size  # of one rank
+        flops = self.model.config.flops_per_token() * tokens / self.ranks.size  # by one rank
         return Record(
             step=step,
             tokens=step * tokens,
@@ -108,14 +113,14 @@ class Trainer:
         return norm.full_tensor() if self.config.parallel == "fsdp" and self.ranks.size > 1 else norm
 
     def _update(self, step: int, loss: float, norm: float) -> str | None:
-        """Gives the gradient to AdamW, or says why not."""
+        """Updates the weights with AdamW. -> None, or what is wrong with the step, in which case it may be left out."""
         problem = self.watch.problem(loss, norm)
-        # An overflow in float16 is no fault of the run's: the scaler leaves the update out and takes a smaller scale.
+        # An overflow in float16 is not an error of the run: the scaler skips the update and reduces its scale.
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
         if problem is not None:
             if self.config.bad_steps == "stop" and not overflow:
                 raise FloatingPointError(
-                    f"step {step}: {problem}; begin again with a lower lr, or go on without such steps: "
+                    f"step {step}: {problem}; begin again with a lower lr, or resume and leave out such steps: "
                     "--resume RUN --bad-steps skip"
                 )
             self.watch.leave_out(step, problem)
@@ -126,7 +131,7 @@ class Trainer:
         return problem
 
     def learning_rate(self, step: int) -> float:
-        """Of step `step`, from 0."""
+        """The learning rate of step `step`, from 0."""
         config = self.config
         sizes: dict[str, Any] = dict(peak=config.lr, floor=config.min_lr, warmup=config.warmup, steps=config.steps)
         if config.schedule == "wsd":
@@ -134,27 +139,28 @@ class Trainer:
         return cosine_schedule(step, **sizes)
 
     def _accumulate_gradient(self, i: int) -> torch.Tensor:
-        """Forward and backward pass number `i` of a step, from 0 -> its loss. Gradients add up to the mean over the
-        passes of a step."""
+        """Makes forward and backward pass number `i` of a step, from 0, and returns its loss. The gradients of all
+        passes add up to their mean."""
         idx, targets = self.windows.next_batch(self.config.batch_size)
-        more = {"documents": self._documents(idx).to(self.device)} if self.config.document_mask else {}
+        starts = self._document_starts(idx).to(self.device) if self.config.document_mask else None
         idx, targets = idx.to(self.device), targets.to(self.device)
         set_gradient_sync(self.parallel_model, i == self.grad_accum_steps - 1)
         if self.captures:
-            graphed(self.parallel_model, idx, targets, more.get("documents"), required=self.config.cuda_graph == "on")
+            graphed(self.parallel_model, idx, targets, starts, required=self.config.cuda_graph == "on")
             self.captures = False
         with self.autocast():
+            more = {} if starts is None else {"document_starts": starts}
             _, loss = self.parallel_model(idx, targets, **more)
         self.scaler.scale(loss / self.grad_accum_steps).backward()
         return loss.detach()
 
-    def _documents(self, idx: torch.Tensor) -> torch.Tensor:
-        """Where documents begin: the model's argument of this name."""
+    def _document_starts(self, idx: torch.Tensor) -> torch.Tensor:
+        """The model's argument of this name, (n + 1,) int32, for idx (B, T)."""
         assert self.tokenizer.end_of_text is not None
-        return data.document_starts(idx, self.tokenizer.end_of_text)
+        return document_starts(idx, self.tokenizer.end_of_text)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in the dtype that the config names."""
+        """Autocast to the config's dtype, or no autocast for float32."""
         if self.config.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.config.dtype])
@@ -162,19 +168,19 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- looking
 
     def validation_loss(self) -> float:
-        """Mean loss on always the same held-out windows, computed in the dtype of training."""
+        """The mean loss in nats a token on a fixed set of held-out windows, computed in the dtype of training."""
         config, ranks = self.config, self.ranks
         windows = max(1, config.eval_tokens // config.block_size)
-        batches = data.evenly(self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size)
-        documents = self._documents if config.document_mask else None
+        batches = eval_batches(self.val_tokens, config.block_size, config.batch_size, windows, ranks.rank, ranks.size)
+        find_starts = self._document_starts if config.document_mask else None
         with self.autocast():
-            found = total_loss(self.model, batches, self.device, documents)
+            found = total_loss(self.model, batches, self.device, find_starts)
         total, tokens = ranks.all_reduce(torch.tensor(found, dtype=torch.float64))
         return total / tokens
 
     def hellaswag(self, examples: Sequence[Example]) -> float:
-        """The `acc_norm` of `plain_scores`. Ranks share the examples; with FSDP2 the first one, which alone gets the
-        whole model, answers all."""
+        """The `nanogpt_acc_norm`. The ranks share the examples, except with FSDP2, where only rank 0 has the
+        whole model and scores all examples."""
         model, ranks = self.whole_model(), self.ranks
         if ranks.size > 1 and self.config.parallel == "fsdp":
             mine = examples if ranks.first else []
@@ -183,13 +189,13 @@ class Trainer:
         right = 0.0
         if mine:
             with self.autocast():
-                _, acc_norm = plain_scores(model.to(self.device), self.tokenizer, mine, device=self.device)
+                _, acc_norm = nanogpt_scores(model.to(self.device), self.tokenizer, mine, device=self.device)
             right = acc_norm * len(mine)
         (total,) = ranks.all_reduce(torch.tensor([right], dtype=torch.float64))
         return total / len(examples)
 
     def sample(self, model: GPT, prompt: str) -> str:
-        """What `whole_model` writes after `prompt`."""
+        """A text that `model`, from `whole_model`, generates after `prompt`."""
         with self.autocast():
             texts = generate_text(
                 model.to(self.device),
@@ -204,7 +210,8 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- keeping
 
     def whole_model(self) -> GPT:
-        """The model with whole parameters: itself, or on rank 0 a copy of it on the CPU where ranks hold parts."""
+        """The model with whole parameters. If ranks hold parts (FSDP2), rank 0 gets a copy on the CPU, and the others
+        the model itself."""
         if self.ranks.size == 1 or self.config.parallel != "fsdp":
             return self.model
         weights = dcp.get_model_state_dict(self.model, options=WHOLE)
@@ -212,14 +219,16 @@ class Trainer:
             return self.model
         with torch.device("meta"):
             whole = GPT(self.model.config, self.config.kernels)
+        whole.origin = self.model.origin
         whole.load_state_dict(weights, assign=True)
         whole.tie_weights()
         return whole
 
     def state_dict(self) -> dict[str, Any]:
-        """What the weights do not say, on rank 0: optimizer, place in the data, random numbers of every rank.
+        """On rank 0, the state besides the weights: optimizer, position in the data, every rank's random numbers.
 
-        Whole parameters and names instead of numbers, so that any number of ranks, with DDP or FSDP2, can go on.
+        The optimizer's state is stored for whole parameters by name, so that any number of ranks with DDP or FSDP2 can
+        resume.
         """
         table, V = self.whole_model().transformer.wte.weight.detach(), self.model.config.vocab_size
         return {
@@ -228,15 +237,12 @@ class Trainer:
             "watch": self.watch.state_dict(),
             "windows": self.windows.state_dict(),
             "random": self.ranks.gather(self._random_state()),
-            # Rows of the token table beyond the vocabulary, which no checkpoint has.
+            # The rows of the token table beyond the vocabulary, which checkpoints leave out.
             "padding": table[V:].cpu().clone() if self.ranks.first else None,
         }
 
     def load_state_dict(self, model: GPT, state: dict[str, Any]) -> None:
-        """Goes on from weights and state. model, state: as saved; on every rank.
-
-        Raises ValueError if the data is not what it was.
-        """
+        """Loads the saved weights of `model` and `state` on every rank. Raises ValueError if the data has changed."""
         self.windows.load_state_dict(state["windows"])
         weights = model.state_dict()
         table = weights["transformer.wte.weight"]

@@ -6,9 +6,9 @@
     RUN/checkpoint                     a link to the newest one
 
 Each is written into a folder of another name, flushed to disk and renamed, so that a kill at any moment leaves either
-the checkpoint or a folder that nobody reads. Whoever reads one looks first whether it is whole: what files.json says of
-the files it reads, and that no weight is infinite or no number. One that is not counts for nothing: neither to go on
-from, nor among the last few.
+the checkpoint or a folder that nobody reads. A checkpoint is whole if the files are what files.json says and no weight
+is infinite or NaN. Every reader checks that first; a run neither goes on from one that is not whole nor counts it among
+the last few.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, stat
     for leftover in final.parent.glob(f"*{UNFINISHED}"):
         shutil.rmtree(leftover)
     folder.mkdir(parents=True)
-    tokenizer.save(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, tokenizer)
     _save_state(folder / STATE, {"step": step, **state})
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     write_atomically(folder / FILES, json.dumps(files, indent=1) + "\n")
@@ -83,7 +82,7 @@ def saved_checkpoints(run: Path) -> list[Path]:
 def find_corruption(folder: Path, *, only_weights: bool = False) -> str | None:
     """What is wrong with a checkpoint, None if nothing is.
 
-    only_weights: leave out training.pt, the largest of its files, which only a run that goes on reads.
+    only_weights: do not look at training.pt, the largest of its files, which is read only to go on with a run.
     """
     try:
         expected = json.loads((folder / FILES).read_bytes())
@@ -125,8 +124,8 @@ def newest_whole(run: Path, report: Callable[[str], None], *, only_weights: bool
 def folder_to_read(folder: Path, check: bool = True) -> Path:
     """Where the weights are that `folder` means: of a run the newest whole checkpoint, else the folder itself.
 
-    check: look whether a run's checkpoint is whole; a newer one that is damaged is passed over with a warning. False:
-    the newest one, whatever its state. A folder that no run wrote is not looked at.
+    check: take a run's newest whole checkpoint, with a warning about each newer one that is damaged. False: take its
+    newest one, whatever its state. Folders that no run wrote are not checked.
     Raises ValueError for a checkpoint that is damaged, and where all of a run's are.
     """
     saved = saved_checkpoints(folder)

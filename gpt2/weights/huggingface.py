@@ -13,6 +13,7 @@ Source: transformers, models/gpt2/modeling_gpt2.py.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from fastgpt2.gpt2.model import GPT, unwrap
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.stock import PLAIN
 from fastgpt2.gpt2.tying import same_values
+from fastgpt2.gpt2.weights.origin import GENERATION, Origin, generation_settings, settings_with
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, GPT2Model
@@ -42,11 +44,15 @@ SIZES = {
     "n_head": ("n_head", "num_attention_heads"),
     "n_embd": ("n_embd", "hidden_size"),
 }
+DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
 OURS_ALONE = ("bias", "vocab_multiple", "dropout")  # no such setting there: kept under "fastgpt2" in config.json
 LARGEST_MULTIPLE = 2**16  # of a small vocabulary in a file: a few bytes there shall not take gigabytes here
-OVERRIDES = ("dropout", "vocab_multiple")
+OVERRIDES = ("dropout", "vocab_multiple", "activation")
+# A vocabulary of GPT-2's own size, or that size padded, has <|endoftext|> here.
+GPT2_SIZES, GPT2_END = (50257, 50304), 50256
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")  # one function
+ERF_GELUS = ("gelu", "gelu_python")
 
 
 # ------------------------------------------------------------------------------------------------- configurations
@@ -79,6 +85,8 @@ def config_from_huggingface(
         if found:
             fields[ours] = found[0]
     fields |= {name: settings[name] for name in SWITCHES if name in settings}
+    if settings.get("activation_function") in ERF_GELUS:
+        fields["activation"] = "gelu_erf"
     extra = settings.get("fastgpt2", {})
     if not isinstance(extra, Mapping) or not set(extra) <= set(OURS_ALONE):
         refuse("fastgpt2", extra, f"a dictionary of {', '.join(OURS_ALONE)}")
@@ -95,7 +103,7 @@ def config_from_huggingface(
         raise ValueError(f"override_args: {error}") from None
 
     implemented: dict[str, tuple] = {
-        "activation_function": TANH_GELUS,
+        "activation_function": TANH_GELUS + ERF_GELUS,
         "n_inner": (None, 4 * config.n_embd),
         "layer_norm_epsilon": (LAYER_NORM_EPS,),
         "add_cross_attention": (False,),
@@ -109,37 +117,44 @@ def config_from_huggingface(
     return config
 
 
-def config_to_huggingface(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
+def config_to_huggingface(
+    config: GPTConfig, dtype: torch.dtype, origin: Origin | None = None, end_of_text: int | None = None
+) -> dict[str, Any]:
     """Our configuration to theirs, as the dictionary that config.json holds.
 
+    origin: where the model comes from, whose other settings stay as they were. end_of_text: the token that ends a text;
+    default: the origin's, or GPT-2's own where the vocabulary has its size.
     Raises ValueError for a setting of a variant of GPT-2 that they do not have.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in (*SIZES, *SWITCHES, *OURS_ALONE) and value != field.default:
+        if field.name not in (*SIZES, *SWITCHES, *OURS_ALONE, "activation") and value != field.default:
             raise ValueError(
-                f"GPTConfig.{field.name} is {value!r}, HuggingFace's GPT-2 is what {field.default!r} says: this model "
-                "cannot be saved or converted as one"
+                f"GPTConfig.{field.name} is {value!r}, and HuggingFace's GPT-2 can only be {field.default!r}: "
+                "this model cannot be saved or converted as one"
             )
-    end = 50256 if config.vocab_size > 50256 else None  # <|endoftext|>, in GPT-2's own vocabulary
-    return {
+    own = GPT2_END if end_of_text is None and config.vocab_size in GPT2_SIZES else end_of_text
+    made = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{theirs[0]: getattr(config, ours) for ours, theirs in SIZES.items()},
         **{name: getattr(config, name) for name in SWITCHES},
         "n_inner": None,
-        "activation_function": TANH_GELUS[0],
+        "activation_function": (TANH_GELUS if config.activation == "gelu_tanh" else ERF_GELUS)[0],
         "layer_norm_epsilon": LAYER_NORM_EPS,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        **dict.fromkeys(DROPOUTS, config.dropout),
         "add_cross_attention": False,
         "tie_word_embeddings": True,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "bos_token_id": own,
+        "eos_token_id": own,
         "fastgpt2": {name: getattr(config, name) for name in OURS_ALONE},
     }
+    if origin is None:
+        return made
+    names = [*SIZES.items(), *((name, (name,)) for name in SWITCHES), *(("dropout", (name,)) for name in DROPOUTS)]
+    names += [*((name, ("fastgpt2",)) for name in OURS_ALONE), ("activation", ("activation_function",))]
+    return settings_with(origin, made, config, dtype, names, end_of_text)
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -346,18 +361,28 @@ def from_huggingface(hf_model: GPT2LMHeadModel | GPT2Model, kernels: str | Kerne
         return StoredTensor(source, name, tuple(t.shape), t.dtype, lambda: t)
 
     tensors = [stored(name, t) for name, t in hf_model.state_dict().items()]
-    return build(config, tensors, source, dtype=None, kernels=kernels).train(hf_model.training)
+    model = build(config, tensors, source, dtype=None, kernels=kernels).train(hf_model.training)
+    how = getattr(hf_model, "generation_config", None)
+    files = {} if how is None else {GENERATION: how.to_json_string().encode()}
+    # What transformers writes itself when it saves a model; releases before 4.56 know dtype as torch_dtype.
+    name = "dtype" if "dtype" in hf_model.config.to_dict() else "torch_dtype"
+    settings = {"architectures": ["GPT2LMHeadModel"], name: str(model.dtype).removeprefix("torch.")}
+    settings |= json.loads(hf_model.config.to_json_string())
+    model.origin = Origin(settings, config, model.dtype, files=files)
+    return model
 
 
 def to_huggingface(model: nn.Module) -> GPT2LMHeadModel:
     """A `GPT2LMHeadModel` with copies of these weights, on their device, in their dtype, in the model's mode."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     gpt = unwrap(model)
     devices = [gpt.device] if gpt.device.type == "cuda" else []
     # Their constructor draws random weights: they are replaced, and the caller's random numbers stay as they were.
     with torch.random.fork_rng(devices), gpt.device:
-        hf_model = GPT2LMHeadModel(GPT2Config.from_dict(config_to_huggingface(gpt.config, gpt.dtype)))
+        hf_model = GPT2LMHeadModel(GPT2Config.from_dict(config_to_huggingface(gpt.config, gpt.dtype, gpt.origin)))
+    if how := generation_settings(gpt.origin):
+        hf_model.generation_config = GenerationConfig.from_dict(how)
     state = huggingface_state(gpt)
     parameters = dict(hf_model.named_parameters())
     assert parameters.keys() == state.keys(), sorted(parameters.keys() ^ state.keys())

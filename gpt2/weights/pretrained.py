@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.files import replace, temporary_beside, write_atomically
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.weights.checkpoints import folder_to_read, saved_checkpoints
+from fastgpt2.gpt2.weights.formats import FORMATS, Checkpoint, read_foreign
 from fastgpt2.gpt2.weights.huggingface import (
+    BUFFERS,
+    TOKEN_TABLE,
     StoredTensor,
     build,
     config_from_huggingface,
@@ -30,11 +33,21 @@ from fastgpt2.gpt2.weights.huggingface import (
     huggingface_state,
     unwrap,
 )
+from fastgpt2.gpt2.weights.origin import (
+    CONFIG,
+    GENERATION,
+    TOKENIZER_FILES,
+    Origin,
+    generation_file,
+    other_files,
+    write_files,
+)
+from fastgpt2.gpt2.weights.reading import pickled_tensors, read_json
 
-CONFIG = "config.json"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SMALL = (GENERATION, *TOKENIZER_FILES)  # of a model on the hub, fetched with its weights
 # The hub's short names: a cache may hold either one.
 HUB_NAMES = {
     "gpt2": "openai-community/gpt2",
@@ -58,26 +71,58 @@ def from_pretrained(
 ) -> GPT:
     """GPT-2's weights from a local folder or from the hub, on the CPU, in float32 whatever the files hold.
 
-    name_or_folder: an existing folder, or a name on the hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
-        "distilgpt2", "organisation/name". What was downloaded before is found without a network. Of a run of
-        `fastgpt2 train` it is the newest whole checkpoint.
-    override_args: dropout (0 by default), vocab_multiple; as in nanoGPT, the rest is the checkpoint's.
+    name_or_folder: an existing folder, a checkpoint in another project's format (see `formats.FORMATS`), or a name on
+        the hub: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "organisation/name". What was downloaded
+        before is found without a network. Of a run of `fastgpt2 train` it is the newest whole checkpoint.
+    override_args: dropout (0 by default), vocab_multiple, activation; as in nanoGPT, the rest is the checkpoint's.
     check: compare the files of a run's checkpoint with what the run wrote (reads them once more).
     The model is in train mode, as a new one is.
-    Raises FileNotFoundError for a folder that is no checkpoint, OSError when a download fails, ValueError naming file
-    and tensor or setting for one that is damaged or is not a GPT-2 that this is.
+    Raises FileNotFoundError for a folder that is no checkpoint, OSError if a download fails, ValueError for a
+    checkpoint that is damaged or of a model that is not implemented here; it names the file, and the tensor or setting.
     """
+    found = open_checkpoint(name_or_folder, override_args, check=check)
+    model = build(found.config, found.tensors, found.source, dtype=torch.float32, kernels=kernels)
+    if found.folder is not None:
+        model.origin = _origin(found.folder, found.tensors)
+    return model
+
+
+def open_checkpoint(
+    name_or_folder: str | Path, override_args: Mapping[str, Any] | None = None, *, check: bool = True
+) -> Checkpoint:
+    """What `from_pretrained` builds, with the same arguments and errors: no weight is read yet."""
+    path = Path(name_or_folder)
+    ours = not str(name_or_folder) or (path / CONFIG).exists() or saved_checkpoints(path)
+    if not ours and (foreign := read_foreign(path, override_args)) is not None:
+        return foreign
     folder = _find(name_or_folder, check)
     weights = _weights_file(folder)
-    config = config_from_huggingface(_read_json(folder / CONFIG), str(folder / CONFIG), override_args)
-    return build(config, _stored(weights), str(weights), dtype=torch.float32, kernels=kernels)
+    config = config_from_huggingface(read_json(folder / CONFIG), str(folder / CONFIG), override_args)
+    return Checkpoint(config, list(_stored(weights)), str(weights), folder)
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+def _origin(folder: Path, stored: Iterable[StoredTensor]) -> Origin:
+    """What a checkpoint's folder holds besides weights. Its config has the folder's values, overridden or not."""
+    settings = read_json(folder / CONFIG)
+    (dtype, *others) = {tensor.dtype for tensor in stored if not tensor.name.endswith(BUFFERS)}
+    return Origin(
+        settings,
+        config_from_huggingface(settings, str(folder / CONFIG)),
+        dtype if isinstance(dtype, torch.dtype) and not others else None,
+        (folder / CONFIG).read_text(encoding="utf-8"),
+        other_files(folder),
+    )
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Writes config.json and model.safetensors, which `GPT2LMHeadModel.from_pretrained` and `from_pretrained` read.
 
-    model: a GPT, also compiled or inside DistributedDataParallel. Weights keep their dtype; padded rows of the
-    vocabulary are cut off; a model without biases gets zero ones, and is without them again when read back here.
+    model: a GPT, also compiled or inside DistributedDataParallel. Weights keep their dtype; those that were read from
+        16-bit files and are unchanged become 16-bit again. Padded rows of the vocabulary are cut off; a model without
+        biases gets zero ones, and is without them again when read back here.
+    tokenizer: is saved beside it, and its end of text stands in config.json and generation_config.json.
+    A model of `from_pretrained` is saved with all that its folder held besides: settings of config.json that do not say
+    what the model is, generation_config.json, tokenizer files, chat template, README. `folder` keeps files that it has.
     Until the last moment the folder holds what it held before, and at no moment a mix that loads.
     """
     from safetensors import SafetensorError
@@ -86,10 +131,18 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     gpt, folder = unwrap(model), Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, save_pretrained writes into a folder")
+    origin: Origin | None = gpt.origin
     state = {name: t.cpu().contiguous() for name, t in huggingface_state(gpt).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = config_to_huggingface(gpt.config, gpt.dtype)
+    state = _narrow_again(state, None if origin is None else origin.dtype)
+    end = None if tokenizer is None else tokenizer.end_of_text
+    settings = config_to_huggingface(gpt.config, state[TOKEN_TABLE].dtype, origin, end)
     text = json.dumps(settings, indent=2) + "\n"
+    if origin is not None and settings == origin.settings and origin.text:
+        text = origin.text
+    files = {} if origin is None else dict(origin.files)
+    if how := generation_file(origin, end if origin is not None else settings["eos_token_id"]):
+        files[GENERATION] = how
+    folder.mkdir(parents=True, exist_ok=True)
     config_path, weights_path = folder / CONFIG, folder / SAFETENSORS[0]
     with temporary_beside(weights_path) as temporary:
         mode = temporary.stat().st_mode
@@ -103,7 +156,16 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         if config_path.exists() and config_path.read_text(encoding="utf-8") != text:
             config_path.unlink()  # new weights must not meet old settings, not even after a crash right here
         replace(temporary, weights_path)
+        write_files(folder, files, write_atomically, tokenizer)
         write_atomically(config_path, text)
+
+
+def _narrow_again(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """float32 weights in the 16-bit dtype that they were read from, where every one of them is still what it was."""
+    if dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != torch.float32 for t in state.values()):
+        return state
+    narrow = {name: t.to(dtype) for name, t in state.items()}
+    return narrow if all(torch.equal(narrow[name].float(), t) for name, t in state.items()) else state
 
 
 # ------------------------------------------------------------------------------------------------ finding a folder
@@ -119,7 +181,10 @@ def _find(name_or_folder: str | Path, check: bool) -> Path:
     if folder.is_dir() and meant:
         return folder_to_read(folder, check)
     if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, pass the folder that holds {CONFIG} and the weights")
+        known = ", ".join(format.name for format in FORMATS)
+        raise NotADirectoryError(
+            f"{folder} is a file, pass the folder that holds {CONFIG} and the weights; files that are read are {known}"
+        )
     if isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_folder):
         return _download(name_or_folder)
     raise FileNotFoundError(f"{folder} is neither a folder that exists nor a name on the hub, such as 'gpt2'")
@@ -137,7 +202,7 @@ def _download(name: str) -> Path:
         try:
             for files in (SAFETENSORS, PICKLED):
                 shards = f"{files[0].replace('.', '-*.')}"
-                folder = Path(snapshot_download(repository, allow_patterns=[CONFIG, *files, shards]))
+                folder = Path(snapshot_download(repository, allow_patterns=[CONFIG, *SMALL, *files, shards]))
                 if any((folder / file).exists() for file in files):
                     return folder
             _weights_file(folder)
@@ -164,23 +229,13 @@ def _weights_file(folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------------- reading files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, is it cut short? ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
 def _stored(weights: Path) -> Iterator[StoredTensor]:
     """The tensors of a weights file or of the shards that an index names."""
-    read = _safetensors if weights.name in SAFETENSORS else _pickled
+    read = _safetensors if weights.name in SAFETENSORS else pickled_tensors
     if weights.suffix != ".json":
         yield from read(weights)
         return
-    shard_of = _read_json(weights).get("weight_map")
+    shard_of = read_json(weights).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise ValueError(f"{weights} has no weight_map from tensors to shards")
     for shard in sorted(set(shard_of.values())):
@@ -212,26 +267,3 @@ def _safetensors(path: Path) -> Iterator[StoredTensor]:
             SAFETENSORS_DTYPES.get(dtype, dtype),
             partial(file.get_tensor, name),
         )
-
-
-def _pickled(path: Path) -> Iterator[StoredTensor]:
-    try:
-        # Mapped, not read, where the format allows it (PyTorch's own before 1.6 was no zip file).
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (PermissionError, FileNotFoundError):
-        raise
-    except Exception as error:  # damaged files raise anything, among it OSError (a seek to before the beginning)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a whole PyTorch file of tensors, is it cut short? ({reason})") from None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    for name, tensor in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{path} holds a tensor under {name!r}, expected names")
-        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
-            raise ValueError(f"{path}: tensor {name!r} is {tensor.layout}, expected a dense one")
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: tensor {name!r} has fewer numbers than its shape {tuple(tensor.shape)}")
-        yield StoredTensor(str(path), name, tuple(tensor.shape), tensor.dtype, partial(lambda t: t, tensor))

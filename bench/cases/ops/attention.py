@@ -1,4 +1,4 @@
-"""Causal attention: its cases, HuggingFace's twin, its calls."""
+"""Causal attention: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -12,19 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import BF16, FP16, FP32, HEAD_SIZE, WIDTHS, Case, asked, dropout_of
+from fastgpt2.bench.cases.case import BF16, FP32, HEAD_SIZE, WIDTHS, Case, asked, dropout_of
 from fastgpt2.bench.cases.description import Description, Size, Sizes
 from fastgpt2.kernels import attention
 from fastgpt2.kernels.attention import causal_attention
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    for C, dtype in (
-        (sizes.widths[0], BF16),
-        (sizes.widths[0], FP16),
-        (sizes.widths[0], FP32),
-        (sizes.widths[-1], BF16),
-    ):
+    for C, dtype in sizes.widths_and_dtypes():
         yield attention_case(4, sizes.rows // 4, C, dtype)
 
 
@@ -59,7 +54,7 @@ def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZ
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Bounds, dropout and heads of other sizes."""
+    """Documents, a window, dropout, and heads of other sizes."""
     B, T = 4, rows // 4
     documents: dict[str, Callable] = dict(
         cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)

@@ -1,4 +1,4 @@
-"""Attention of one new token over the cache: its cases, HuggingFace's twin, its calls."""
+"""Attention of one new token over the cache: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import BF16, FP16, FP32, HEAD_SIZE, Case, New
+from fastgpt2.bench.cases.case import HEAD_SIZE, Case, New
 from fastgpt2.bench.cases.description import Description, Size, Sizes
 from fastgpt2.bench.cases.ops.attention import huggingface_attention
 from fastgpt2.kernels import decode_attention
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    for C, dtype in (
-        (sizes.widths[0], BF16),
-        (sizes.widths[0], FP16),
-        (sizes.widths[0], FP32),
-        (sizes.widths[-1], BF16),
-    ):
+    for C, dtype in sizes.widths_and_dtypes():
         yield _case(8, min(sizes.rows // 2, 1024), C, dtype)
 
 
@@ -31,7 +26,7 @@ def sized(size: Size) -> Iterator[Case]:
 
 
 def _case(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
-    """The last token that a cache of S tokens takes."""
+    """The last token that fits into a cache of S tokens."""
     H, e = C // HEAD_SIZE, dtype.itemsize
 
     def make_inputs(new: New) -> tuple:
@@ -65,7 +60,7 @@ def _case(B: int, S: int, C: int, dtype: torch.dtype) -> Case:
 
 
 def _huggingface(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    """The last token of each row, from a pass over all of them; queries of the others do not matter."""
+    """The last token of each row, from a pass over all its tokens. The queries of the earlier ones do not matter."""
     rows = []
     for row, (new, length) in enumerate(zip(qkv, lengths.tolist(), strict=True)):
         k, v = cache[:, row, :, :length].transpose(1, 2).flatten(2)  # (length, C) each

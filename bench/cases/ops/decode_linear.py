@@ -1,4 +1,4 @@
-"""A linear layer for few rows: its cases, HuggingFace's twin, its calls."""
+"""A linear layer for few rows: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sized(size: Size) -> Iterator[Case]:
 
 
 def _cases(M: int, C: int, dtype: torch.dtype) -> Iterator[Case]:
-    """The MLP's two layers for one token in each of M rows of text, with all that a layer can have around it."""
+    """The MLP's two layers for one token in each of M sequences, with the LayerNorm, GELU and sum that are fused."""
     e = dtype.itemsize
 
     def case(name: str, K: int, N: int, around: Callable[[New], tuple[Tensor, ...]], bytes_around: int, names, **more):

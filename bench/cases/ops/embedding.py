@@ -1,4 +1,4 @@
-"""Token and position embedding: its cases, HuggingFace's twin, its calls."""
+"""Token and position embedding: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import BF16, FP16, FP32, VOCABULARY, WIDTHS, Case, asked, dropout_of
+from fastgpt2.bench.cases.case import BF16, VOCABULARY, WIDTHS, Case, asked, dropout_of
 from fastgpt2.bench.cases.description import Description, Size, Sizes
 from fastgpt2.kernels import embedding
 from fastgpt2.kernels.embedding import token_position_embedding
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    for C, dtype in (
-        (sizes.widths[0], BF16),
-        (sizes.widths[0], FP16),
-        (sizes.widths[0], FP32),
-        (sizes.widths[-1], BF16),
-    ):
+    for C, dtype in sizes.widths_and_dtypes():
         yield embedding_case(4, sizes.rows // 4, C, sizes.V, dtype)
 
 
@@ -40,7 +35,7 @@ def embedding_case(B: int, T: int, C: int, V: int, dtype: torch.dtype) -> Case:
         ours=embedding.token_position_embedding,
         reference=embedding.token_position_embedding_reference,
         eager=lambda idx, tokens, positions: F.embedding(idx, tokens) + positions[: idx.shape[1]],
-        # Every token differs here. Zeros for the tokens that do not occur are PyTorch's, as is the sort.
+        # All tokens differ here. PyTorch sorts, and writes zeros for tokens that do not occur: neither is counted.
         forward_bytes=8 * N + (2 * N + T) * C * e,
         backward_bytes=(4 + 8) * N + (2 * N + T) * C * e,
         rows=N,
@@ -48,7 +43,7 @@ def embedding_case(B: int, T: int, C: int, V: int, dtype: torch.dtype) -> Case:
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Positions that are given, and dropout."""
+    """Given positions, and dropout."""
     T = rows // 4
     plain = embedding_case(4, T, WIDTHS[0], VOCABULARY, BF16)
     yield asked(plain, "positions, dropout", positions=lambda idx: idx % T, **dropout_of(0.1))
@@ -57,9 +52,6 @@ def variants(rows: int) -> Iterator[Case]:
 def _huggingface(idx: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
     positions = torch.arange(idx.size(1), device=idx.device)
     return F.embedding(idx, token_weight) + F.embedding(positions, position_weight)
-
-
-# Registered op -> how HuggingFace computes it from the case's inputs.
 
 
 def calls() -> Iterator[Call]:

@@ -1,4 +1,4 @@
-"""GELU at the MLP's width, alone and after the bias: cases, HuggingFace's twins, calls."""
+"""GELU at the MLP's width, alone and after the bias: cases, the same by HuggingFace, calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sized(size: Size) -> Iterator[Case]:
 
 
 def gelu_cases(N: int, C: int, dtype: torch.dtype) -> Iterator[Case]:
-    """No autocast: what reaches GELU comes from a matrix product and has its dtype."""
+    """Without autocast: GELU's input is a matrix product's output and has its dtype."""
     e = dtype.itemsize
     case = functools.partial(Case, toggle="mlp", dtype=dtype, rows=N)
 

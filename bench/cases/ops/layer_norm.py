@@ -1,4 +1,4 @@
-"""LayerNorm, alone and after the residual sum: cases, HuggingFace's twins, calls."""
+"""LayerNorm, alone and after the residual sum: cases, the same by HuggingFace, calls."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def layer_norm_cases(N: int, C: int, dtype: torch.dtype, autocast: bool = False)
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """The bias of the projection before, and dropout."""
+    """With the bias of the preceding projection, and dropout."""
     for C in WIDTHS:
         for autocast in (False, True):
             _, plain = layer_norm_cases(rows, C, BF16, autocast)

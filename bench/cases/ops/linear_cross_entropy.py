@@ -1,4 +1,4 @@
-"""The head's product and the loss: its cases, HuggingFace's twin, its calls."""
+"""The head's product and the loss: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from fastgpt2.kernels import linear_cross_entropy
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """An eighth of the rows."""
-    narrow, wide = sizes.widths[0], sizes.widths[-1]
-    for C, dtype in ((narrow, BF16), (narrow, FP16), (narrow, FP32), (wide, BF16)):
+    """At an eighth of the rows."""
+    for C, dtype in sizes.widths_and_dtypes():
         yield loss_case(sizes.rows // 8, C, sizes.V, dtype)
-    yield loss_case(sizes.rows // 8, narrow, sizes.V, BF16, autocast=True)
+    yield loss_case(sizes.rows // 8, sizes.widths[0], sizes.V, BF16, autocast=True)
 
 
 def sized(size: Size) -> Iterator[Case]:
@@ -41,7 +40,7 @@ def loss_case(N: int, C: int, V: int, dtype: torch.dtype, autocast: bool = False
         ours=linear_cross_entropy.linear_cross_entropy,
         reference=linear_cross_entropy.linear_cross_entropy_reference,
         eager=lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t),
-        # Gradients are made in the forward: logits are read and written once. Backward scales both gradients.
+        # The forward computes the gradients, for which it reads and writes logits once; the backward scales them.
         forward_bytes=2 * N * V * e + 16 * N,
         backward_bytes=2 * N * C * e + V * C * (kept + parameter.itemsize),
         rows=N,

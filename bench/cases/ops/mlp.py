@@ -1,4 +1,4 @@
-"""The MLP as a whole: its cases, HuggingFace's twin, its calls."""
+"""The MLP as a whole: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.bench.cases.call import Call
-from fastgpt2.bench.cases.case import BF16, FP16, FP32, Case, New
+from fastgpt2.bench.cases.case import BF16, FP32, Case, New
 from fastgpt2.bench.cases.description import Description, Size, Sizes
 from fastgpt2.bench.cases.ops.gelu import huggingface_gelu
 from fastgpt2.kernels import mlp
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    narrow, wide = sizes.widths[0], sizes.widths[-1]
-    for C, dtype in ((narrow, BF16), (narrow, FP16), (narrow, FP32), (wide, BF16)):
+    for C, dtype in sizes.widths_and_dtypes():
         yield _case(sizes.rows, C, dtype)
-    yield _case(sizes.rows, narrow, BF16, autocast=True)
+    yield _case(sizes.rows, sizes.widths[0], BF16, autocast=True)
 
 
 def sized(size: Size) -> Iterator[Case]:
