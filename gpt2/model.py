@@ -373,12 +373,12 @@ class GPT(nn.Module):
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: Iterable[float], device_type: str
+        self, weight_decay: float, learning_rate: float, betas: Iterable[float], device_type: str, **more: Any
     ) -> torch.optim.AdamW:
-        """AdamW with weight decay on tensors of two and more dimensions. See `fastgpt2.gpt2.training.optim.adamw`."""
+        """AdamW that decays matrices alone; more: optimizer, max_norm. See `fastgpt2.gpt2.training.optim.adamw`."""
         from fastgpt2.gpt2.training.optim import adamw
 
-        return adamw(self, weight_decay, learning_rate, betas, device_type)
+        return adamw(self, weight_decay, learning_rate, betas, device_type, **more)
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float) -> float:
         """Model FLOPs utilisation: the FLOP/s of `fwdbwd_per_iter` sequences in `dt` seconds, counted by

@@ -28,6 +28,10 @@ from fastgpt2.gpt2.switches import launched_by_graph as launched_by_graph
 from fastgpt2.gpt2.switches import requested_kernels as requested_kernels
 
 if TRITON_INSTALLED:
+    from fastgpt2.kernels.adamw import Member as TritonAdamWMember  # noqa: F401
+    from fastgpt2.kernels.adamw import Settings as TritonAdamWSettings  # noqa: F401
+    from fastgpt2.kernels.adamw import Update as TritonAdamWUpdate  # noqa: F401
+    from fastgpt2.kernels.adamw import check_device as check_adamw_device  # noqa: F401
     from fastgpt2.kernels.attention import causal_attention as triton_causal_attention
     from fastgpt2.kernels.decode_attention import decode_attention as triton_decode_attention
     from fastgpt2.kernels.decode_linear import MOST_ROWS

@@ -143,3 +143,11 @@ class ColumnSum(NamedTuple):
     BLOCK_P: int
     BLOCK_C: int
     num_warps: int
+
+
+class AdamW(NamedTuple):
+    """A program takes CHUNK elements of one parameter, BLOCK at a time."""
+
+    CHUNK: int
+    BLOCK: int
+    num_warps: int

@@ -11,6 +11,7 @@ import torch
 
 from . import _device
 from ._configurations import (
+    AdamW,
     AttentionBwd,
     AttentionDelta,
     AttentionFwd,
@@ -255,6 +256,10 @@ TABLE: Table = {
     # Wide blocks, because every program of a row reads the window's keys again.
     Key("embedding_segment_sum"): {ANY: SegmentSum(WINDOW=32, ROWS=8, BLOCK_C=1024, num_warps=4)},
     Key("column_sum"): {ANY: ColumnSum(BLOCK_P=32, BLOCK_C=64, num_warps=4)},
+    # A thread's part of a block is two 128-bit accesses to each of p, g, m, v. Every program reads a sum a chunk.
+    Key("adamw", bits=16): {ANY: AdamW(CHUNK=32768, BLOCK=2048, num_warps=4)},
+    Key("adamw", bits=32): {ANY: AdamW(CHUNK=32768, BLOCK=1024, num_warps=4)},
+    Key("adamw", bits=64): {ANY: AdamW(CHUNK=32768, BLOCK=512, num_warps=4)},
 }
 
 # Rows that replace those of TABLE before a version of Triton with which the latter would spill registers or fail to

@@ -23,7 +23,12 @@ MORE = dict(batch_size=2, total_batch_tokens=128, steps=8, eval_interval=4, eval
 # On Triton a block's last bias is added by the block after it, which FSDP2 must not have put away by then.
 SMALL = dict(steps=2, eval_interval=2, batch_size=1, block_size=8, total_batch_tokens=16, eval_tokens=16)
 INTERPRETED = ops.TRITON_INSTALLED and not torch.cuda.is_available()
-TRITON = {"fsdp triton": dict(parallel="fsdp", kernels="triton", **SMALL)} if INTERPRETED else {}
+TRITON = {
+    "fsdp triton": dict(parallel="fsdp", kernels="triton", **SMALL),
+    "ddp optimizer": dict(parallel="ddp", optimizer="triton", steps=4, grad_clip=0.5),
+    "fsdp optimizer": dict(parallel="fsdp", optimizer="triton", steps=4, grad_clip=0.5),
+}
+TRITON = TRITON if INTERPRETED else {}
 RUNS = {
     **TRITON,
     "ddp": dict(parallel="ddp"),
@@ -105,6 +110,19 @@ def test_kernels_are_sharded_too(settings, folders, monkeypatch):
     training, validation = losses(folders["fsdp triton"])
     assert training == pytest.approx([r["loss"] for r in expected], rel=1e-5)
     assert validation == pytest.approx([expected[-1]["val_loss"]], rel=1e-5)
+
+
+@pytest.mark.skipif(not TRITON, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", ["ddp optimizer", "fsdp optimizer"])
+def test_our_optimizer_on_ranks(settings, folders, name, monkeypatch):
+    """The norm is that of all shards: with its own alone a rank would clip otherwise."""
+    monkeypatch.setattr(RunFolder, "plot", lambda self: None)
+    more = dict(RUNS[name], parallel="ddp", optimizer="torch", out=f"{settings['out']}-{name.replace(' ', '-')}")
+    expected = run({**settings, **more})[1]
+    log = read_log(folders[name] / "log.jsonl")
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in log] == pytest.approx([r[key] for r in expected], rel=1e-4)
+    assert log[0]["grad_norm"] > 0.5, "it clips"
 
 
 @pytest.mark.parametrize("name", ["ddp dropout", "fsdp"])

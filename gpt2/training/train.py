@@ -48,7 +48,10 @@ from fastgpt2.gpt2.weights.pretrained import from_pretrained
 # The settings that may change when a run is resumed: the path of its data (the saved state checks that the content is
 # the same), how it is computed, and what is reported and kept.
 WATCHING = ("keep", "hellaswag", "tensorboard", "wandb")
-COMPUTING = ("device", "kernels", "compile", "cuda_graph", "recompute", "parallel", "bad_steps", "spike")
+COMPUTING = (
+    *("device", "kernels", "optimizer", "compile", "cuda_graph", "recompute", "parallel"),
+    *("bad_steps", "spike"),
+)
 FREE_TO_CHANGE = ("data", "out", *COMPUTING, *WATCHING)
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
 

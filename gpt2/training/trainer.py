@@ -26,6 +26,7 @@ from fastgpt2.gpt2.training.optim import cosine_schedule, wsd_schedule
 from fastgpt2.gpt2.training.ranks import Ranks, parallelize, set_gradient_sync
 from fastgpt2.gpt2.training.run_folder import Record
 from fastgpt2.gpt2.training.train_config import DTYPES, TrainConfig
+from fastgpt2.gpt2.training.triton_adamw import TritonAdamW
 
 SAMPLE_TOKENS = 300
 
@@ -59,8 +60,9 @@ class Trainer:
         self.model.transformer.recompute = config.recompute
         # Validation and sampling use the plain module, which shares its weights with the compiled one.
         self.parallel_model = parallelize(self.model, self.ranks, config.parallel, config.compile)
+        clips = {"optimizer": "triton", "max_norm": config.grad_clip} if config.optimizer == "triton" else {}
         self.optimizer = self.model.configure_optimizers(
-            config.weight_decay, config.lr, (0.9, config.beta2), self.device.type
+            config.weight_decay, config.lr, (0.9, config.beta2), self.device.type, **clips
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.watch = LossWatch(config.spike)
@@ -84,9 +86,7 @@ class Trainer:
             group["lr"] = lr
         losses = [self._accumulate_gradient(i) for i in range(self.grad_accum_steps)]
         self.scaler.unscale_(self.optimizer)
-        grad_norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        if config.parallel == "fsdp" and self.ranks.size > 1:
-            grad_norm = grad_norm.full_tensor()
+        grad_norm = self._grad_norm()
         loss, norm = self.ranks.all_reduce_mean(torch.stack([torch.stack(losses).mean(), grad_norm]))
         left_out = self._update(step, loss, norm)
         seconds = time.perf_counter() - start
@@ -104,6 +104,13 @@ class Trainer:
             peak_memory_bytes=hardware.peak_memory_bytes(self.device),
             left_out=left_out,
         )
+
+    def _grad_norm(self) -> torch.Tensor:
+        """Before clipping; clips, unless the optimizer's step does."""
+        if isinstance(self.optimizer, TritonAdamW):
+            return self.optimizer.measure_grad_norm()
+        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        return norm.full_tensor() if self.config.parallel == "fsdp" and self.ranks.size > 1 else norm
 
     def _update(self, step: int, loss: float, norm: float) -> str | None:
         """Updates the weights with AdamW. -> None, or what is wrong with the step, in which case it may be left out."""
