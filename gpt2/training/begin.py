@@ -1,4 +1,4 @@
-"""The weights that a run begins with, where they are not new ones: `init_from`."""
+"""The weights that a run begins with if `init_from` is given."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastgpt2.gpt2.weights.pretrained import from_pretrained
 
 
 class Beginning(NamedTuple):
-    """model: with its weights. source: where they and their tokenizer lie."""
+    """model: with its weights. source: the file, folder or hub name of the weights and their tokenizer."""
 
     model: GPT
     source: str
 
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's own. Raises OSError where it brings none and none can be guessed."""
+        """The checkpoint's own tokenizer. Raises OSError if it has none and none can be guessed."""
         return _tokenizer(self.source, self.model.config.vocab_size)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError for one with more tokens than the model has."""
+        """Raises ValueError if the tokenizer has more tokens than the model."""
         if tokenizer.vocab_size > (rows := self.model.config.vocab_size):
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, and the token table of {self.source} {rows}: "
@@ -33,7 +33,7 @@ class Beginning(NamedTuple):
             )
 
     def note(self, tokenizer: Tokenizer) -> str | None:
-        """What to say where a run's tokenizer is not the checkpoint's."""
+        """What to tell the user if a run's tokenizer is not the checkpoint's, else None."""
         try:
             same = self.tokenizer() == tokenizer
         except (OSError, ValueError):
@@ -47,10 +47,10 @@ def _tokenizer(source: str, vocab_size: int) -> Tokenizer:
 
 
 def beginning(config: TrainConfig, saved: Path | None) -> Beginning | None:
-    """None for a run that begins with new weights.
+    """Loads the weights that a run begins with; None if it begins with new weights.
 
-    saved: the checkpoint with which the run goes on. With one, `init_from` is not looked at any more.
-    Raises ValueError for sizes that are not the checkpoint's, and as `from_pretrained`.
+    saved: the checkpoint from which the run is resumed. If there is one, it is read instead of `init_from`.
+    Raises ValueError if the config's sizes are not the checkpoint's, and what `from_pretrained` raises.
     """
     if config.init_from is None:
         return None

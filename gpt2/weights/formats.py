@@ -1,4 +1,4 @@
-"""Other projects' checkpoints, by what a path holds: one table, and a file for each format."""
+"""Checkpoints in other projects' formats: a table of the formats, each of which has a file of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fastgpt2.gpt2.weights.huggingface import StoredTensor, config_from_huggingf
 
 
 class Format(NamedTuple):
-    """find: the file to read where a path holds this format. read: its settings and weights as HuggingFace has them."""
+    """One format of files.
+
+    find: returns the file to read if a path is in this format, else None. read: returns settings and weights in
+    HuggingFace's form.
+    """
 
     name: str
     find: Callable[[Path], Path | None]
@@ -23,9 +27,9 @@ FORMATS = tuple(Format(module.NAME, module.find, module.read) for module in (llm
 
 
 class Checkpoint(NamedTuple):
-    """A model that is known and not read yet.
+    """A checkpoint whose settings have been read and whose weights have not.
 
-    source: the file, for errors. folder: where it lies, if that is one of HuggingFace's.
+    source: the file, for errors. folder: the folder of the file if it is in HuggingFace's format.
     """
 
     config: GPTConfig
@@ -35,9 +39,9 @@ class Checkpoint(NamedTuple):
 
 
 def read_foreign(path: Path, override_args: Mapping[str, Any] | None = None) -> Checkpoint | None:
-    """What `path`, a file or folder, holds in one of `FORMATS`; None where it holds none.
+    """Opens `path`, a file or folder, if it is in one of `FORMATS`; returns None if not.
 
-    override_args: see `config_from_huggingface`. Raises ValueError, naming the file, for one that is damaged.
+    override_args: see `config_from_huggingface`. Raises ValueError naming the file if it is damaged.
     """
     for format in FORMATS:
         file = format.find(path)

@@ -4,8 +4,8 @@
     version 3     float32
     version 5     bfloat16
 
-A kind of weight lies there for all layers one after another, and linear layers are (out, in), where HuggingFace's files
-have them transposed. Little-endian. Source: karpathy/llm.c, train_gpt2.py, write_model.
+Each kind of weight is stored for all layers before the next kind. Weights of linear layers are (out, in); HuggingFace's
+files have them transposed. Numbers are little-endian. Source: karpathy/llm.c, train_gpt2.py, write_model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
 def find(path: Path) -> Path | None:
-    """`path` where it is a file with llm.c's magic number."""
+    """`path` if it is a file that begins with llm.c's magic number, else None."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:
@@ -37,9 +37,9 @@ def find(path: Path) -> Path | None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
-    """Settings and weights as HuggingFace has them.
+    """Returns settings and weights in HuggingFace's form.
 
-    Raises ValueError for a file of another length than its header says, before anything is made of those sizes.
+    Raises ValueError if the file's length is not what its header says, before memory of those sizes is allocated.
     """
     header = np.fromfile(path, "<i4", HEADER_BYTES // 4).tolist()
     if len(header) < HEADER_BYTES // 4:
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
 
 
 def _layer(C: int) -> dict[str, tuple[int, ...]]:
-    """The weights of one layer, in their order, as they lie there."""
+    """The weights of one layer with their shapes in the file, in the file's order."""
     return {
         "ln_1.weight": (C,),
         "ln_1.bias": (C,),

@@ -4,8 +4,9 @@
     model         the weights, under HuggingFace's names, after `_orig_mod.` where the model was compiled
     ...           optimizer, iter_num, best_val_loss, config: not read
 
-Linear layers lie (out, in), where HuggingFace's files have them transposed. The activation is the exact GELU; until
-June 2023 nanoGPT computed it by tanh, of which the file says nothing: `override_args={"activation": "gelu_tanh"}`.
+Weights of linear layers are (out, in); HuggingFace's files have them transposed. The activation is the exact
+GELU. Until June 2023 nanoGPT used the tanh form, which the file does not record; for such a file pass
+`override_args={"activation": "gelu_tanh"}`.
 Source: karpathy/nanoGPT, train.py and model.py.
 """
 
@@ -30,14 +31,14 @@ LINEAR = tuple(name.removesuffix(".weight") for name in CONV1D)
 
 
 def find(path: Path) -> Path | None:
-    """The file to read, where `path` is one, or a folder with a ckpt.pt."""
+    """The file to read if `path` is such a file or a folder with a ckpt.pt, else None."""
     if path.is_file() and path.suffix in SUFFIXES:
         return path
     return path / CHECKPOINT if (path / CHECKPOINT).is_file() else None
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
-    """Settings and weights as HuggingFace has them. Raises ValueError for a file that is none of nanoGPT's."""
+    """Returns settings and weights in HuggingFace's form. Raises ValueError if the file is not nanoGPT's."""
     content = load_pickle(path)
     model_args = content.get("model_args") if isinstance(content, Mapping) else None
     if not isinstance(model_args, Mapping) or not isinstance(content.get("model"), Mapping):
@@ -59,7 +60,7 @@ def _as_huggingface(tensor: StoredTensor) -> StoredTensor:
 
 
 def _zero_biases(stored: list[StoredTensor]) -> list[StoredTensor]:
-    """Those that a model with bias=False leaves out, and HuggingFace's always have."""
+    """Zeros for the biases that a model with bias=False does not have and HuggingFace's format requires."""
     names = {tensor.name for tensor in stored}
     zeros = []
     for tensor in stored:

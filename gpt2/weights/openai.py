@@ -1,11 +1,12 @@
-"""OpenAI's own checkpoints of GPT-2, which TensorFlow wrote, read without it.
+"""OpenAI's original checkpoints of GPT-2, written by TensorFlow and read here without it.
 
     hparams.json                         n_vocab, n_ctx, n_embd, n_head, n_layer
-    model.ckpt.index                     a table of sorted keys: each tensor's dtype, shape and place
-    model.ckpt.data-00000-of-00001       the tensors, bare numbers
+    model.ckpt.index                     a table of sorted keys: each tensor's dtype, shape and position
+    model.ckpt.data-00000-of-00001       the tensors as raw numbers
     encoder.json, vocab.bpe              the vocabulary: `data.tokenizer.load` reads them
 
-`model/h0/attn/c_attn/w` is (1, C, 3C), and otherwise weights lie as in HuggingFace's files, which came from these.
+`model/h0/attn/c_attn/w` is (1, C, 3C). Otherwise weights are stored as in HuggingFace's files, which were made from
+these.
 Sources: openai/gpt-2, src/model.py; tensorflow, core/protobuf/tensor_bundle.proto.
 """
 
@@ -34,7 +35,7 @@ DTYPE, SHAPE, SHARD, OFFSET, SIZE, SLICES = 1, 2, 3, 4, 5, 7
 
 
 def find(path: Path) -> Path | None:
-    """The index, where `path` is one, or a folder with hparams.json and one index."""
+    """The index file if `path` is one or a folder with hparams.json and one index, else None."""
     if path.is_file():
         return path if path.suffix == INDEX else None
     found = sorted(path.glob(f"*{INDEX}")) if (path / SIZES_FILE).is_file() else []
@@ -44,9 +45,9 @@ def find(path: Path) -> Path | None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
-    """Settings and weights as HuggingFace has them.
+    """Returns settings and weights in HuggingFace's form.
 
-    Raises ValueError for an index that is damaged, and for tensors that do not lie in the files beside it.
+    Raises ValueError if the index is damaged, or if a tensor is not inside the data files beside it.
     """
     if not (path.parent / SIZES_FILE).is_file():
         raise FileNotFoundError(f"{path.parent / SIZES_FILE} is missing, which says the sizes of {path.name}'s model")
@@ -88,13 +89,13 @@ def _tensor(path: Path, name: str, entry: dict[int, list[Any]], shards: int) -> 
 
 
 def _as_huggingface(name: str) -> str:
-    """model/h0/attn/c_attn/w: h.0.attn.c_attn.weight. Names that are none of OpenAI's stay."""
+    """model/h0/attn/c_attn/w becomes h.0.attn.c_attn.weight. Names that OpenAI does not use are not changed."""
     *where, part = name.removeprefix("model/").split("/")
     return ".".join((*(re.sub(r"^h(?=\d+$)", "h.", step) for step in where), PARTS.get(part, part)))
 
 
 def _message(data: bytes) -> dict[int, list[Any]]:
-    """A protocol buffer: field number -> its values, whole numbers or bytes, in their order."""
+    """Decodes a protocol buffer: field number -> its values (integers or bytes) in their order."""
     found: dict[int, list[Any]] = {}
     at = 0
     while at < len(data):

@@ -1,4 +1,4 @@
-"""What files of weights are made of in several formats: JSON, PyTorch's pickles without their code, bare numbers."""
+"""Reading that several formats of weights share: JSON, PyTorch's pickles without running code, raw numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STORED = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2"}  # 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises ValueError naming it for anything else."""
+    """Reads a JSON object. Raises ValueError naming the file if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, nothing but tensors and plain values. Raises ValueError for a file that is damaged."""
+    """Reads what `torch.save` wrote, if it is tensors and plain values only. Raises ValueError for a damaged file."""
     try:
         # Mapped, not read, where the format allows it (PyTorch's own before 1.6 was no zip file).
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -49,7 +49,7 @@ def pickled_tensors(path: Path) -> Iterator[StoredTensor]:
 
 
 def tensors_of(state: Any, path: Path) -> Iterator[StoredTensor]:
-    """Tensors by name, from `path`. Raises ValueError where they are something else, or larger than what is there."""
+    """The tensors of `state`, read from `path`. Raises ValueError if it holds anything else, or too few numbers."""
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
     for name, tensor in state.items():
@@ -65,7 +65,7 @@ def tensors_of(state: Any, path: Path) -> Iterator[StoredTensor]:
 
 
 def read_numbers(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Little-endian numbers that lie in a file from byte `offset`. Raises ValueError where the file ends before."""
+    """Reads little-endian numbers from byte `offset` of a file. Raises ValueError if the file is too short."""
     stored, count = STORED[dtype], math.prod(shape)
     numbers = np.fromfile(path, stored, count, offset=offset)
     if len(numbers) < count:
@@ -76,5 +76,5 @@ def read_numbers(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.d
 
 
 def transposed(tensor: StoredTensor) -> StoredTensor:
-    """The same with its two dimensions exchanged, when it is read."""
+    """The same tensor, transposed when it is read."""
     return dataclasses.replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().t())

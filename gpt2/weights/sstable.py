@@ -1,11 +1,12 @@
-"""LevelDB's table of sorted keys, in which TensorFlow's checkpoints index their tensors, read whole and checked.
+"""LevelDB's format of sorted keys, which TensorFlow's checkpoints use as their index. It is read whole and checked.
 
     block ...    entries, offsets of restarts (uint32 each) and their number, then kind of compression and checksum
-    index        a block: a key at or after each block's last, and where that block lies
-    footer       48 bytes: where the meta index and the index lie, zeros, a magic number
+    index        a block: for each block a key not below its last, and the block's position
+    footer       48 bytes: positions of the meta index and the index, zeros, a magic number
 
-An entry shares the beginning of its key with the one before: varints of the shared length, the rest's and the value's,
-then both. Source: google/leveldb, doc/table_format.md.
+An entry shares a prefix of its key with the entry before it. It holds three varints (lengths of the shared prefix, of
+the rest of the key, and of the value), then the rest of the key and the value.
+Source: google/leveldb, doc/table_format.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TRAILER_BYTES = 5  # kind of compression, checksum
 
 
 def read_table(path: Path) -> dict[bytes, bytes]:
-    """Keys and values. Raises ValueError, naming the file, for one that is cut short, damaged or compressed."""
+    """Reads all keys and values. Raises ValueError naming the file if it is cut short, damaged or compressed."""
     content = path.read_bytes()
     if len(content) < FOOTER_BYTES or int.from_bytes(content[-8:], "little") != MAGIC:
         raise ValueError(f"{path} is cut short, or no index of a TensorFlow checkpoint: it does not end as one")
@@ -36,7 +37,7 @@ def read_table(path: Path) -> dict[bytes, bytes]:
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """(the number that begins at byte `at`, where it ends). Raises IndexError where the data ends before."""
+    """(the number that begins at byte `at`, its end). Raises IndexError if the data ends before the number does."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -81,7 +82,7 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli), rotated and moved as LevelDB keeps it."""
+    """CRC-32C (Castagnoli) in LevelDB's masked form: rotated, plus a constant."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = (crc >> 8) ^ _CRC[(crc ^ byte) & 0xFF]
