@@ -1,10 +1,11 @@
-"""Peak rates of GPUs from their data sheets (None for unknown hardware, never a guess), and the memory in use."""
+"""Peak rates of GPUs from their data sheets (None for unknown hardware, never a guess), the CPU, and memory in use."""
 
 from __future__ import annotations
 
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -61,6 +62,17 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak dense bf16 FLOP/s of a CUDA or ROCm device; None if it is unknown."""
     found = gpu(device)
     return None if found is None else found.bf16_flops
+
+
+def cpu_vendor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The maker of the CPU as x86 processors state it, such as "AuthenticAMD" or "GenuineIntel"; "" if unknown."""
+    try:
+        with open(cpuinfo, encoding="utf-8", errors="replace") as file:
+            first = file.read(4096)  # the first core's entry; a file for hundreds of cores takes long to read
+    except OSError:
+        return ""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", first, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -1,8 +1,10 @@
-"""x W^T + bias. On a CPU, oneDNN computes it where it is faster than PyTorch's linear layer.
+"""x W^T + bias. On AMD's CPUs oneDNN computes it where it is faster than PyTorch's linear layer.
 
 PyTorch multiplies float32 matrices on a CPU with MKL, which reaches about three quarters of oneDNN's speed on AMD's
-processors. Therefore oneDNN computes the forward and the gradient of x. MKL computes the gradient of the weight, where
-it is faster. Everything else (GPUs, other dtypes, autocast, compiled code, few rows) is `torch.nn.functional.linear`.
+processors. Therefore oneDNN computes the forward and the gradient of x there. MKL computes the gradient of the weight,
+where it is faster. On an Intel Xeon MKL was the faster one for all of them, and elsewhere neither was measured: there,
+as for everything else (GPUs, other dtypes, autocast, compiled code, few rows), it is `torch.nn.functional.linear`. The
+choice follows from the maker of the CPU and not from a measurement, so that a run computes the same bits every time.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt2.gpt2.hardware import cpu_vendor
+
+ONEDNN_IS_FASTER = cpu_vendor() == "AuthenticAMD"  # in float32
 MIN_ROWS = 16  # with fewer rows, oneDNN takes as long to lay out the operands as to multiply them
 
 
@@ -37,6 +42,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu  # several times as fast as x.device.type
+        and ONEDNN_IS_FASTER
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # a trace cannot hold the operator's arguments
         and all(t.dtype == torch.float32 and type(t) in PLAIN for t in (x, weight, bias) if t is not None)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt2.gpt2 import linear
 from fastgpt2.gpt2.model import GPT, MLP, Block, CausalSelfAttention, Transformer
 from fastgpt2.gpt2.stock import is_stock, is_watched
 
@@ -28,15 +29,17 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary(
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `packed` supports the model: plain float32 or bfloat16 parameters on a CPU whose oneDNN multiplies them,
-    and no hooks, because a hook would receive modules of the copy."""
+    """Whether `packed` supports the model and is worth it: plain parameters on a CPU, in bfloat16 if oneDNN has it or in
+    float32 if oneDNN is the faster one, and no hooks, because a hook would receive modules of the copy."""
     plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
     if not plain or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
     if any(is_watched(module) for module in model.modules()):
         return False
     dtypes = {p.dtype for p in model.parameters()}
-    return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return (dtypes == {torch.float32} and linear.ONEDNN_IS_FASTER) or (
+        dtypes == {torch.bfloat16} and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def packed(model: GPT) -> GPT:

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from tiny_models import tiny
 
-from fastgpt2.gpt2 import packed
+from fastgpt2.gpt2 import linear, packed
 from fastgpt2.gpt2.generation import decoder
 from fastgpt2.gpt2.generation.decoder import WORTH_PREPARING
 from fastgpt2.gpt2.generation.generate import Generation, generate
@@ -34,6 +34,7 @@ def laid_out(monkeypatch):
     reorder = torch.ops.mkldnn._reorder_linear_weight
     stand_in = lambda weight, rows: shapes.append(tuple(weight.shape)) or reorder(weight, rows)  # noqa: E731
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", stand_in)
+    monkeypatch.setattr(linear, "ONEDNN_IS_FASTER", True)
     return shapes
 
 

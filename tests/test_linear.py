@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from numerics import check
 
 from fastgpt2.gpt2 import linear as module
+from fastgpt2.gpt2.hardware import cpu_vendor
 from fastgpt2.gpt2.linear import MIN_ROWS, linear
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
@@ -21,7 +22,8 @@ def operands(*shape: int, N: int = 24, bias: bool = True) -> list[torch.Tensor]:
 
 @pytest.fixture
 def products(monkeypatch) -> list:
-    """Shapes of what oneDNN multiplies."""
+    """Shapes of what oneDNN multiplies, as on a CPU where it is the faster one."""
+    monkeypatch.setattr(module, "ONEDNN_IS_FASTER", True)
     seen: list = []
     product = module._product
 
@@ -40,6 +42,20 @@ def test_rule(shape, bias, products):
     check(linear, F.linear, *operands(*shape, bias=bias))
     rows = math.prod(shape[:-1])
     assert products == [shape, (rows, 24)], "forward and the gradient of x"
+
+
+def test_elsewhere_it_is_pytorchs(products, monkeypatch):
+    monkeypatch.setattr(module, "ONEDNN_IS_FASTER", False)
+    x, weight, bias = operands(20, 32)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias)) and not products
+
+
+def test_the_maker_of_the_cpu(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon by AuthenticAMD\n")
+    assert cpu_vendor(file) == "GenuineIntel"
+    file.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert cpu_vendor(file) == cpu_vendor(tmp_path / "none") == ""
 
 
 @needs_onednn
