@@ -29,8 +29,8 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary(
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `packed` supports the model and is worth it: plain parameters on a CPU, in bfloat16 if oneDNN has it or in
-    float32 if oneDNN is the faster one, and no hooks, because a hook would receive modules of the copy."""
+    """Whether `packed` supports the model and is worth it: plain parameters on a CPU, in bfloat16 if oneDNN has it or
+    in float32 if oneDNN is the faster one, and no hooks, because a hook would receive modules of the copy."""
     plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
     if not plain or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return False
