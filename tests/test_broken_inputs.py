@@ -17,6 +17,7 @@ from tiny_run import run, settings_in
 from fastgpt2 import GPT
 from fastgpt2.gpt2.cli import cli
 from fastgpt2.gpt2.data import tokenizer as tokenizers
+from fastgpt2.gpt2.data import vocabularies
 from fastgpt2.gpt2.data.shards import open_tokens
 from fastgpt2.gpt2.data.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt2.gpt2.training.train_config import read_settings
@@ -213,8 +214,8 @@ def test_long_spaces_have_the_tokens_of_short_ones(runs):
     text = "".join(character * count for character, count in runs)
     whole = BPE._encoding.encode_ordinary(text)
     with pytest.MonkeyPatch.context() as patch:
-        shorter = tokenizers._LONG_SPACE.pattern.replace("10000", "4")
-        patch.setattr(tokenizers, "_LONG_SPACE", re.compile(shorter))
+        shorter = vocabularies._LONG_SPACE.pattern.replace("10000", "4")
+        patch.setattr(vocabularies, "_LONG_SPACE", re.compile(shorter))
         assert BPE.encode(text).tolist() == whole
 
 

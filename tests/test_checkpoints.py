@@ -218,7 +218,7 @@ def test_a_folder_of_somebody_else_in_the_links_place_stays(whole, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [dict(lr=5e-3), dict(steps=11), dict(total_batch_tokens=128), dict(seed=1), dict(dtype="bfloat16")],
+    [dict(lr=5e-3), dict(steps=9), dict(total_batch_tokens=128), dict(seed=1), dict(dtype="bfloat16")],
     ids=str,
 )
 def test_another_config_is_refused_before_anything_is_written(whole, tmp_path, other):
@@ -226,14 +226,14 @@ def test_another_config_is_refused_before_anything_is_written(whole, tmp_path, o
     before = (run / "log.jsonl").read_bytes()
     ((name, value),) = other.items()
     with pytest.raises(ValueError, match=f"{name} is {value!r}, the run .* was begun with {whole[0].get(name, '')}"):
-        finish(TrainConfig(**{**whole[0], **other}), resume=run)
+        finish(TrainConfig(**{**whole[0], "out": None, **other}), resume=run)
     assert (run / "log.jsonl").read_bytes() == before
 
 
 def test_what_is_kept_may_change(whole, tmp_path):
     run = copied(whole, tmp_path)
     shutil.rmtree(saved_checkpoints(run)[0])
-    result, log, _ = finish(TrainConfig(**{**whole[0], "keep": 1}), resume=run)
+    result, log, _ = finish(TrainConfig(**{**whole[0], "out": None, "keep": 1}), resume=run)
     assert_same(whole, result, log)
     assert len(saved_checkpoints(run)) == 1
 
@@ -252,7 +252,7 @@ def test_data_may_move_and_other_data_of_its_length_is_refused(whole, tmp_path):
     shutil.rmtree(saved_checkpoints(run)[0])
     content = Path(whole[0]["data"]).read_text()
     text.write_text(content.replace("cat", "cow"))
-    moved = TrainConfig(**{**whole[0], "data": str(text)})
+    moved = TrainConfig(**{**whole[0], "out": None, "data": str(text)})
     with pytest.raises(ValueError, match="content of the data is"):
         finish(moved, resume=run)
     text.write_text(content)
@@ -274,7 +274,7 @@ def test_a_config_that_was_edited_is_refused(whole, tmp_path, old, new):
 def test_a_run_that_met_a_bad_step_may_go_on_without_such_steps(whole, tmp_path):
     run = copied(whole, tmp_path)
     shutil.rmtree(saved_checkpoints(run)[0])
-    result, log, _ = finish(TrainConfig(**{**whole[0], "bad_steps": "skip", "spike": 9.0}), resume=run)
+    result, log, _ = finish(TrainConfig(**{**whole[0], "out": None, "bad_steps": "skip", "spike": 9.0}), resume=run)
     assert_same(whole, result, log)
 
 
