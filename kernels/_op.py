@@ -368,7 +368,8 @@ def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args):
         if torch.compiler.is_compiling():
             return check(*args)
-        key = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        # None is asked for first, because a call of isinstance takes longer than the rest of this line.
+        key = tuple([a if a is None else (a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
         try:
             return passed[key]
         except KeyError:
