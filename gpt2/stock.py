@@ -86,18 +86,19 @@ def _takes_two(kind: Any) -> bool:
     return len(positional) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
-def is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module, but_forward_hooks: bool = False) -> bool:
     """Whether calling the module does more than its class's `forward`: it has hooks (global hooks included), a
-    `forward` set on the instance, or was compiled by its method `compile`."""
+    `forward` set on the instance, or was compiled by its method `compile`. but_forward_hooks: its own forward hooks do
+    not count."""
     code = module._compiled_call_impl
     compiled = code is not None and not getattr(code, "is_transparent", False)  # `graphed` sets a transparent one
-    return compiled or "forward" in module.__dict__ or has_hooks(module)
+    return compiled or "forward" in module.__dict__ or has_hooks(module, but_forward_hooks)
 
 
-def has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module, but_forward_hooks: bool = False) -> bool:
     """Whether calling the module calls a hook of any kind, global hooks included."""
     return bool(
-        module._forward_hooks
+        (module._forward_hooks and not but_forward_hooks)
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -1,5 +1,6 @@
 """hf.accelerate on models that people changed: classes, settings and calls that mean something else than GPT-2's."""
 
+import copy
 import functools
 
 import pytest
@@ -121,3 +122,41 @@ def test_a_new_model_of_an_accelerated_ones_class_is_transformers(tmp_path):
 def test_what_is_no_module_is_refused(function, what):
     with pytest.raises(TypeError, match="model is"):
         function(what)
+
+
+MASKS = {
+    "none hidden": torch.zeros(9, 9),
+    "distances": torch.full((9, 9), float("-inf")).triu(1) + 0.3 * torch.arange(9),
+    "a key hidden": torch.full((9, 9), float("-inf")).triu(1).index_fill(1, torch.tensor(3), -1e9).tril(),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_masks_of_numbers_are_added_by_pytorch_and_refused_by_triton(mask, accelerated):
+    theirs = hf_gpt2().to(DEVICE).eval()
+    theirs.set_attn_implementation("sdpa")
+    ours = copy.deepcopy(theirs)
+    numbers = MASKS[mask].to(DEVICE)[None, None].expand(2, 1, 9, 9)
+    expected = theirs(IDS, attention_mask=numbers).logits
+    hf.register("torch")
+    try:
+        ours.set_attn_implementation("fastgpt2")
+        found = (hf.accelerate(ours, "torch") if accelerated else ours)(IDS, attention_mask=numbers).logits
+        torch.testing.assert_close(found, expected)
+        hf.register("triton")
+        with pytest.raises(ValueError, match=r"attention_mask is a mask \(2, 1, 9, 9\) of torch.float32"):
+            ours(IDS, attention_mask=numbers)
+    finally:
+        hf.unregister()
+
+
+def test_a_call_for_hidden_states_leaves_nothing_that_counts():
+    """transformers leaves hooks on every block, which do nothing in other calls."""
+    ours = hf.accelerate(hf_gpt2().to(DEVICE).eval(), "torch")
+    before = str(hf.report(ours))
+    assert len(ours(IDS, output_hidden_states=True).hidden_states) == 3
+    assert ours.transformer.h[0]._forward_hooks, "this test is about them"
+    assert str(hf.report(ours)) == before and "transformers' forward" not in before
+    ours.transformer.h[0].register_forward_hook(lambda module, args, output: None)
+    assert "h.0 is replaced or has hooks" in str(hf.report(ours))

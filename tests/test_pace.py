@@ -64,10 +64,14 @@ def test_a_step_is_measured_as_training_takes_it(monkeypatch):
     ([], True), (["--data", "x"], True), (["--steps", "3"], False), (["--preset", "baby"], False),
     (["--config=x.yaml"], False), (["--resume", "x"], False),
 ])  # fmt: skip
-def test_only_what_nobody_gave_a_length_is_measured(monkeypatch, arguments, sized):
-    assert train_command._is_ours_to_size([*arguments, "--device", "cpu"]) == sized
+def test_only_what_nobody_gave_a_length_is_measured(monkeypatch, tmp_path, arguments, sized):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for file in ("x.yaml", "x/config.yaml"):
+        (tmp_path / file).write_text("lr: 0.01\n")
+    assert train_command.parse([*arguments, "--device", "cpu"]).fit == sized
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not train_command._is_ours_to_size(arguments)
+    assert not train_command.parse([*arguments, "--device", "cpu"]).fit
 
 
 def test_the_command_trains_as_long_as_was_measured(monkeypatch, capsys):

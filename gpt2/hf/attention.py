@@ -145,7 +145,7 @@ def attention_forward(
     refused = why_not(module, query, key, value, attention_mask, more) if kernels.attention == "triton" else None
     if refused and _registration.fallback is None:
         raise ValueError(_instead(refused))
-    if refused or _is_theirs(module, query, key, value, more, kernels):
+    if refused or _is_theirs(module, query, key, value, attention_mask, more, kernels):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         booleans = visible.as_booleans(attention_mask, B, T, key.size(2))
@@ -174,10 +174,20 @@ def why_not(
     return None
 
 
-def _is_theirs(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, more: dict[str, Any], kernels: Kernels) -> bool:
+def _is_theirs(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    more: dict[str, Any],
+    kernels: Kernels,
+) -> bool:
     """Whether the call is not plain causal attention without a past, and PyTorch is to compute it."""
     if kernels.attention == "triton":
         return False
+    if attention_mask is not None and attention_mask.dtype != torch.bool and not visible.is_visible(attention_mask):
+        return True  # numbers that are added to the scores
     return k.shape != q.shape or v.shape != q.shape or why_not(module, q, k, v, None, more) is not None
 
 

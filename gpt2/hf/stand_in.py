@@ -18,6 +18,8 @@ from torch import nn
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.stock import is_watched, stock
 
+CAPTURES = "transformers.utils.output_capturing"  # the module of those hooks
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -130,6 +132,14 @@ def is_of_transformers(function: Any) -> bool:
 
 
 def is_untouched(module: Any, kind: Any) -> bool:
-    """`is_stock` for classes whose `forward` transformers wraps, and for the classes that replace them."""
+    """`is_stock` for classes whose `forward` transformers wraps, and for the classes that replace them.
+
+    A call that asks for hidden states or attentions leaves hooks of transformers on modules, which do nothing in calls
+    that do not ask: they do not count.
+    """
     theirs = kind.__bases__[1] if issubclass(kind, StandIn) else kind
-    return type(module) is kind and not is_watched(module) and _is_original(theirs)
+    if type(module) is not kind or not _is_original(theirs):
+        return False
+    hooks = module._forward_hooks
+    captures = bool(hooks) and all(getattr(hook, "__module__", "") == CAPTURES for hook in hooks.values())
+    return not is_watched(module, captures)

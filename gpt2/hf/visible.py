@@ -70,7 +70,10 @@ def lengths_and_starts(ranges: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
 
 def is_visible(mask: Any) -> bool:
     """Whether `mask` has one of the forms above, and is not a mask of transformers or of the user."""
-    return isinstance(mask, Tensor) and mask.dtype in (torch.int32, torch.int64)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return False
+    ranges = mask.dtype == torch.int64 and mask.size(1) == 1 and mask.size(3) in (1, 2)
+    return ranges or (mask.dtype == torch.int32 and mask.shape[:3] == (1, 1, 1))
 
 
 def as_booleans(mask: Tensor | None, B: int, T: int, S: int) -> Tensor | None:
