@@ -139,7 +139,12 @@ def test_a_checkpoint_of_nanogpts_is_sampled_and_evaluated(tmp_path, capsys):
         assert cli.main([*sample, str(data / "meta.pkl")]) == 0
         assert written == capsys.readouterr().out and "hear" in written
         assert cli.main(["sample", *checkpoint, "--prompt", "x"]) == 2
-        assert f"its {V} tokens are not GPT-2's vocabulary" in capsys.readouterr().err
+        assert f"its {V} tokens are not GPT-2's vocabulary: give its own, --tokenizer PATH" in capsys.readouterr().err
+        assert cli.main([*sample, "char"]) == 2
+        assert "tokenizer is 'char', whose characters are not known" in capsys.readouterr().err
+        evaluate = ["eval", *checkpoint, "--data", str(data), "--tokenizer", str(data / "meta.pkl")]
+        assert cli.main(evaluate) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["val"]["tokens"] > 0
     (path.parent / "meta.pkl").write_bytes((data / "meta.pkl").read_bytes())
     for given_path in (path, path.parent):
         checkpoint = ["--checkpoint", str(given_path)]

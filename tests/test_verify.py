@@ -127,6 +127,24 @@ def test_the_rule_is_stated_as_it_is_computed(capsys):
     assert error_rule.RULE in page and error_rule.RULE in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--batch", "a.txt"], "--batch is a.txt, which is for --model"),
+        (["--tokens", "8"], "--tokens is 8, which is for --model"),
+    ],
+)
+def test_options_of_a_model_need_one(typed, said):
+    with pytest.raises(ValueError, match=said):
+        verify.main(typed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has bfloat16")
+def test_bfloat16_needs_a_gpu():
+    with pytest.raises(ValueError, match="--dtype is bfloat16, which Triton's interpreter does not have"):
+        verify.main(["--dtype", "bfloat16"])
+
+
 def test_a_device_that_is_not_here_is_named():
     with pytest.raises(ValueError, match="device is 'warp'"):
         verify.main(["--device", "warp"])

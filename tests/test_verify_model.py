@@ -58,6 +58,18 @@ def test_every_op_in_every_layer_and_the_whole_model(monkeypatch, folder, capsys
     assert error_rule.RULE in printed and "…" not in printed
 
 
+def test_a_padded_token_table_is_compared_with_huggingfaces():
+    """HuggingFace's model does not have the padded rows, whose gradients are zero."""
+    config = dataclasses.replace(CONFIG, n_layer=1, vocab_multiple=100)
+    model = verify.random_model(config, torch.device("cpu"))
+    assert model.transformer.wte.weight.size(0) > config.vocab_size
+    idx = torch.randint(config.vocab_size, (1, 2), generator=torch.Generator().manual_seed(0))
+    found = verify._huggingface_results(model, idx, idx)
+    model(idx, idx)[1].backward()
+    gradients = {f"d {name}": p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close({name: found[name] for name in gradients}, gradients)
+
+
 def test_a_kernel_that_is_wrong_in_one_layer_is_named(monkeypatch, folder, capsys):
     """The second layer's attention only, by a hundredth."""
     attention, calls = ops.triton_causal_attention, []

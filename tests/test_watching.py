@@ -225,3 +225,16 @@ def test_a_reference_that_is_none_is_refused(reference, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plot", "x", "--reference", reference])
     assert "is not NAME=LOSS" in capsys.readouterr().err
+
+
+def test_a_folder_with_dollars_in_its_name_is_drawn_and_goes_on(tmp_path):
+    """matplotlib reads $...$ as a formula."""
+    _, log, said = run({**settings_in(tmp_path), "out": str(tmp_path / "$x_$y")}, steps=2)
+    assert len(log) == 2 and (tmp_path / "$x_$y" / "loss.png").is_file() and "trained before" not in said
+    assert "all 2 steps were trained before" in finish(None, resume=tmp_path / "$x_$y")[2]
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_before_anything(tmp_path):
+    with pytest.raises(ValueError, match="out is '.*', which is not UTF-8 text"):
+        run({**settings_in(tmp_path), "out": str(tmp_path / "\udcff")}, steps=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]

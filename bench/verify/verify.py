@@ -102,10 +102,13 @@ def _huggingface_results(model: GPT, x: Tensor, targets: Tensor) -> dict[str, Te
     loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten())
     loss.backward()
     results = {"logits": logits.detach(), "loss": loss.detach()}
+    own = dict(model.named_parameters())
     for name, p in hf.named_parameters():
         assert p.grad is not None
-        ours = dict(model.named_parameters())[name]
-        results[f"d {name}"] = p.grad if p.shape == ours.shape and not _is_conv1d(name) else p.grad.t()
+        gradient = p.grad.t() if _is_conv1d(name) else p.grad
+        if gradient.size(0) < own[name].size(0):  # a padded token table, which HuggingFace's model does not have
+            gradient = F.pad(gradient, (0, 0, 0, own[name].size(0) - gradient.size(0)))
+        results[f"d {name}"] = gradient
     return results
 
 
@@ -206,7 +209,12 @@ class Options(CommandOptions):
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when every error is within the rule, else 1."""
     args = parse(Options, argv, "fastgpt2 verify")
+    for name in ("batch", "tokens"):
+        if args.model is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is {getattr(args, name)}, which is for --model, and no --model is given")
     device = find_device(args.device)
+    if device.type != "cuda" and args.dtype == "bfloat16":
+        raise ValueError("--dtype is bfloat16, which Triton's interpreter does not have: allowed are float16, float32")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton reads the variable when kernels are decorated, which has happened in this process.
         command = [sys.executable, "-m", "fastgpt2.gpt2", "verify", *argv]
@@ -214,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
     names = list(DTYPES) if args.dtype == "all" else [args.dtype]
     if device.type != "cuda":
         print("No GPU: the kernels run in Triton's interpreter, on small shapes.")
-        names = [n for n in names if n != "bfloat16" or args.dtype == n]
+        names = [name for name in names if name != "bfloat16"]
     dtypes = [DTYPES[name] for name in names]
     layers: list[Row] = []
     if args.model is None:

@@ -20,7 +20,7 @@ from fastgpt2.gpt2.evaluation.evaluate import Watch, mean_loss, text_loss, windo
 from fastgpt2.gpt2.evaluation.hellaswag import DOWNLOAD, hellaswag, read_examples
 from fastgpt2.gpt2.generation.sample import load_checkpoint
 from fastgpt2.gpt2.model import GPT
-from fastgpt2.gpt2.options import Checkpoint, CommandOptions, Folder, Name, Word
+from fastgpt2.gpt2.options import Checkpoint, CommandOptions, Folder, Name, Source, Word
 from fastgpt2.gpt2.output import plain_console
 from fastgpt2.gpt2.training.progress import line, stages, watched
 from fastgpt2.gpt2.training.settings import DtypeName
@@ -32,12 +32,12 @@ class Options(CommandOptions):
     """Evaluates a run of `fastgpt2 train`, a checkpoint folder, or a model of the hub. The last line is JSON."""
 
     checkpoint: Checkpoint  # the folder of a run, a checkpoint, or the name of a model on the hub, such as gpt2
-    check: bool = True  # compare a run's checkpoint with what the run wrote
+    check: bool = True  # compare a run's checkpoint with the checksums that the run wrote
+    tokenizer: Source | None = None  # gpt2, byte or a vocabulary's path, for a checkpoint without a tokenizer
     data: Folder | None = None  # measure the loss on the validation shards of this folder; see fastgpt2 prepare
-    tokens: int = 2**20  # how many tokens of --data to use at most, always the same ones
-    text: Annotated[str, Word("PATH")] | None = (
-        None  # measure the perplexity of a file or folder of text, .jsonl or .parquet
-    )
+    tokens: int = 2**20  # how many tokens of --data to use, always the same ones; at least one window of block_size
+    # measure the perplexity of a file or folder of text, .jsonl or .parquet
+    text: Annotated[str, Word("PATH")] | None = None
     # tokens of --text from one window to the next; fewer than block_size give each token more context, and take longer;
     # None: block_size
     stride: int | None = None
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     with stages(console, "start") as say:
         text = None if args.text is None else windows.read_text(args.text, say)
         say("loading the model")
-        model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, check=args.check)
+        model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=args.check)
         tokens = None if args.data is None else _validation_tokens(args.data, tokenizer, say)
         text_tokens = None if text is None else windows.encode_text(text, tokenizer, say)
     model = model.to(device)

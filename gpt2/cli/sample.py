@@ -36,7 +36,7 @@ class Options(CommandOptions):
 
     checkpoint: Checkpoint  # the folder of a run, a checkpoint, or the name of a model on the hub, such as gpt2
     check: bool = True  # compare a run's checkpoint with what the run wrote
-    tokenizer: Source | None = None  # gpt2, byte or a vocabulary, for a checkpoint that brings none
+    tokenizer: Source | None = None  # gpt2, byte or a vocabulary's path, for a checkpoint without a tokenizer
     prompt: Text | None = None  # how the text begins
     file: File | None = None  # holds the prompt, in UTF-8; - is standard input
     interactive: bool = False  # ask for prompts until Ctrl-D

@@ -217,10 +217,15 @@ def _brought_tokenizer(checkpoint: str | Path) -> Tokenizer:
 
 
 def _named_tokenizer(checkpoint: str | Path, spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names. Raises ValueError if the folder has a different one."""
+    """The tokenizer that `spec` names. Raises ValueError if the folder has a different one, or none for "char"."""
     try:
         own = _brought_tokenizer(checkpoint)
     except FileNotFoundError:
+        if spec == "char":
+            raise ValueError(
+                f"tokenizer is 'char', whose characters are not known, because {checkpoint} has no tokenizer: "
+                "give the path of its vocabulary, such as nanoGPT's meta.pkl"
+            ) from None
         return tokenizers.from_spec(spec, [])
     if not tokenizers.is_named(spec, own):
         raise ValueError(f"tokenizer is {spec!r}, but {checkpoint} has another one: leave tokenizer out")
@@ -238,5 +243,7 @@ def checkpoint_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:
             return _brought_tokenizer(checkpoint) if here else tokenizers.download(str(checkpoint))
         except FileNotFoundError as error:
             if not _is_padded(tokenizers.GPT2_VOCAB_SIZE, vocab_size):
-                raise FileNotFoundError(f"{error}, and its {vocab_size} tokens are not GPT-2's vocabulary") from None
+                raise FileNotFoundError(
+                    f"{error}, and its {vocab_size} tokens are not GPT-2's vocabulary: give its own, --tokenizer PATH"
+                ) from None
     return tokenizers.gpt2()

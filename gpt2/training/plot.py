@@ -77,7 +77,7 @@ def plot_runs(runs: Sequence[Path], picture: Path, references: Mapping[str, floa
         for curve in scored:
             there = np.isfinite(curve.hellaswag)
             color = f"C{curves.index(curve)}"
-            axes.plot(curve.tokens[there], curve.hellaswag[there], color=color, marker="o", label=curve.name)
+            axes.plot(curve.tokens[there], curve.hellaswag[there], color=color, marker="o", label=as_drawn(curve.name))
         _references(axes, HELLASWAG_REFERENCES)
         axes.set(xlabel="tokens trained on", ylabel="HellaSwag, build-nanogpt's acc_norm")
     _finish([by_tokens, by_time, *rest], [by_time])
@@ -89,6 +89,11 @@ def time_unit(hours: float) -> str:
     return next((unit for unit, size in UNITS.items() if hours >= 2 * size), "seconds")
 
 
+def as_drawn(text: str) -> str:
+    """`text` for matplotlib, which cannot draw bytes of a path that are no text and reads $...$ as a formula."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def plot_losses(log: Path, png: Path, title: str) -> None:
     """Plots one run against tokens: the training loss of every step, its running mean and the validation loss."""
     from matplotlib.figure import Figure
@@ -97,7 +102,7 @@ def plot_losses(log: Path, png: Path, title: str) -> None:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     _draw_loss(axes, curve, curve.tokens, "tab:blue")
-    axes.set(title=title, xlabel="tokens trained on", ylabel="cross-entropy, nats a token")
+    axes.set(title=as_drawn(title), xlabel="tokens trained on", ylabel="cross-entropy, nats a token")
     _finish([axes], [])
     _save(figure, png)
 
@@ -107,18 +112,20 @@ def _draw_loss(axes: Any, curve: Curve, x: np.ndarray, color: str) -> None:
     axes.plot(x, curve.loss, color=color, alpha=0.25 if window > 1 else 1.0, linewidth=0.8)
     mean = np.convolve(curve.loss, np.full(window, 1 / window), mode="valid")
     middle = x[window // 2 : window // 2 + len(mean)]
-    axes.plot(middle, mean, color=color, label=f"{curve.name}, training")
+    axes.plot(middle, mean, color=color, label=f"{as_drawn(curve.name)}, training")
     validated = np.isfinite(curve.val_loss)
     if validated.any():
         axes.plot(
             x[validated], curve.val_loss[validated],
-            color=color, linestyle="--", marker="o", markersize=4, label=f"{curve.name}, validation",
+            color=color, linestyle="--", marker="o", markersize=4, label=f"{as_drawn(curve.name)}, validation",
         )  # fmt: skip
 
 
 def _references(axes: Any, references: Mapping[str, float]) -> None:
     for i, (name, value) in enumerate(references.items()):
-        axes.axhline(value, color="black", linestyle=(":", "-.", "--")[i % 3], linewidth=1, label=f"{name}: {value:g}")
+        axes.axhline(
+            value, color="black", linestyle=(":", "-.", "--")[i % 3], linewidth=1, label=f"{as_drawn(name)}: {value:g}"
+        )
 
 
 def _finish(all_axes: Sequence[Any], against_time: Sequence[Any]) -> None:

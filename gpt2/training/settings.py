@@ -12,13 +12,13 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class Settings:
     """The settings as plain values; `training.train_config.TrainConfig` checks them. The defaults are preset baby's."""
 
-    preset: str = "baby"  # what is not given: baby, gpt2, -medium, -large, -xl, finetune; each also with -smoke
+    preset: str = "baby"  # the defaults: baby, gpt2, gpt2-medium, -large, -xl, finetune; with -smoke for a CPU
     init_from: str | None = None  # weights to begin with: gpt2, a run, a checkpoint of ours, HuggingFace's, nanoGPT's
     data: str | None = None  # text (file or folder), or token shards of `prepare`; None: Python library's sources
     tokenizer: str | None = None  # char, byte, gpt2, or a vocabulary's path; None: that of data, weights or preset
     out: str | None = None  # the run's folder; None: runs/DATE-TIME-PRESET
 
-    steps: int = 5000  # optimizer steps; more with --resume: it goes on at the rate of a run of that length
+    steps: int = 5000  # optimizer steps; without a GPU and without a preset: as many as take two minutes
     total_batch_tokens: int | None = None  # tokens a step, all ranks and passes; None: one pass of each rank
     batch_size: int = 64  # sequences in one forward and backward pass of one rank
     block_size: int = 256  # tokens a sequence

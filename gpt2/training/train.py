@@ -150,6 +150,8 @@ def _train(
     if ranks.first and begun is not None and new and (note := begun.note(corpus.tokenizer)):
         line(console, f"note    {note}")
 
+    if done >= config.steps:
+        line(console, f"done    all {done} steps were trained before; --resume RUN --steps N goes on to step N")
     record, stopped_by = None, None
     with stop, Progress(console, config.steps, done) as progress:
         for step in range(done + 1, config.steps + 1):

@@ -61,6 +61,8 @@ class TrainConfig(Settings):
             allowed, value = [a for a in get_args(hint) if isinstance(a, str)], getattr(self, name)
             if allowed and value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+        if self.out is not None and self.out.encode("utf-8", "replace").decode() != self.out:
+            raise ValueError(f"out is {self.out!r}, which is not UTF-8 text; safetensors reads no such path")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}, allowed are 0..{MAX_SEED}")
         self.model_config(vocab_size=1)
