@@ -6,6 +6,7 @@ model.safetensors.index.json (shards), pytorch_model.bin, pytorch_model.bin.inde
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -104,10 +105,13 @@ def open_checkpoint(
 def _origin(folder: Path, stored: Iterable[StoredTensor]) -> Origin:
     """What a checkpoint's folder holds besides weights. Its config has the folder's values, overridden or not."""
     settings = read_json(folder / CONFIG)
+    # Padding that is refused is allowed where it was overridden, and is written back as it was.
+    config = config_from_huggingface(settings, str(folder / CONFIG), {"vocab_multiple": 1})
+    said = settings.get("fastgpt2", {}).get("vocab_multiple", 1)
     (dtype, *others) = {tensor.dtype for tensor in stored if not tensor.name.endswith(BUFFERS)}
     return Origin(
         settings,
-        config_from_huggingface(settings, str(folder / CONFIG)),
+        dataclasses.replace(config, vocab_multiple=said),
         dtype if isinstance(dtype, torch.dtype) and not others else None,
         (folder / CONFIG).read_text(encoding="utf-8"),
         other_files(folder),
