@@ -281,7 +281,7 @@ def find_source(spec: str | Path | None, *more: str | Path) -> Source:
     if path.is_file():
         return Files(str(path), [path])
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no file or folder of data {str(spec)!r}")
+        raise FileNotFoundError(f"there is no such file or folder: {str(spec)!r}")
     if _made_here(path):
         raise ValueError(f"{path} was written by fastgpt2 train or prepare: give a folder of text")
     files = sorted(_below(path))
