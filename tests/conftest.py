@@ -100,3 +100,19 @@ def quick_runs():
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """A tiny GPT2LMHeadModel with random weights, in eval mode. Not to be changed."""
+    from hf_models import hf_gpt2
+
+    return hf_gpt2().eval()
+
+
+@pytest.fixture(scope="module")
+def idx():
+    """Token ids (2, T) for `hf`, as long as it can take."""
+    from hf_models import TINY
+
+    return torch.randint(0, TINY["vocab_size"], (2, TINY["n_positions"]), generator=torch.Generator().manual_seed(1))

@@ -24,6 +24,15 @@ BATCHES: dict[str, dict[str, Any]] = {
     "right": dict(attention_mask=LEFT.flip(1)),
     "packed": dict(position_ids=PACKED),
 }
+# How `generate` keeps what it has computed.
+WAYS = {
+    "dynamic": {},
+    "left": dict(attention_mask=LEFT),
+    "static-left": dict(attention_mask=LEFT, cache_implementation="static"),
+    "static": dict(cache_implementation="static"),
+    "beams": dict(num_beams=2),
+    "no-cache": dict(use_cache=False),
+}
 
 
 def pair(

@@ -7,20 +7,10 @@ import struct
 import pytest
 import torch
 from foreign_formats import block, crc32c, sealed, table, write_llmc, write_nanogpt, write_openai
-from hf_models import TINY, hf_gpt2, same_weights, write_folder
+from hf_models import hf_gpt2, same_weights, write_folder
 
 from fastgpt2 import GPT
 from fastgpt2.gpt2.weights.sstable import masked_crc32c, read_table
-
-
-@pytest.fixture(scope="module")
-def hf():
-    return hf_gpt2().eval()
-
-
-@pytest.fixture(scope="module")
-def idx():
-    return torch.randint(0, TINY["vocab_size"], (2, TINY["n_positions"]), generator=torch.Generator().manual_seed(1))
 
 
 def logits(model, idx):

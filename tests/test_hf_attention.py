@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_models import DEVICE, hf_gpt2, write_folder
-from hf_parity import BATCHES, IDS, LEFT, PACKED, Copies, labels_of, results, same_as, written
+from hf_parity import BATCHES, IDS, LEFT, PACKED, WAYS, Copies, labels_of, results, same_as, written
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
 
@@ -166,15 +166,6 @@ def test_compiled_is_the_same(kernels):
 
 
 # --------------------------------------------------------------------------------------------------------- writing
-
-WAYS = {
-    "dynamic": {},
-    "left": dict(attention_mask=LEFT),
-    "static-left": dict(attention_mask=LEFT, cache_implementation="static"),
-    "static": dict(cache_implementation="static"),
-    "beams": dict(num_beams=2),
-    "no-cache": dict(use_cache=False),
-}
 
 
 @pytest.mark.parametrize("way", WAYS)

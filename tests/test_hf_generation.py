@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hf_models import DEVICE
-from hf_parity import IDS, LEFT, Copies, pair, written
+from hf_parity import IDS, LEFT, WAYS, Copies, pair, written
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from fastgpt2 import hf
@@ -11,16 +11,6 @@ from fastgpt2.gpt2 import ops
 
 KERNELS = ["torch", "triton"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
-
-
-WAYS = {
-    "dynamic": {},
-    "left": dict(attention_mask=LEFT),
-    "static-left": dict(attention_mask=LEFT, cache_implementation="static"),
-    "static": dict(cache_implementation="static"),
-    "beams": dict(num_beams=2),
-    "no-cache": dict(use_cache=False),
-}
 
 
 @pytest.mark.parametrize("way", WAYS)

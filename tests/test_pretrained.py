@@ -14,17 +14,6 @@ from hf_models import FORMATS, TINY, hf_gpt2, same_weights, state_of, write_fold
 from fastgpt2 import GPT
 from fastgpt2.gpt2.weights import huggingface
 
-
-@pytest.fixture(scope="module")
-def hf():
-    return hf_gpt2().eval()
-
-
-@pytest.fixture(scope="module")
-def idx():
-    return torch.randint(0, TINY["vocab_size"], (2, TINY["n_positions"]), generator=torch.Generator().manual_seed(1))
-
-
 # -------------------------------------------------------------------------------------------------------- reading
 
 

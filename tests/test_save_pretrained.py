@@ -6,23 +6,13 @@ import os
 
 import pytest
 import torch
-from hf_models import TINY, hf_gpt2, same_weights
+from hf_models import hf_gpt2, same_weights
 from safetensors import safe_open
 from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model
 
 from fastgpt2 import GPT, GPTConfig
 from fastgpt2.gpt2.weights import pretrained
-
-
-@pytest.fixture(scope="module")
-def hf():
-    return hf_gpt2().eval()
-
-
-@pytest.fixture(scope="module")
-def idx():
-    return torch.randint(0, TINY["vocab_size"], (2, TINY["n_positions"]), generator=torch.Generator().manual_seed(1))
 
 
 def tiny(**settings) -> GPT:
