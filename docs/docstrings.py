@@ -1,8 +1,13 @@
-"""Lets mkdocstrings show what docstrings say of arguments as lists: one item a line that begins with `name: `."""
+"""Lets mkdocstrings find the package, and show what docstrings say of arguments as lists: an item for each `name: `."""
 
 import re
+from pathlib import Path
 
 import griffe
+
+# The checkout's root is the package. kernels/ has no __init__.py, so that it cannot hide PyPI's package of that name;
+# mkdocstrings does not look into such a folder of a package, so that it gets a name of its own.
+LINKS = {"fastgpt2": "..", "fastgpt2_kernels": "../kernels"}
 
 ARGUMENT = re.compile(r"(\w+(?:, \w+)*): (?=\S)")
 RESULT = re.compile(r"(Returns|Raises|Yields)\b")
@@ -32,3 +37,12 @@ class Arguments(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring:
             obj.docstring.value = as_list(obj.docstring.value)
+
+
+def on_startup(**kwargs) -> None:
+    """Called by MkDocs (`hooks` in mkdocs.yml): links the packages where mkdocs.yml's `paths` has them looked for."""
+    folder = Path(__file__).parent.parent / ".types"
+    folder.mkdir(exist_ok=True)
+    for name, target in LINKS.items():
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(target)
