@@ -123,6 +123,7 @@ def _number(pattern: str, text: str) -> int:
 
 _ACCESS = re.compile(r"\b(?:ld|st)\.(?:\w+(?:::\w+)*\.)*global\S*")
 _ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.\S*global\S* \[.*?\], \[.*?\], (\w+)")
+_TILE_COPY = re.compile(r"\bcp\.async\.bulk\.tensor\.")  # by a descriptor (TMA): rows of 16 bytes and more
 _ATOMIC = re.compile(r"\b(?:atom|red)\.(?!async)\S+")
 _LOC = re.compile(r"\s*\.loc\s+(\d+) (\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+) "[^"]*?([^"/]+)"(?: "([^"]+)")?', re.MULTILINE)
@@ -154,6 +155,8 @@ def _width(line: str) -> int:
     """Bits that one thread moves in a line of PTX with a global load or store; 0 for other lines."""
     if copy := _ASYNC_COPY.search(line):
         return 8 * int(copy[1], 0)
+    if _TILE_COPY.search(line):
+        return 128
     access = _ACCESS.search(line)
     if not access:
         return 0
