@@ -263,10 +263,10 @@ TABLE: Table = {
         ),
     },
     Key("gelu_product_fwd", bits=32): {
-        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=2),
+        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=2),
     },
     Key("gelu_product_bwd", bits=32): {
-        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=2),
+        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=2),
     },
     Key("gelu_product_fwd", bits=64): {
         ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=1),
