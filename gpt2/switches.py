@@ -121,15 +121,16 @@ class Kernels:
         if spec.strip() in BACKENDS:
             return cls.all(spec.strip())
         chosen: dict[str, str] = {}
-        for item in spec.split(","):
-            op, _, value = map(str.strip, item.partition("="))
-            chosen[FORMER_NAMES.get(op, op)] = value or "triton"
-        for op in chosen:
-            if op not in cls.names():
+        for item in map(str.strip, spec.split(",")):
+            op, equals, value = map(str.strip, item.partition("="))
+            op, value = FORMER_NAMES.get(op, op), value if equals else "triton"
+            if op not in cls.names() or not value:
                 raise ValueError(
-                    f"kernels names {op!r}, allowed are 'auto' (for a model), 'triton' or 'torch', each alone, "
+                    f"kernels names {item!r}, allowed are 'auto' (for a model), 'triton' or 'torch', each alone, "
                     f"or a comma-separated list of {', '.join(cls.names())}"
                 )
+            if chosen.setdefault(op, value) != value:
+                raise ValueError(f"kernels is {spec!r}, which gives {op} two values")
         return cls(**chosen)
 
 

@@ -46,6 +46,7 @@ def triton_calls(monkeypatch):
         ("layer_norm", "triton_layer_norm"),
         ("layer_norm", "triton_add_layer_norm"),
         ("mlp", "triton_mlp"),
+        ("mlp=fused", "triton_fused_mlp"),
         ("cross_entropy", "triton_linear_cross_entropy"),
         ("embedding", "triton_embedding"),
     ]:
@@ -67,6 +68,17 @@ def test_a_list_of_ops_is_those_on_triton(spec):
     assert Kernels.parse(spec) == Kernels(attention="triton", mlp="triton")
 
 
+def test_a_list_may_give_a_switch_a_value_of_its_own():
+    assert Kernels.parse("attention, mlp = fused") == Kernels(attention="triton", mlp="fused")
+    assert Kernels.parse("gelu=fused,mlp=fused,layer_norm=torch") == Kernels(mlp="fused") == Kernels(gelu="fused")
+    with pytest.raises(ValueError, match="kernels is 'mlp,mlp=fused', which gives mlp two values"):
+        Kernels.parse("mlp,mlp=fused")
+    with pytest.raises(ValueError, match="Kernels.attention is 'fused', allowed are 'triton' and 'torch'"):
+        Kernels.parse("attention=fused")
+    with pytest.raises(ValueError, match="kernels has mlp on Triton.*'gelu_erf'"):
+        GPT(dataclasses.replace(CONFIG, activation="gelu_erf"), Kernels(mlp="fused"))
+
+
 def test_a_kernels_is_a_value():
     kernels = Kernels(mlp="triton")
     assert Kernels.parse(kernels) is kernels and hash(kernels) == hash(Kernels(mlp="triton"))
@@ -74,7 +86,7 @@ def test_a_kernels_is_a_value():
         kernels.mlp = "torch"
 
 
-@pytest.mark.parametrize("spec", ["cuda", "", "attention,rope", "attention,", "Triton", "attention=triton"])
+@pytest.mark.parametrize("spec", ["cuda", "", "attention,rope", "attention,", "Triton", "rope=triton", "attention="])
 def test_unknown_names_are_refused_with_what_is_allowed(spec):
     wrong = spec.split(",")[-1]
     for make in (Kernels.parse, lambda spec: GPT(CONFIG, kernels=spec)):
@@ -87,8 +99,10 @@ def test_other_types_and_backends_are_refused():
         Kernels.parse(None)
     with pytest.raises(TypeError, match="kernels is True"):
         tiny().kernels = True
-    with pytest.raises(ValueError, match="Kernels.mlp is 'cuda', allowed are 'triton' and 'torch'"):
+    with pytest.raises(ValueError, match="Kernels.mlp is 'cuda', allowed are 'triton', 'torch' and 'fused'"):
         Kernels(mlp="cuda")
+    with pytest.raises(ValueError, match="Kernels.embedding is 'fused', allowed are 'triton' and 'torch'"):
+        Kernels(embedding="fused")
     with pytest.raises(TypeError, match="rope"):
         Kernels(rope="triton")
 
@@ -219,6 +233,31 @@ def test_each_toggle_moves_its_op_and_no_other(op, triton_calls):
     _, loss = model(IDX, IDX)
     loss.backward()
     assert set(triton_calls) == {op}
+
+
+def test_the_fused_mlp_is_another_road_for_training_and_the_same_for_decoding(triton_calls):
+    want, fused = tiny("layer_norm,mlp"), tiny("layer_norm,mlp=fused")
+    results = [model(IDX, IDX)[1] for model in (want, fused)]
+    assert triton_calls.count("mlp") == triton_calls.count("mlp=fused") == 2
+    for loss in results:
+        loss.backward()
+    for (name, a), b in zip(want.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    triton_calls.clear()
+    prompt = IDX[:, :3]
+    assert torch.equal(*(model.eval().generate(prompt, 3, temperature=0) for model in (want, fused)))
+    assert triton_calls.count("layer_norm, mlp") % 2 == 0 < triton_calls.count("layer_norm, mlp")
+
+
+@pytest.mark.parametrize("part", ["c_fc", "c_proj"])
+def test_a_fused_mlp_calls_modules_with_hooks(part, triton_calls):
+    model = tiny("mlp=fused")
+    want = model(IDX, IDX)[1]
+    seen = []
+    getattr(model.transformer.h[1].mlp, part).register_forward_hook(lambda *args: seen.append(part))
+    triton_calls.clear()
+    torch.testing.assert_close(model(IDX, IDX)[1], want)
+    assert seen == [part] and triton_calls == ["mlp=fused"]
 
 
 def test_every_op_of_every_layer_goes_through_its_toggle(triton_calls):
