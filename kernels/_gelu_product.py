@@ -39,42 +39,41 @@ from .gelu import _gelu_grad, _sigmoid_2u
 
 
 @triton.jit
-def _epilogue(
-    acc, pid_m, n, bias_ptr, pre_ptr, act_ptr, dpre_ptr, dbias_ptr, M, N, DTYPE: tl.constexpr, PIECES: tl.constexpr
-):
-    """Finishes a tile (BLOCK_M, BLOCK_N) of the product, whose first column is n: a PIECES-th of its columns at a time,
-    because GELU of all of them would take more registers than there are."""
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    if PIECES > 1:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        _epilogue(left, pid_m, n, bias_ptr, pre_ptr, act_ptr, dpre_ptr, dbias_ptr, M, N, DTYPE, PIECES // 2)
-        n += BLOCK_N // 2
-        _epilogue(right, pid_m, n, bias_ptr, pre_ptr, act_ptr, dpre_ptr, dbias_ptr, M, N, DTYPE, PIECES // 2)
+def _columns_of(tile, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """The PIECE-th of so many equal parts of a tile's columns, found by halving: PIECES is 1, 2, 4, ..., 32."""
+    for level in tl.static_range(5):
+        if PIECES >> level > 1:
+            halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+            left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+            tile = left if PIECE // (PIECES >> (level + 1)) % 2 == 0 else right
+    return tile
+
+
+@triton.jit
+def _epilogue(acc, pid_m, offs_n, bias_ptr, pre_ptr, act_ptr, dpre_ptr, dbias_ptr, M, N, DTYPE: tl.constexpr):
+    """Finishes columns offs_n of a tile of the product."""
+    offs_m = pid_m.to(tl.int64) * acc.shape[0] + tl.arange(0, acc.shape[0])
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    if dpre_ptr is None:
+        pre = acc.to(DTYPE)
+        if pre_ptr is not None:
+            tl.store(pre_ptr + offs, pre, mask=mask)
     else:
-        offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        mask = (offs_m < M)[:, None] & mask_n[None, :]
-        offs = offs_m[:, None] * N + offs_n[None, :]
-        if dpre_ptr is None:
-            pre = acc.to(DTYPE)
-            if pre_ptr is not None:
-                tl.store(pre_ptr + offs, pre, mask=mask)
-        else:
-            pre = tl.load(pre_ptr + offs, mask=mask, other=0.0)
-        x = pre.to(acc.dtype)
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(acc.dtype)[None, :]
-        xx = x * x
-        s = _sigmoid_2u(x, xx)
-        if act_ptr is not None:
-            tl.store(act_ptr + offs, (x * s).to(DTYPE), mask=mask)
-        if dpre_ptr is not None:
-            dpre = acc * _gelu_grad(x, xx, s)
-            tl.store(dpre_ptr + offs, dpre.to(DTYPE), mask=mask)
-            if dbias_ptr is not None:  # rows beyond M add 0, because their part of a is 0
-                tl.store(dbias_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(dpre, axis=0), mask=mask_n)
+        pre = tl.load(pre_ptr + offs, mask=mask, other=0.0)
+    x = pre.to(acc.dtype)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(acc.dtype)[None, :]
+    xx = x * x
+    s = _sigmoid_2u(x, xx)
+    if act_ptr is not None:
+        tl.store(act_ptr + offs, (x * s).to(DTYPE), mask=mask)
+    if dpre_ptr is not None:
+        dpre = acc * _gelu_grad(x, xx, s)
+        tl.store(dpre_ptr + offs, dpre.to(DTYPE), mask=mask)
+        if dbias_ptr is not None:  # rows beyond M add 0, because their part of a is 0
+            tl.store(dbias_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(dpre, axis=0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -120,7 +119,10 @@ def _gelu_product_kernel(
                 b_ptrs = b_ptr + offs_n[None, :] * stride_b + offs_k[:, None]
                 b = b_tiles.load([n, k]).T if DESCRIPTORS else tl.load(b_ptrs, mask=mask_b, other=0.0)
             acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
-        _epilogue(acc, pid_m, n, bias_ptr, pre_ptr, act_ptr, dpre_ptr, dbias_ptr, M, N, DTYPE, PIECES)
+        for piece in tl.static_range(PIECES):  # GELU of all columns at once would take more registers than there are
+            offs_n = n + piece * (BLOCK_N // PIECES) + tl.arange(0, BLOCK_N // PIECES)
+            part = _columns_of(acc, piece, PIECES)
+            _epilogue(part, pid_m, offs_n, bias_ptr, pre_ptr, act_ptr, dpre_ptr, dbias_ptr, M, N, DTYPE)
 
 
 # ------------------------------------------------------------------------------------------------------- launchers
