@@ -46,7 +46,6 @@ def triton_calls(monkeypatch):
         ("layer_norm", "triton_layer_norm"),
         ("layer_norm", "triton_add_layer_norm"),
         ("mlp", "triton_mlp"),
-        ("mlp=fused", "triton_fused_mlp"),
         ("cross_entropy", "triton_linear_cross_entropy"),
         ("embedding", "triton_embedding"),
     ]:
@@ -66,17 +65,6 @@ def test_there_is_a_toggle_for_each_op():
 @pytest.mark.parametrize("spec", ["attention,mlp", "mlp, attention ", "attention,mlp,attention"])
 def test_a_list_of_ops_is_those_on_triton(spec):
     assert Kernels.parse(spec) == Kernels(attention="triton", mlp="triton")
-
-
-def test_a_list_may_give_a_switch_a_value_of_its_own():
-    assert Kernels.parse("attention, mlp = fused") == Kernels(attention="triton", mlp="fused")
-    assert Kernels.parse("gelu=fused,mlp=fused,layer_norm=torch") == Kernels(mlp="fused") == Kernels(gelu="fused")
-    with pytest.raises(ValueError, match="kernels is 'mlp,mlp=fused', which gives mlp two values"):
-        Kernels.parse("mlp,mlp=fused")
-    with pytest.raises(ValueError, match="Kernels.attention is 'fused', allowed are 'triton' and 'torch'"):
-        Kernels.parse("attention=fused")
-    with pytest.raises(ValueError, match="kernels has mlp on Triton.*'gelu_erf'"):
-        GPT(dataclasses.replace(CONFIG, activation="gelu_erf"), Kernels(mlp="fused"))
 
 
 def test_a_kernels_is_a_value():
@@ -233,31 +221,6 @@ def test_each_toggle_moves_its_op_and_no_other(op, triton_calls):
     _, loss = model(IDX, IDX)
     loss.backward()
     assert set(triton_calls) == {op}
-
-
-def test_the_fused_mlp_is_another_road_for_training_and_the_same_for_decoding(triton_calls):
-    want, fused = tiny("layer_norm,mlp"), tiny("layer_norm,mlp=fused")
-    results = [model(IDX, IDX)[1] for model in (want, fused)]
-    assert triton_calls.count("mlp") == triton_calls.count("mlp=fused") == 2
-    for loss in results:
-        loss.backward()
-    for (name, a), b in zip(want.named_parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    triton_calls.clear()
-    prompt = IDX[:, :3]
-    assert torch.equal(*(model.eval().generate(prompt, 3, temperature=0) for model in (want, fused)))
-    assert triton_calls.count("layer_norm, mlp") % 2 == 0 < triton_calls.count("layer_norm, mlp")
-
-
-@pytest.mark.parametrize("part", ["c_fc", "c_proj"])
-def test_a_fused_mlp_calls_modules_with_hooks(part, triton_calls):
-    model = tiny("mlp=fused")
-    want = model(IDX, IDX)[1]
-    seen = []
-    getattr(model.transformer.h[1].mlp, part).register_forward_hook(lambda *args: seen.append(part))
-    triton_calls.clear()
-    torch.testing.assert_close(model(IDX, IDX)[1], want)
-    assert seen == [part] and triton_calls == ["mlp=fused"]
 
 
 def test_every_op_of_every_layer_goes_through_its_toggle(triton_calls):
