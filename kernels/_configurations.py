@@ -117,14 +117,13 @@ class GeluBwd(NamedTuple):
 
 class GeluProduct(NamedTuple):
     """A program computes tiles of BLOCK_M by BLOCK_N, in groups of GROUP_M tile rows, and finishes PIECES parts of a
-    tile one after another. There are at most PER_SM programs a multiprocessor."""
+    tile one after another."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     GROUP_M: int
     PIECES: int
-    PER_SM: int
     num_warps: int
     num_stages: int
 

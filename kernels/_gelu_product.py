@@ -14,10 +14,10 @@ them long enough: programs take tiles in groups of GROUP_M tile rows, so that th
 Numerics: products in fp32 (fp64 for fp64) on tensor cores, float32 inputs as IEEE float32. pre is rounded before the
 bias is added, as where GELU is a pass of its own. dact = a b is not rounded. No atomics.
 
-A launch has at most as many programs as the GPU can run at once, and each computes several tiles. Where the GPU loads
-tiles of a matrix by descriptors (TMA: sm_90 and later), 16-bit inputs with 16-byte aligned rows are loaded so; all
-others through masked pointers. With descriptors, a program loads its next tile while it finishes one; masked loads of
-such a flattened loop are not pipelined (Triton 3.9).
+Where the GPU loads tiles of a matrix by descriptors (TMA: sm_90 and later), 16-bit inputs with 16-byte aligned rows are
+loaded so. There is then a program a multiprocessor, which computes tile after tile and loads the next while it finishes
+one. All others are loaded through masked pointers by a program a tile, because Triton does not pipeline masked loads of
+such a flattened loop.
 
 Sources: Triton's tutorial on persistent matrix products; gelu.py.
 """
@@ -137,7 +137,7 @@ def _plan(
     options = _tuning.config(_tuning.Key(op, bits=8 * itemsize), device)
     tiles_m = _tuning.cdiv(M, options["BLOCK_M"])
     tiles = tiles_m * _tuning.cdiv(N, options["BLOCK_N"])
-    programs = min(tiles, _device.sm_count(device) * options.pop("PER_SM"))
+    programs = min(tiles, _device.sm_count(device)) if descriptors else tiles
     options |= dict(ROWS_OF_B=rows_of_b, DESCRIPTORS=descriptors, WHOLE_K=K % options["BLOCK_K"] == 0)
     return tiles_m, Launch(_gelu_product_kernel, (programs,), *strides, M, N, K, **options)
 

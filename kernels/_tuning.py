@@ -245,34 +245,26 @@ TABLE: Table = {
     Key("gelu_bwd", bits=64): {ANY: GeluBwd(ROWS=4, BLOCK_C=256, num_warps=4, PROGRAMS_PER_SM=16, MIN_ROWS=64)},
     # The sums of a tile take up to half of the registers. No row is measured yet.
     Key("gelu_product_fwd", bits=16): {
-        ANY: GeluProduct(
-            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PIECES=2, PER_SM=1, num_warps=8, num_stages=3
-        ),
-        90: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=2, PER_SM=1, num_warps=8, num_stages=3),
-        100: GeluProduct(
-            BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=4, PER_SM=1, num_warps=8, num_stages=3
-        ),
+        ANY: GeluProduct(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PIECES=2, num_warps=8, num_stages=3),
+        90: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=2, num_warps=8, num_stages=3),
+        100: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=4, num_warps=8, num_stages=3),
     },
     Key("gelu_product_bwd", bits=16): {
-        ANY: GeluProduct(
-            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PIECES=2, PER_SM=1, num_warps=8, num_stages=3
-        ),
-        90: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=8, PER_SM=1, num_warps=8, num_stages=3),
-        100: GeluProduct(
-            BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=4, PER_SM=1, num_warps=8, num_stages=3
-        ),
+        ANY: GeluProduct(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PIECES=2, num_warps=8, num_stages=3),
+        90: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=8, num_warps=8, num_stages=3),
+        100: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=4, num_warps=8, num_stages=3),
     },
     Key("gelu_product_fwd", bits=32): {
-        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=2),
+        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, num_warps=4, num_stages=2),
     },
     Key("gelu_product_bwd", bits=32): {
-        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=2),
+        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, num_warps=4, num_stages=2),
     },
     Key("gelu_product_fwd", bits=64): {
-        ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=1),
+        ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, num_warps=4, num_stages=1),
     },
     Key("gelu_product_bwd", bits=64): {
-        ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, PER_SM=2, num_warps=4, num_stages=1),
+        ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, num_warps=4, num_stages=1),
     },
     # Only PyTorch's products with a pass were measured so far.
     Key("mlp_fwd", bits=16): {ANY: Mlp(FUSED=False)},
