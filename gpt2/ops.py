@@ -42,6 +42,8 @@ if TRITON_INSTALLED:
     from fastgpt2.kernels.layer_norm import add_layer_norm as triton_add_layer_norm
     from fastgpt2.kernels.layer_norm import layer_norm as triton_layer_norm
     from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy as triton_linear_cross_entropy
+    from fastgpt2.kernels.mlp import fused_mlp as triton_fused_mlp
+    from fastgpt2.kernels.mlp import is_fused
     from fastgpt2.kernels.mlp import mlp as triton_mlp
 
 IGNORED_TARGET = -100
@@ -201,23 +203,35 @@ def mlp(
         if kernels.mlp == "torch":
             act = linear_gelu(h, c_fc.weight, c_fc.bias)
         elif is_stock(c_proj, nn.Linear):
+            function = triton_fused_mlp if kernels.mlp == "fused" else triton_mlp
             if kernels.layer_norm == "triton":
-                return triton_mlp(h, c_fc.weight, c_fc.bias, c_proj.weight), c_proj.bias
-            return triton_mlp(h, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias), None
+                return function(h, c_fc.weight, c_fc.bias, c_proj.weight), c_proj.bias
+            return function(h, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias), None
         else:
             pre = weight_product(h, c_fc.weight)
             act = triton_gelu(pre) if c_fc.bias is None else triton_bias_gelu(pre, c_fc.bias)
     else:
         pre = c_fc(h)
-        act = triton_gelu(pre) if kernels.mlp == "triton" else F.gelu(pre, approximate="tanh")
+        act = F.gelu(pre, approximate="tanh") if kernels.mlp == "torch" else triton_gelu(pre)
     return project(act, c_proj, kernels)
 
 
+def mlp_in_products(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> str:
+    """The passes of a training step, "forward", "backward" or both, in which the MLP's products compute GELU: both for
+    mlp="fused", and for "triton" those in which the tuning table has that as faster on this device. "" for none."""
+    if kernels.mlp == "torch":
+        return ""
+    bits = torch.finfo(dtype).bits
+    passes = {"fwd": "forward", "bwd": "backward"}
+    return " and ".join(passes[p] for p in passes if kernels.mlp == "fused" or is_fused(p, bits, device))
+
+
 def few_rows(x: Tensor, kernels: Kernels) -> bool:
-    """Whether `decode_linear` may compute linear layers of x (B, T, C): the switches layer_norm and mlp are both
-    "triton", gradients and autocast are off, and there are so few rows that launches cost more than their work."""
+    """Whether `decode_linear` may compute linear layers of x (B, T, C): neither of the switches layer_norm and mlp is
+    "torch", gradients and autocast are off, and there are so few rows that launches cost more than their work."""
     return (
-        kernels.layer_norm == kernels.mlp == "triton"
+        kernels.layer_norm == "triton"
+        and kernels.mlp != "torch"
         and x.size(0) * x.size(1) <= MOST_ROWS
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)

@@ -20,6 +20,7 @@ else:
     TRITON_INSTALLED = True
 
 BACKENDS = ("triton", "torch")
+FURTHER_VALUES = {"mlp": ("fused",)}  # values of single switches beside BACKENDS, run by Triton too and never by "auto"
 FORMER_NAMES = {"gelu": "mlp"}  # of switches, accepted wherever a switch is named
 
 
@@ -39,11 +40,13 @@ def current_names(toggles: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, init=False)
 class Kernels:
-    """How each op is computed: "triton" or "torch". It does not describe the model and is not saved in checkpoints.
+    """How each op is computed: "triton", "torch" or, for mlp, "fused". It does not describe the model and is not saved
+    in checkpoints.
 
     attention: causal self-attention on packed q, k, v, and the attention of one new token over the cache.
     layer_norm: residual add + LayerNorm, with the preceding projection's bias and dropout.
     mlp: the MLP, with GELU and bias in one kernel and fewer activations kept for backward. Its former name is `gelu`.
+        "fused" computes both inside Triton's own products, which have not been timed yet.
     cross_entropy: the head's matrix product and the loss, without computing all logits at once.
     embedding: token and position embedding.
     """
@@ -72,12 +75,15 @@ class Kernels:
         toggles = {name: backend for name, backend in (("mlp", mlp), ("gelu", gelu)) if backend is not None}
         toggles |= dict(attention=attention, layer_norm=layer_norm, cross_entropy=cross_entropy, embedding=embedding)
         for op, backend in toggles.items():
-            if backend not in BACKENDS:
-                raise ValueError(f"Kernels.{op} is {backend!r}, allowed are 'triton' and 'torch'")
+            allowed = (*BACKENDS, *FURTHER_VALUES.get(FORMER_NAMES.get(op, op), ()))
+            if backend not in allowed:
+                raise ValueError(
+                    f"Kernels.{op} is {backend!r}, allowed are {', '.join(map(repr, allowed[:-1]))} and {allowed[-1]!r}"
+                )
         current = current_names(toggles)
         for op in self.names():
             object.__setattr__(self, op, current.get(op, "torch"))
-        if not TRITON_INSTALLED and "triton" in dataclasses.astuple(self):
+        if not TRITON_INSTALLED and set(dataclasses.astuple(self)) != {"torch"}:
             raise ImportError(
                 "kernels='triton' needs the package triton, which is not installed: "
                 "pip install 'triton>=3.4' (Linux), or use kernels='torch'"
@@ -104,7 +110,7 @@ class Kernels:
 
     @classmethod
     def parse(cls, spec: str | Kernels) -> Kernels:
-        """Reads "triton", "torch" or a list such as "attention,mlp" (these on Triton, the rest on PyTorch).
+        """Reads "triton", "torch" or a list such as "attention,mlp=fused" (these on Triton, the rest on PyTorch).
 
         A `Kernels` is returned unchanged. Raises ValueError for an unknown name, TypeError for another type.
         """
@@ -114,14 +120,18 @@ class Kernels:
             raise TypeError(f"kernels is {spec!r}, expected a string or a Kernels")
         if spec.strip() in BACKENDS:
             return cls.all(spec.strip())
-        ops = [FORMER_NAMES.get(op.strip(), op.strip()) for op in spec.split(",")]
-        for op in ops:
-            if op not in cls.names():
+        chosen: dict[str, str] = {}
+        for item in map(str.strip, spec.split(",")):
+            op, equals, value = map(str.strip, item.partition("="))
+            op, value = FORMER_NAMES.get(op, op), value if equals else "triton"
+            if op not in cls.names() or not value:
                 raise ValueError(
-                    f"kernels names {op!r}, allowed are 'auto' (for a model), 'triton' or 'torch', each alone, "
+                    f"kernels names {item!r}, allowed are 'auto' (for a model), 'triton' or 'torch', each alone, "
                     f"or a comma-separated list of {', '.join(cls.names())}"
                 )
-        return cls(**dict.fromkeys(ops, "triton"))
+            if chosen.setdefault(op, value) != value:
+                raise ValueError(f"kernels is {spec!r}, which gives {op} two values")
+        return cls(**chosen)
 
 
 def kernels_digest() -> str:
@@ -143,7 +153,7 @@ def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh") -> str
     for `mlp` on Triton if the model's activation is another one than the kernel's.
     """
     requested = _requested(spec)
-    if isinstance(requested, Kernels) and requested.mlp == "triton" and activation != "gelu_tanh":
+    if isinstance(requested, Kernels) and requested.mlp != "torch" and activation != "gelu_tanh":
         others = ",".join(op for op in Kernels.names() if op != "mlp")
         raise ValueError(
             f"kernels has mlp on Triton, which computes GELU by tanh, and the model's activation is {activation!r}: "

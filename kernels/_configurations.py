@@ -115,6 +115,25 @@ class GeluBwd(NamedTuple):
     MIN_ROWS: int
 
 
+class GeluProduct(NamedTuple):
+    """A program computes tiles of BLOCK_M by BLOCK_N, in groups of GROUP_M tile rows, and finishes PIECES parts of a
+    tile one after another."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    PIECES: int
+    num_warps: int
+    num_stages: int
+
+
+class Mlp(NamedTuple):
+    """FUSED: whether GELU is computed in the epilogue of our product, or in a pass beside PyTorch's."""
+
+    FUSED: bool
+
+
 class CrossEntropy(NamedTuple):
     BLOCK_V: int
     num_warps: int

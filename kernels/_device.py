@@ -77,6 +77,12 @@ def can_overlap(device: torch.device) -> bool:
     return not INTERPRETED and isinstance(number, int) and number >= 90
 
 
+def has_tensor_descriptors(device: torch.device) -> bool:
+    """Whether tiles of a matrix can be loaded by descriptors (TMA), which hardware can from sm_90 on."""
+    number = architecture(device)
+    return isinstance(number, int) and number >= 90
+
+
 def mixed_matmul(device: torch.device) -> str:
     """PyTorch's product of 16-bit matrices with an fp32 result on this device: "addmm" (can also add to a matrix), "mm"
     (cannot add), or "" if there is none."""

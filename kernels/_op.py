@@ -282,6 +282,13 @@ def _require_grad(tensors: list[Tensor]) -> bool:
     return False
 
 
+def gradients_wanted(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow. Inside a transform of torch.func, tensors do not say, so that it may."""
+    if torch._C._are_functorch_transforms_active():
+        return torch.is_grad_enabled()
+    return _require_grad([t for t in tensors if t is not None])
+
+
 def _no_second_derivative(name: str, toggle: str) -> str:
     return f"{name} has no second derivative, which create_graph=True asks for: use {toggle}='torch' for it"
 

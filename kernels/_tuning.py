@@ -22,10 +22,12 @@ from ._configurations import (
     DecodeMerge,
     Elementwise,
     GeluBwd,
+    GeluProduct,
     Key,
     LayerNormBwd,
     LayerNormFwd,
     LossTotal,
+    Mlp,
     ScaleGradients,
     SegmentSum,
 )
@@ -241,6 +243,36 @@ TABLE: Table = {
     },
     Key("gelu_bwd", bits=32): {ANY: GeluBwd(ROWS=8, BLOCK_C=256, num_warps=4, PROGRAMS_PER_SM=16, MIN_ROWS=64)},
     Key("gelu_bwd", bits=64): {ANY: GeluBwd(ROWS=4, BLOCK_C=256, num_warps=4, PROGRAMS_PER_SM=16, MIN_ROWS=64)},
+    # The sums of a tile take up to half of the registers. No row is measured yet.
+    Key("gelu_product_fwd", bits=16): {
+        ANY: GeluProduct(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PIECES=2, num_warps=8, num_stages=3),
+        90: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=2, num_warps=8, num_stages=3),
+        100: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=4, num_warps=8, num_stages=3),
+    },
+    Key("gelu_product_bwd", bits=16): {
+        ANY: GeluProduct(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, PIECES=2, num_warps=8, num_stages=3),
+        90: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=8, num_warps=8, num_stages=3),
+        100: GeluProduct(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, PIECES=4, num_warps=8, num_stages=3),
+    },
+    Key("gelu_product_fwd", bits=32): {
+        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, num_warps=4, num_stages=2),
+    },
+    Key("gelu_product_bwd", bits=32): {
+        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, num_warps=4, num_stages=2),
+    },
+    Key("gelu_product_fwd", bits=64): {
+        ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, num_warps=4, num_stages=1),
+    },
+    Key("gelu_product_bwd", bits=64): {
+        ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, num_warps=4, num_stages=1),
+    },
+    # Only PyTorch's products with a pass were measured so far.
+    Key("mlp_fwd", bits=16): {ANY: Mlp(FUSED=False)},
+    Key("mlp_fwd", bits=32): {ANY: Mlp(FUSED=False)},
+    Key("mlp_fwd", bits=64): {ANY: Mlp(FUSED=False)},
+    Key("mlp_bwd", bits=16): {ANY: Mlp(FUSED=False)},
+    Key("mlp_bwd", bits=32): {ANY: Mlp(FUSED=False)},
+    Key("mlp_bwd", bits=64): {ANY: Mlp(FUSED=False)},
     # Few and wide programs on each SM, so that the rows fit in L2 until they are read a second time: 6 MB on sm_86,
     # 40 MB and more on the others.
     Key("cross_entropy", bits=16): {

@@ -12,6 +12,9 @@ GPT-2. Backward needs x and pre. The activation, which is as large as pre, is no
 HBM traffic besides the matrix products, in bytes per element of pre at 2 bytes each: forward 4 (read pre, write act) in
 1 launch; backward 8 (read pre and dact, write act, overwrite dact with dpre) in 2 launches, the second of which sums
 dfc_bias. Numerics: as in gelu.py; PyTorch computes the matrix products.
+`fused_mlp` computes GELU in the epilogue of our own products x fc_weight^T and dout proj_weight (_gelu_product.py).
+That saves 2 bytes forward, 4 backward and a launch in each. The tuning table has the architectures on which it was
+measured to be faster; there `mlp` does the same.
 Sources: gelu.py; recomputation, Chen et al. 2016 (arXiv 1604.06174).
 """
 
@@ -21,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _op
+from . import _op, _tuning
+from ._gelu_product import gelu_product_bwd, gelu_product_fwd
 from .gelu import bias_gelu_reference, gelu_fwd, gelu_reference, launch_gelu_bwd
 
 
@@ -34,17 +38,43 @@ def mlp_reference(
     return F.linear(act, proj_weight, proj_bias)
 
 
+def fused_mlp_reference(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None = None
+) -> Tensor:
+    """The reference for `fused_mlp`: that for `mlp`."""
+    return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias)
+
+
+def is_fused(direction: str, bits: int, device: torch.device) -> bool:
+    """Whether `mlp` has GELU in the epilogue of its products on this device: what the tuning table says.
+
+    direction: "fwd" or "bwd". bits: of an element.
+    """
+    return bool(_tuning.config(_tuning.Key(f"mlp_{direction}", bits=bits), device)["FUSED"])
+
+
 def mlp_fwd(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """-> out (..., C'), pre (..., F)."""
-    pre = F.linear(x, fc_weight)
-    return F.linear(gelu_fwd(pre, fc_bias), proj_weight, proj_bias), pre
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    keep_pre: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """-> out (..., C'), and pre (..., F) if keep_pre. fused: whatever the tuning table says."""
+    if fused or is_fused("fwd", 8 * x.element_size(), x.device):
+        act, pre = gelu_product_fwd(x, fc_weight.t(), fc_bias, keep_pre)
+    else:
+        pre = F.linear(x, fc_weight)
+        act = gelu_fwd(pre, fc_bias)
+    return F.linear(act, proj_weight, proj_bias), pre if keep_pre else None
 
 
-def _mlp_fwd_fake(x, fc_weight, fc_bias, proj_weight, proj_bias):
+def _mlp_fwd_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, keep_pre, fused):
     rest = x.shape[:-1]
-    return x.new_empty(*rest, proj_weight.shape[0]), x.new_empty(*rest, fc_weight.shape[0])
+    pre = x.new_empty(*rest, fc_weight.shape[0]) if keep_pre else None
+    return x.new_empty(*rest, proj_weight.shape[0]), pre
 
 
 def mlp_bwd(
@@ -55,14 +85,21 @@ def mlp_bwd(
     fc_bias: Tensor | None,
     proj_weight: Tensor,
     needs: list[bool],
+    fused: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """-> the gradients of x, fc_weight, fc_bias, proj_weight and proj_bias; None for each that is not needed."""
+    """-> the gradients of x, fc_weight, fc_bias, proj_weight and proj_bias; None for each that is not needed.
+
+    fused: whatever the tuning table says.
+    """
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     dout = dout.reshape(-1, dout.shape[-1])  # (N, C')
-    dpre = torch.mm(dout, proj_weight)  # (N, F): holds dact until the kernel overwrites it with dpre
-    act = torch.empty_like(dpre) if need_proj_weight else None
     dfc_bias_dtype = fc_bias.dtype if fc_bias is not None and need_fc_bias else None
-    dfc_bias = launch_gelu_bwd(dpre, pre, fc_bias, act, dpre, dfc_bias_dtype)
+    if fused or is_fused("bwd", 8 * dout.element_size(), dout.device):
+        dpre, act, dfc_bias = gelu_product_bwd(dout, proj_weight, fc_bias, pre, need_proj_weight, dfc_bias_dtype)
+    else:
+        dpre = torch.mm(dout, proj_weight)  # (N, F): holds dact until the kernel overwrites it with dpre
+        act = torch.empty_like(dpre) if need_proj_weight else None
+        dfc_bias = launch_gelu_bwd(dpre, pre, fc_bias, act, dpre, dfc_bias_dtype)
     return (
         torch.mm(dpre, fc_weight).view(x.shape) if need_x else None,
         torch.mm(dpre.t(), x.reshape(-1, x.shape[-1])) if need_fc_weight else None,
@@ -72,7 +109,7 @@ def mlp_bwd(
     )
 
 
-def _mlp_bwd_fake(dout, x, pre, fc_weight, fc_bias, proj_weight, needs):
+def _mlp_bwd_fake(dout, x, pre, fc_weight, fc_bias, proj_weight, needs, fused):
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     return (
         x.new_empty(x.shape) if need_x else None,
@@ -84,18 +121,18 @@ def _mlp_bwd_fake(dout, x, pre, fc_weight, fc_bias, proj_weight, needs):
 
 
 def _setup_context(ctx, inputs, output):
-    x, fc_weight, fc_bias, proj_weight, _ = inputs
+    x, fc_weight, fc_bias, proj_weight, _, _, ctx.fused = inputs
     _, pre = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, pre, fc_weight, fc_bias, proj_weight)
 
 
 def _backward(ctx, dout, *_):
-    needs = list(ctx.needs_input_grad)
+    needs = list(ctx.needs_input_grad[:5])
     if dout is None:
-        return (None,) * len(needs)
-    grads = _mlp_bwd(dout, *ctx.saved_tensors, needs)
-    return tuple([g if need else None for g, need in zip(grads, needs)])  # noqa: B905
+        return (None,) * 7
+    grads = _mlp_bwd(dout, *ctx.saved_tensors, needs, ctx.fused)
+    return *[g if need else None for g, need in zip(grads, needs)], None, None  # noqa: B905
 
 
 _mlp_bwd = _op.op(mlp_bwd, _mlp_bwd_fake, toggle="mlp", strided=("dout", "x", "fc_weight", "proj_weight"))
@@ -113,7 +150,29 @@ def mlp(
     Under autocast x and the weights are cast as by F.linear. Raises TypeError for an unsupported dtype, ValueError for
     shapes that do not fit, or if x and the weights have different dtypes outside autocast.
     """
+    return _mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, False)
+
+
+def fused_mlp(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None = None
+) -> Tensor:
+    """As `mlp`, with GELU in the epilogue of the products before it, whatever the tuning table says of their speed.
+
+    float32 products are exact: PyTorch's setting of TF32 does not concern them.
+    """
+    return _mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, True)
+
+
+def _mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    fused: bool,
+) -> Tensor:
     _check(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    keep_pre = _op.gradients_wanted(x, fc_weight, fc_bias, proj_weight, proj_bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = _op.autocast_dtype(x, x.dtype)
         x, fc_weight, proj_weight = x.to(dtype), fc_weight.to(dtype), proj_weight.to(dtype)
@@ -124,7 +183,7 @@ def mlp(
             f"{'' if proj_bias is None else f', proj_bias {proj_bias.dtype}'}: they must be equal outside of autocast "
             "(toggle: mlp='torch')"
         )
-    return _mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias)[0]
+    return _mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, keep_pre, fused)[0]
 
 
 @_op.check_once

@@ -46,6 +46,7 @@ H100 = SimpleNamespace(
     shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20, gcnArchName="",
 )  # fmt: skip
+FUSED = "attention,layer_norm,mlp=fused,cross_entropy,embedding"
 TINY = GPTConfig(block_size=24, vocab_size=53, n_layer=1, n_head=2, n_embd=32)
 
 
@@ -383,6 +384,7 @@ def main(file: str) -> None:
     }
     with bfloat16():
         found["bfloat16"] = compile_model(tiny(), *batch)
+        found["fused"] = compile_model(tiny(FUSED), *batch)
         with opaque():
             found["opaque"] = compile_model(tiny(), *batch)
     others = dict(exported=exported(), refusal=refusal(), toggled=toggled(), keyed_by=keyed_by())

@@ -42,6 +42,14 @@ def test_the_ladder_has_each_switch_alone(road):
     assert alone == [Kernels.parse(name) for name in Kernels.names()]
 
 
+def test_values_of_single_switches_are_in_the_ladder_and_named():
+    fused = dataclasses.replace(Kernels.all("triton"), mlp="fused")
+    assert {v.road for v in variants.all_variants(False) if v.kernels == fused} == set(ROADS)
+    assert not Variant(OURS, fused).one_switch and Variant(OURS, Kernels(mlp="fused")).one_switch
+    assert variants.label(fused, GRAPH) == "Triton, mlp=fused + CUDA graph"
+    assert variants.label(Kernels(attention="triton", mlp="fused")) == "Triton: attention, mlp=fused"
+
+
 def test_both_kinds_of_kernels_take_every_road():
     for road in ROADS:
         here = [v for v in variants.all_variants(True, True) if v.road == road]

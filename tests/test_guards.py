@@ -25,6 +25,7 @@ from fastgpt2.kernels.attention import causal_attention
 from fastgpt2.kernels.embedding import token_position_embedding
 from fastgpt2.kernels.gelu import gelu
 from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt2.kernels.mlp import fused_mlp
 
 # exp2 overflows where GELU's tail is 0: numpy warns of it, hardware does not.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -162,6 +163,7 @@ def test_backward_runs_twice(call, device):
 
 OFFSETS = {
     "gelu": (gelu, (3, 24)),
+    "fused_mlp": (fused_mlp, (3, 24), (40, 24), (40,), (24, 40)),
     "layer_norm": (layer_norm, (3, 24), (24,)),
     "add_layer_norm": (add_layer_norm, (3, 24), (3, 24), (24,)),
     "attention rows": (lambda qkv: causal_attention(qkv[None], 1), (3, 48)),

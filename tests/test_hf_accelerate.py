@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from fastgpt2 import hf
+from fastgpt2.bench.timing.tune import overridden
 from fastgpt2.gpt2 import ops
+from fastgpt2.kernels._configurations import Key
 
 KERNELS = ["torch", "triton"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -248,6 +250,14 @@ def test_report_says_what_runs_where_and_why():
         "loss, training": "triton",
         "logits": "torch",
     }
+    fused = {row.op: row for row in hf.report(hf.accelerate(pair("torch")[0], "mlp=fused"))}["mlp"]
+    assert (fused.road, fused.why) == (
+        "fused",
+        "kernels.mlp='fused', GELU inside Triton's products forward and backward",
+    )
+    with overridden({Key("mlp_fwd", bits=32): {"FUSED": True}}):  # the table says that it is faster
+        told = {row.op: row for row in hf.report(ours)}["mlp"]
+    assert (told.road, told.why) == ("triton", "kernels.mlp='triton', GELU inside Triton's products forward")
     ours.transformer.h[1].mlp.act = nn.ReLU()
     ours.transformer.h[0].attn.c_attn.register_forward_hook(lambda *args: None)
     text = str(hf.report(ours))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inductor_code import Compiled, Name, Node, bfloat16, tiny, tokens
+from inductor_code import FUSED, Compiled, Name, Node, bfloat16, tiny, tokens
 from torch.fx.node import map_aggregate
 
 from fastgpt2.kernels import _op
@@ -78,6 +78,15 @@ def test_a_block_is_its_launches_and_products(compiled):
     assert products(backward) == 8 and len(backward) == 17
     (own,) = inductors(backward)
     assert "sum" in own and "copy" not in own
+
+
+def test_a_fused_mlp_has_one_product_and_one_pass_less_each_way(compiled):
+    apart, fused = (compiled[case].graphs for case in ("bfloat16", "fused"))
+    for before, after, gone in zip(apart, fused, ("gelu_fwd", "gelu_bwd"), strict=True):
+        assert ours(after.calls) == ours(before.calls) - Counter([gone]) + Counter(["gelu_product"])
+        assert products(after.calls) == products(before.calls) - 1
+        assert sorted(inductors(after.calls)) == sorted(inductors(before.calls)), "no copies"
+        assert "DESCRIPTORS" in after.code and re.search(r"'DESCRIPTORS': True|DESCRIPTORS *= *True", after.code)
 
 
 def test_what_stands_before_and_after_the_blocks(compiled):
@@ -252,8 +261,9 @@ def test_compiled_is_eager_with_dropout(compiled):
     torch.testing.assert_close(found, eager(model, *tokens()), rtol=1e-6, atol=1e-6)
 
 
-def test_compiled_is_eager_in_bfloat16(compiled):
+@pytest.mark.parametrize("case, kernels", [("bfloat16", "triton"), ("fused", FUSED)])
+def test_compiled_is_eager_in_bfloat16(case, kernels, compiled):
     with bfloat16():
-        truth = eager(tiny(), *tokens())
-    for name, gradient in step(compiled["bfloat16"]).items():
+        truth = eager(tiny(kernels), *tokens())
+    for name, gradient in step(compiled[case]).items():
         assert (gradient - truth[name]).norm() <= 0.02 * truth[name].norm(), name

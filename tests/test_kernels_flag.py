@@ -74,7 +74,7 @@ def test_a_kernels_is_a_value():
         kernels.mlp = "torch"
 
 
-@pytest.mark.parametrize("spec", ["cuda", "", "attention,rope", "attention,", "Triton", "attention=triton"])
+@pytest.mark.parametrize("spec", ["cuda", "", "attention,rope", "attention,", "Triton", "rope=triton", "attention="])
 def test_unknown_names_are_refused_with_what_is_allowed(spec):
     wrong = spec.split(",")[-1]
     for make in (Kernels.parse, lambda spec: GPT(CONFIG, kernels=spec)):
@@ -87,8 +87,10 @@ def test_other_types_and_backends_are_refused():
         Kernels.parse(None)
     with pytest.raises(TypeError, match="kernels is True"):
         tiny().kernels = True
-    with pytest.raises(ValueError, match="Kernels.mlp is 'cuda', allowed are 'triton' and 'torch'"):
+    with pytest.raises(ValueError, match="Kernels.mlp is 'cuda', allowed are 'triton', 'torch' and 'fused'"):
         Kernels(mlp="cuda")
+    with pytest.raises(ValueError, match="Kernels.embedding is 'fused', allowed are 'triton' and 'torch'"):
+        Kernels(embedding="fused")
     with pytest.raises(TypeError, match="rope"):
         Kernels(rope="triton")
 

@@ -126,8 +126,8 @@ def test_float64_under_autocast(device):
 
 def test_opcheck(device):
     inputs = [t.requires_grad_() for t in tensors(2, 3, 4, H=16, device=device)]
-    torch.library.opcheck(torch.ops.fastgpt2.mlp_fwd.default, inputs)
-    torch.library.opcheck(torch.ops.fastgpt2.mlp_fwd.default, (*inputs[:2], None, inputs[3], None))
+    torch.library.opcheck(torch.ops.fastgpt2.mlp_fwd.default, (*inputs, True, False))
+    torch.library.opcheck(torch.ops.fastgpt2.mlp_fwd.default, (*inputs[:2], None, inputs[3], None, True, False))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

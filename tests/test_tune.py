@@ -87,7 +87,7 @@ def test_unknown_rows_are_refused():
 
 def test_a_case_is_tuned_by_its_own_rows_and_wrong_results_are_passed_over():
     case = next(c for c in all_cases(rows=8) if c.op == "gelu" and c.dtype == torch.float32)
-    done: set = set()
+    done: dict = {}
     launched = []
 
     def time_ms(run):
@@ -97,11 +97,34 @@ def test_a_case_is_tuned_by_its_own_rows_and_wrong_results_are_passed_over():
         return 1.0
 
     found = list(tune.tune_case(case, done, time_ms, torch.device("cpu")))
-    assert {row for row, *_ in found} == done == {Key("gelu_fwd", bits=32), Key("gelu_bwd", bits=32)}
+    assert {row for row, *_ in found} == done.keys() == {Key("gelu_fwd", bits=32), Key("gelu_bwd", bits=32)}
     assert all(ms == before == 1.0 for _, _, ms, before in found) and launched
     assert not list(tune.tune_case(case, done, time_ms, torch.device("cpu"))), "each row once"
     a = torch.randn(8)
     assert tune.same((a,), (a + 1e-7,)) and not tune.same((a,), (a + 1e-3,))
+
+
+def test_a_choice_is_made_with_what_was_found_before():
+    """As between the MLP's fused products, tuned first, and a pass of its own."""
+    assert list(tune.neighbours({"FUSED": False, "enable_fp_fusion": True})) == [
+        {"FUSED": True, "enable_fp_fusion": True}
+    ]
+    case = next(c for c in all_cases(rows=8, widths=(16,)) if c.op == "mlp" and c.dtype == torch.float32)
+    product, choice = Key("gelu_product_fwd", bits=32), Key("mlp_fwd", bits=32)
+    found = {product: {**_tuning.config(product, torch.device("cpu")), "BLOCK_M": 16}}
+    seen = []
+
+    def time_ms(run):
+        with tune.overridden({}) as asked:
+            run()
+        seen.append(_tuning.config(product, torch.device("cpu"))["BLOCK_M"])
+        return 1.0 if product in asked else 2.0
+
+    rows = {
+        row: (best, ms, before) for row, best, ms, before in tune.tune_case(case, found, time_ms, torch.device("cpu"))
+    }
+    assert rows[choice] == ({"FUSED": True, "enable_fp_fusion": True}, 1.0, 2.0) and found[choice]["FUSED"]
+    assert product not in rows and set(seen) == {16}
 
 
 def test_what_is_not_a_speed_knob_stays():

@@ -52,7 +52,7 @@ def test_every_op_in_every_layer_and_the_whole_model(monkeypatch, folder, capsys
         **{(name, "layer_norm"): summed for name in ("h.0.ln_2", "h.1.ln_1", "h.1.ln_2")},
         **{(f"h.{i}.mlp", "mlp"): {"output", "d h", *weights} for i in range(2)},
     }
-    assert {row.toggle for row in rows} == {*ops.Kernels.names(), "all"}
+    assert {row.toggle for row in rows} == {*ops.Kernels.names(), "mlp=fused", "all"}
     printed = capsys.readouterr().out
     assert "2 layers, 2 x 8 tokens" in printed and f"all {len(layers) + len(rows)} within" in printed
     assert error_rule.RULE in printed and "…" not in printed

@@ -121,6 +121,7 @@ def _number(pattern: str, text: str) -> int:
 
 _ACCESS = re.compile(r"\b(?:ld|st)\.(?:\w+(?:::\w+)*\.)*global\S*")
 _ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.\S*global\S* \[.*?\], \[.*?\], (\w+)")
+_TILE_COPY = re.compile(r"\bcp\.async\.bulk\.tensor\.")  # by a descriptor (TMA): rows of 16 bytes and more
 _ATOMIC = re.compile(r"\b(?:atom|red)\.(?!async)\S+")
 # PTX's products of matrices on tensor cores, and what ptxas makes of them for 16-bit matrices.
 _TENSOR_CORE = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA"}
@@ -160,6 +161,8 @@ def _width(line: str) -> int:
     """Bits that one thread moves in a line of PTX with a global load or store; 0 for other lines."""
     if copy := _ASYNC_COPY.search(line):
         return 8 * int(copy[1], 0)
+    if _TILE_COPY.search(line):
+        return 128
     access = _ACCESS.search(line)
     if not access:
         return 0

@@ -26,7 +26,8 @@ from fastgpt2.bench.cases import flash_gpt
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import GPTConfig
 from fastgpt2.gpt2.model import GPT, CausalSelfAttention, Context
-from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
+from fastgpt2.gpt2.ops import ALL_TORCH, ALL_TRITON, Kernels
+from fastgpt2.gpt2.switches import FURTHER_VALUES
 from fastgpt2.gpt2.training.optim import adamw
 from fastgpt2.gpt2.training.step_graphs import StepGraphs
 
@@ -68,16 +69,18 @@ class Variant:
     @property
     def one_switch(self) -> bool:
         """Whether some of its kernels are Triton's and some PyTorch's."""
-        return len(set(dataclasses.astuple(self.kernels))) > 1
+        values = dataclasses.astuple(self.kernels)
+        return "torch" in values and values.count("torch") < len(values)
 
 
 def label(kernels: Kernels, road: str = LAUNCHED, naive_attention: bool = False) -> str:
-    """The name of a variant of our model, made from what is active in it."""
-    on_triton = [op for op in Kernels.names() if getattr(kernels, op) == "triton"]
+    """The name of a variant of our model, made from what is active in it, such as "Triton, mlp=fused"."""
+    values = dataclasses.asdict(kernels)
+    on_triton = [op if value == "triton" else f"{op}={value}" for op, value in values.items() if value != "torch"]
     if not on_triton:
         name = "PyTorch, naive attention" if naive_attention else "PyTorch, SDPA"
-    elif len(on_triton) == len(Kernels.names()):
-        name = "Triton"
+    elif len(on_triton) == len(values):
+        name = ", ".join(["Triton", *(op for op in on_triton if "=" in op)])
     else:
         name = "Triton: " + ", ".join(on_triton)
     return name + SUFFIXES[road]
@@ -92,7 +95,9 @@ def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Vari
     """
     ladder = [Variant(OURS)]
     if ops.TRITON_INSTALLED:
-        ladder += [Variant(OURS, Kernels.parse(op)) for op in Kernels.names()] + [Variant(OURS, Kernels.all("triton"))]
+        ladder += [Variant(OURS, Kernels.parse(op)) for op in Kernels.names()] + [Variant(OURS, ALL_TRITON)]
+        for op, values in FURTHER_VALUES.items():
+            ladder += [Variant(OURS, dataclasses.replace(ALL_TRITON, **{op: value})) for value in values]
     others = [Variant(HUGGINGFACE)] + [Variant(NANOGPT)] * with_nanogpt
     flash_attn = [Variant(FLASH_ATTN)] * with_flash_attn
     on_roads = [

@@ -3,9 +3,9 @@ kernels/_tuning.py.
 
 Kernels do not tune themselves: they would have to for every shape and in every process, and could not without a GPU.
 This command improves each row of the table that a registered case uses by coordinate descent, from its present
-configuration: it halves or doubles one number at a time (stages: one less or more), times the case without the host's
-time to launch it, and keeps what is faster by more than noise. It skips configurations that do not compile or fit, that
-spill registers, or that change the results by more than rounding.
+configuration: it halves or doubles one number at a time (stages: one less or more), or turns a choice over, times the
+case without the host's time to launch it, and keeps what is faster by more than noise. It skips configurations that do
+not compile or fit, that spill registers, or that change the results by more than rounding.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ def neighbours(config: Config) -> Iterator[Config]:
     for key, value in config.items():
         if key in FIXED:
             continue
+        if isinstance(value, bool):
+            yield {**config, key: not value}
+            continue
         values = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
         yield from _allowed({**config, key: v} for v in values)
         if "BLOCK" in key:
@@ -110,9 +113,9 @@ def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config,
         best = better
 
 
-def tune_case(case: Case, done: set[Key], time_ms: Callable[[Callable], float], device: torch.device):
+def tune_case(case: Case, found: dict[Key, Config], time_ms: Callable[[Callable], float], device: torch.device):
     """Yields (row, best configuration, its ms, ms before) for each row of the table that this case uses and that is not
-    in `done`, and adds it there."""
+    in `found`, and adds it there. Rows in `found` have the configurations found."""
     inputs = case.inputs(device)
 
     def forward():
@@ -122,15 +125,14 @@ def tune_case(case: Case, done: set[Key], time_ms: Callable[[Callable], float], 
         return case.backward(inputs, case.forward(inputs))
 
     for run in (forward, both):
-        with overridden({}) as asked:
+        with overridden(found) as asked:
             expected = run()
         for row in dict.fromkeys(asked):
-            if row in done:
+            if row in found:
                 continue
-            done.add(row)
 
             def timed(config: Config, row: Key = row, run: Callable = run, expected: tuple = expected) -> float:
-                with overridden({row: config}):
+                with overridden({**found, row: config}):
                     try:
                         with launched() as kernels:
                             right = same(run(), expected)
@@ -142,7 +144,9 @@ def tune_case(case: Case, done: set[Key], time_ms: Callable[[Callable], float], 
                             raise
                         return float("inf")
 
-            yield row, *descend(_tuning.config(row, device), timed)
+            best, ms, before = descend(_tuning.config(row, device), timed)
+            found[row] = best
+            yield row, best, ms, before
 
 
 def median_ms(run: Callable, device: torch.device) -> float:
@@ -232,7 +236,7 @@ def main(options: Options) -> int:
         return 1
     results = Results.begin("tune", device, {"a row": "one row of kernels/_tuning.py, timed as a part of its case"})
     best: dict[Key, Config] = {}
-    done: set[Key] = set()
+    found: dict[Key, Config] = {}
     end = time.monotonic() + options.seconds
     with results.kept_if_cut_short(options.out):
         for case in all_cases():
@@ -241,7 +245,7 @@ def main(options: Options) -> int:
             if time.monotonic() > end:
                 results.leave_out(case.name, f"--seconds {options.seconds:g} were over")
                 continue
-            for row, config, ms, before in tune_case(case, done, functools.partial(median_ms, device=device), device):
+            for row, config, ms, before in tune_case(case, found, functools.partial(median_ms, device=device), device):
                 config = {key: value for key, value in config.items() if key != "enable_fp_fusion"}
                 print(f"{case.name:<44} {row!s:<50} {before:9.4f} -> {ms:9.4f} ms  {config}", flush=True)
                 figures = dict(before_ms=before, best_ms=ms, config=config)

@@ -32,6 +32,7 @@ from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TORCH, Kernels
 from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, about
 from fastgpt2.gpt2.output import plain_console
+from fastgpt2.gpt2.switches import FURTHER_VALUES
 from fastgpt2.gpt2.training.train_config import find_device
 
 TOKENS = {"cuda": 2048, "cpu": 16}  # of --batch; interpreted kernels take seconds a token in a large vocabulary
@@ -79,7 +80,8 @@ def verify_model(model: GPT, idx: Tensor, dtype: torch.dtype, with_hf: bool) -> 
     losses = truth.pop("losses")
     expected = mean_size(eager["losses"] - losses) / mean_size(losses)
     hf = _huggingface_results(rounded, x, targets) if with_hf else {}
-    toggles = {name: Kernels.parse(name) for name in Kernels.names()} | {"all": Kernels.all("triton")}
+    names = (*Kernels.names(), *(f"{op}={value}" for op, values in FURTHER_VALUES.items() for value in values))
+    toggles = {name: Kernels.parse(name) for name in names} | {"all": Kernels.all("triton")}
     for toggle, kernels in toggles.items():
         ours = results(rounded, kernels)
         rows = [

@@ -19,8 +19,8 @@ LINEAR = "matrix products are PyTorch's, on Conv1D's weight by strides; the kern
 
 
 class Row(NamedTuple):
-    """op: the op. road: what computes it, "triton", "torch", "modules" (called one by one), "transformers" or "none".
-    why: the reason in words."""
+    """op: the op. road: what computes it, a switch's value ("triton", "torch", ...), "modules" (called one by one),
+    "transformers" or "none". why: the reason in words."""
 
     op: str
     road: str
@@ -94,7 +94,7 @@ def _body(body: Any, kernels: Kernels) -> Iterator[Row]:
                 layers.append(f"h.{i}.{part}.{name}")
     norms += [] if why is not None or is_stock(body.ln_f, nn.LayerNorm) else ["ln_f"]
     yield _row("add + layer norm", kernels.layer_norm, "layer_norm", norms)
-    yield _row("mlp", kernels.mlp, "mlp", mlps)
+    yield _row("mlp", kernels.mlp, "mlp", mlps, _in_products(body, kernels))
     yield _row("linear layers", "torch", "", layers)
 
 
@@ -114,9 +114,15 @@ def _switch(op: str, road: str) -> str:
     return f"kernels.{op}={road!r}"
 
 
-def _row(op: str, road: str, switch: str, called: list[str]) -> Row:
+def _in_products(body: Any, kernels: Kernels) -> str:
+    weight = body.wte.weight
+    passes = ops.mlp_in_products(kernels, weight.dtype, weight.device)
+    return f", GELU inside Triton's products {passes}" if passes else ""
+
+
+def _row(op: str, road: str, switch: str, called: list[str], more: str = "") -> Row:
     """The row of an op that is fused, except for the modules `called`."""
-    why = _switch(switch, road) if switch else LINEAR
+    why = (_switch(switch, road) if switch else LINEAR) + more
     if called:
         shown = ", ".join(called[:4]) + (f" and {len(called) - 4} more" if len(called) > 4 else "")
         why += f"; replaced or with hooks, so called as modules: {shown}"

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from rich.progress import Progress as RichProgress
 
-from fastgpt2.gpt2 import hardware
+from fastgpt2.gpt2 import hardware, ops
 from fastgpt2.gpt2.data.corpus import Corpus
 from fastgpt2.gpt2.data.windows import Say
 from fastgpt2.gpt2.evaluation.evaluate import Watch
@@ -152,6 +152,7 @@ def announce(
     c = model.config
     kernels = ", ".join(f"{op} {how}" for op, how in vars(model.kernels).items())
     same = set(vars(model.kernels).values())
+    inside = ops.mlp_in_products(model.kernels, getattr(torch, config.dtype), model.device)
     documents = "" if corpus.n_documents is None else f"{corpus.n_documents:,} documents, "
     rows = {
         "text": f"{corpus.name}: {documents}{len(corpus.train):,} tokens and {len(corpus.val):,} held out, "
@@ -161,7 +162,8 @@ def announce(
         **({} if config.init_from is None else {"from": config.init_from}),
         "run": f"{config.steps} steps of {config.tokens_per_step(processes):,} tokens on {config.device} in "
         f"{config.dtype}, {f'{processes} processes with {config.parallel}, ' if processes > 1 else ''}"
-        f"kernels {same.pop() if len(same) == 1 else kernels}{', compiled' if config.compile else ''}"
+        f"kernels {same.pop() if len(same) == 1 else kernels}"
+        f"{f', GELU in the products {inside}' if inside else ''}{', compiled' if config.compile else ''}"
         f"{', as CUDA graphs' if config.as_cuda_graph(processes) else ''}",
         "MFU": _mfu_in_words(model),
         **({"warmup": _warmup_in_words(config)} if config.warmup >= config.steps else {}),

@@ -1,7 +1,9 @@
-"""The MLP as a whole: its cases, the same by HuggingFace, its calls."""
+"""The MLP as a whole, with GELU in a pass or in the products: its cases, the same by HuggingFace, its calls."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,14 +18,17 @@ from fastgpt2.kernels import mlp
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    for C, dtype in sizes.widths_and_dtypes():
-        yield _case(sizes.rows, C, dtype)
-    yield _case(sizes.rows, sizes.widths[0], BF16, autocast=True)
+    """fused_mlp first, so that `bench tune` compares its best with `mlp`."""
+    for case in (_fused_case, _case):
+        for C, dtype in sizes.widths_and_dtypes():
+            yield case(sizes.rows, C, dtype)
+        yield case(sizes.rows, sizes.widths[0], BF16, autocast=True)
 
 
 def sized(size: Size) -> Iterator[Case]:
     """One sequence."""
     yield _case(size.T, size.C, size.dtype)
+    yield _fused_case(size.T, size.C, size.dtype)
 
 
 def _case(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
@@ -52,18 +57,41 @@ def _case(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
     )
 
 
+def _fused_case(N: int, C: int, dtype: torch.dtype, autocast: bool = False) -> Case:
+    """Its bytes include what our two products read and write: x or dout, a weight, pre, act and dpre."""
+    case, e = _case(N, C, dtype, autocast), dtype.itemsize
+    F_ = 4 * C
+    inputs = (N + F_) * C * e
+    bias = F_ * (FP32 if autocast else dtype).itemsize
+    return dataclasses.replace(
+        case,
+        op="fused_mlp",
+        ours=mlp.fused_mlp,
+        forward_bytes=inputs + 2 * N * F_ * e + bias,
+        backward_bytes=inputs + 3 * N * F_ * e + 2 * bias,
+    )
+
+
 def _huggingface(x: Tensor, w: Tensor, b: Tensor, v: Tensor, c: Tensor) -> Tensor:
     return F.linear(huggingface_gelu(F.linear(x, w, b)), v, c)
 
 
 def calls() -> Iterator[Call]:
-    yield Call("mlp", "sliced", lambda new: (new.sliced(9, 24), new(40, 24), new(40), new(24, 40), new(24)), mlp.mlp)
-    yield Call(
-        "mlp",
-        "frozen-weights",
-        lambda new: (new(3, 5, 24), new(40, 24), new(40), new(24, 40)),
-        lambda x, fc_weight, fc_bias, proj_weight: mlp.mlp(x, fc_weight.detach(), fc_bias, proj_weight.detach()),
-    )
+    for name, function in (("mlp", mlp.mlp), ("fused_mlp", mlp.fused_mlp)):
+        yield Call(
+            name, "sliced", lambda new: (new.sliced(9, 24), new(40, 24), new(40), new(24, 40), new(24)), function
+        )
+        yield Call(
+            name,
+            "frozen-weights",
+            lambda new: (new(3, 5, 24), new(40, 24), new(40), new(24, 40)),
+            functools.partial(_with_frozen_weights, function),
+        )
 
 
-DESCRIPTION = Description(module=mlp, cases=cases, sized=sized, huggingface={"mlp": _huggingface}, calls=calls)
+def _with_frozen_weights(function, x, fc_weight, fc_bias, proj_weight):
+    return function(x, fc_weight.detach(), fc_bias, proj_weight.detach())
+
+
+HUGGINGFACE = {"mlp": _huggingface, "fused_mlp": _huggingface}
+DESCRIPTION = Description(module=mlp, cases=cases, sized=sized, huggingface=HUGGINGFACE, calls=calls)
