@@ -20,6 +20,7 @@ else:
     TRITON_INSTALLED = True
 
 BACKENDS = ("triton", "torch")
+MORE_BACKENDS = {"attention": ("cudnn",)}  # of single switches
 FORMER_NAMES = {"gelu": "mlp"}  # of switches, accepted wherever a switch is named
 
 
@@ -41,7 +42,8 @@ def current_names(toggles: Mapping[str, str]) -> dict[str, str]:
 class Kernels:
     """How each op is computed: "triton" or "torch". It does not describe the model and is not saved in checkpoints.
 
-    attention: causal self-attention on packed q, k, v, and the attention of one new token over the cache.
+    attention: causal self-attention on packed q, k, v, and the attention of one new token over the cache. "cudnn" is
+        PyTorch's attention by cuDNN alone; one new token over the cache is then as with "torch".
     layer_norm: residual add + LayerNorm, with the preceding projection's bias and dropout.
     mlp: the MLP, with GELU and bias in one kernel and fewer activations kept for backward. Its former name is `gelu`.
     cross_entropy: the head's matrix product and the loss, without computing all logits at once.
@@ -72,8 +74,9 @@ class Kernels:
         toggles = {name: backend for name, backend in (("mlp", mlp), ("gelu", gelu)) if backend is not None}
         toggles |= dict(attention=attention, layer_norm=layer_norm, cross_entropy=cross_entropy, embedding=embedding)
         for op, backend in toggles.items():
-            if backend not in BACKENDS:
-                raise ValueError(f"Kernels.{op} is {backend!r}, allowed are 'triton' and 'torch'")
+            allowed = (*BACKENDS, *MORE_BACKENDS.get(op, ()))
+            if backend not in allowed:
+                raise ValueError(f"Kernels.{op} is {backend!r}, allowed are {' and '.join(map(repr, allowed))}")
         current = current_names(toggles)
         for op in self.names():
             object.__setattr__(self, op, current.get(op, "torch"))
@@ -104,7 +107,8 @@ class Kernels:
 
     @classmethod
     def parse(cls, spec: str | Kernels) -> Kernels:
-        """Reads "triton", "torch" or a list such as "attention,mlp" (these on Triton, the rest on PyTorch).
+        """Reads "triton", "torch" or a list such as "attention,mlp" (these on Triton, the rest on PyTorch). An item may
+        also say how, as in "attention=cudnn,mlp".
 
         A `Kernels` is returned unchanged. Raises ValueError for an unknown name, TypeError for another type.
         """
@@ -114,14 +118,19 @@ class Kernels:
             raise TypeError(f"kernels is {spec!r}, expected a string or a Kernels")
         if spec.strip() in BACKENDS:
             return cls.all(spec.strip())
-        ops = [FORMER_NAMES.get(op.strip(), op.strip()) for op in spec.split(",")]
-        for op in ops:
+        toggles: dict[str, str] = {}
+        for item in spec.split(","):
+            name, says_how, how = (part.strip() for part in item.partition("="))
+            op = FORMER_NAMES.get(name, name)
             if op not in cls.names():
                 raise ValueError(
                     f"kernels names {op!r}, allowed are 'auto' (for a model), 'triton' or 'torch', each alone, "
-                    f"or a comma-separated list of {', '.join(cls.names())}"
+                    f"or a comma-separated list of {', '.join(cls.names())}, or of these with values (attention=cudnn)"
                 )
-        return cls(**dict.fromkeys(ops, "triton"))
+            backend = how if says_how else "triton"
+            if toggles.setdefault(op, backend) != backend:
+                raise ValueError(f"kernels names {op} with {toggles[op]!r} and {backend!r}, allowed is one of them")
+        return cls(**toggles)
 
 
 def kernels_digest() -> str:
@@ -136,13 +145,16 @@ ALL_TRITON = Kernels.all("triton") if TRITON_INSTALLED else ALL_TORCH
 TRITON_BUT_MLP = dataclasses.replace(ALL_TRITON, mlp="torch")
 
 
-def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh") -> str | Kernels:
+def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh", cudnn: bool = True) -> str | Kernels:
     """Checks a user's argument `kernels` and returns "auto", which `kernels_for` resolves for a device, or a Kernels.
 
-    The environment variable FASTGPT2_KERNELS, read here, replaces "auto". Raises ValueError for an unknown name, and
-    for `mlp` on Triton if the model's activation is another one than the kernel's.
+    The environment variable FASTGPT2_KERNELS, read here, replaces "auto". Raises ValueError for an unknown name, for
+    `mlp` on Triton if the model's activation is another one than the kernel's, and for attention by cuDNN if `cudnn` is
+    False.
     """
     requested = _requested(spec)
+    if isinstance(requested, Kernels) and requested.attention == "cudnn" and not cudnn:
+        raise ValueError("kernels has attention='cudnn', allowed for models of transformers are 'triton' and 'torch'")
     if isinstance(requested, Kernels) and requested.mlp == "triton" and activation != "gelu_tanh":
         others = ",".join(op for op in Kernels.names() if op != "mlp")
         raise ValueError(

@@ -67,25 +67,26 @@ class Variant:
 
     @property
     def one_switch(self) -> bool:
-        """Whether some of its kernels are Triton's and some PyTorch's."""
-        return len(set(dataclasses.astuple(self.kernels))) > 1
+        """Whether some of its kernels are Triton's and some are those of "torch"."""
+        return {"triton", "torch"} <= set(dataclasses.astuple(self.kernels))
 
 
 def label(kernels: Kernels, road: str = LAUNCHED, naive_attention: bool = False) -> str:
     """The name of a variant of our model, made from what is active in it."""
     on_triton = [op for op in Kernels.names() if getattr(kernels, op) == "triton"]
+    cudnn = kernels.attention == "cudnn"
     if not on_triton:
-        name = "PyTorch, naive attention" if naive_attention else "PyTorch, SDPA"
-    elif len(on_triton) == len(Kernels.names()):
+        name = "PyTorch" if cudnn else "PyTorch, naive attention" if naive_attention else "PyTorch, SDPA"
+    elif len(on_triton) == len(Kernels.names()) - cudnn:
         name = "Triton"
     else:
         name = "Triton: " + ", ".join(on_triton)
-    return name + SUFFIXES[road]
+    return name + ", cuDNN attention" * cudnn + SUFFIXES[road]
 
 
-def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Variant]:
+def all_variants(with_nanogpt: bool, with_flash_attn: bool = False, with_cudnn: bool = False) -> list[Variant]:
     """Every variant, sorted by road, baselines first. Variants with one switch on Triton are launched from Python and
-    as CUDA graphs; they are not compiled.
+    as CUDA graphs; they are not compiled. Attention by cuDNN is beside PyTorch's other ops and beside Triton's.
 
     HuggingFace's model is launched from Python or compiled, as its users do. flash-attn's is not compiled, because
     Dynamo would break the graph at each of its operators.
@@ -93,6 +94,9 @@ def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Vari
     ladder = [Variant(OURS)]
     if ops.TRITON_INSTALLED:
         ladder += [Variant(OURS, Kernels.parse(op)) for op in Kernels.names()] + [Variant(OURS, Kernels.all("triton"))]
+    if with_cudnn:
+        bases = [v.kernels for v in ladder if not v.one_switch]
+        ladder += [Variant(OURS, dataclasses.replace(kernels, attention="cudnn")) for kernels in bases]
     others = [Variant(HUGGINGFACE)] + [Variant(NANOGPT)] * with_nanogpt
     flash_attn = [Variant(FLASH_ATTN)] * with_flash_attn
     on_roads = [
@@ -116,7 +120,7 @@ def stages(variants: list[Variant]) -> list[list[Variant]]:
 
 
 def on_triton(variant: Variant) -> bool:
-    return variant.kernels != ALL_TORCH
+    return "triton" in dataclasses.astuple(variant.kernels)
 
 
 def nanogpt_module(path: Path) -> ModuleType:
