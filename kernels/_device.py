@@ -77,6 +77,12 @@ def can_overlap(device: torch.device) -> bool:
     return not INTERPRETED and isinstance(number, int) and number >= 90
 
 
+def has_descriptors(device: torch.device) -> bool:
+    """Whether kernels can read blocks of tensors by descriptors (see _descriptors.py)."""
+    number = architecture(device)
+    return INTERPRETED or (isinstance(number, int) and number >= 90)
+
+
 def mixed_matmul(device: torch.device) -> str:
     """PyTorch's product of 16-bit matrices with an fp32 result on this device: "addmm" (can also add to a matrix), "mm"
     (cannot add), or "" if there is none."""

@@ -114,14 +114,14 @@ def mended() -> Iterator[None]:
 
         return dot(self, operand(a), operand(b), d, input_precision, max_num_imprecise_acc)
 
-    def mended_masked_load(self, ptrs, mask, other, *rest):
+    def mended_masked_load(self, ptrs, mask, other, *rest, **named):  # descriptors name their arguments
         element = ptrs.get_element_ty()
         # A single element is left alone: there Triton takes `other=0.0` itself for a missing one.
         if other is None and ptrs.data.size > 1 and element.is_floating() and element.primitive_bitwidth >= 16:
             nan = np.full(ptrs.data.shape, np.nan, np.float32)
             data = bfloat16_bits(nan) if element == tl.bfloat16 else nan.astype(stock._get_np_dtype(element))
             other = TensorHandle(data, element)
-        return masked_load(self, ptrs, mask, other, *rest)
+        return masked_load(self, ptrs, mask, other, *rest, **named)
 
     def mended_ternary(self, first, second, third, op):
         if op is not np.where and any(map(_is_bfloat16, (first, second, third))):

@@ -155,9 +155,9 @@ def _record_interpreted(log: Launches, patches: contextlib.ExitStack) -> None:
     def itemsize(pointers) -> int:
         return max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
 
-    def recorded_load(self, pointers, mask, other, *rest):
+    def recorded_load(self, pointers, mask, other, *rest, **named):
         log[-1]._count(log[-1]._read, pointers.data, mask.data, itemsize(pointers))
-        return load(self, pointers, mask, other, *rest)
+        return load(self, pointers, mask, other, *rest, **named)
 
     def recorded_store(self, pointers, value, mask, *rest):
         log[-1]._count(log[-1]._written, pointers.data, mask.data, itemsize(pointers))
