@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt2.gpt2.cudnn_attention import cudnn_causal_attention
+from fastgpt2.gpt2.cudnn_attention import why_not as why_not_cudnn  # noqa: F401
 from fastgpt2.gpt2.linear import linear as weight_product
 from fastgpt2.gpt2.linear import linear_gelu
 from fastgpt2.gpt2.stock import is_stock
@@ -111,10 +113,10 @@ def document_mask(starts: Tensor, B: int, T: int, kernels: Kernels) -> Tensor:
     """The argument `mask` of `causal_attention`, computed once for all layers.
 
     starts (n_documents + 1,) int32: the place of each document's first token in the B*T flattened tokens, then B*T.
-    Returns `starts` itself for the Triton kernel, and for PyTorch the boolean mask (B, 1, T, T) that is True where a
-    query may attend to a key.
+    Returns `starts` itself for the Triton kernel (and for cuDNN, which refuses it), and for PyTorch the boolean mask
+    (B, 1, T, T) that is True where a query may attend to a key.
     """
-    if kernels.attention == "triton":
+    if kernels.attention != "torch":
         return starts
     tokens = torch.arange(B * T, device=starts.device, dtype=starts.dtype)
     document = torch.searchsorted(starts, tokens, right=True).view(B, 1, T)
@@ -131,6 +133,8 @@ def causal_attention(
     """
     if kernels.attention == "triton":
         return triton_causal_attention(qkv, n_head, scale=scale, dropout_p=dropout_p, cu_seqlens=mask)
+    if kernels.attention == "cudnn":
+        return cudnn_causal_attention(qkv, n_head, scale, dropout_p, mask)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     dtype = qkv.dtype
     short = qkv.device.type == "cpu" and dtype.itemsize == 2 and T <= SHORT_ON_CPU and qkv.requires_grad
@@ -150,7 +154,7 @@ def decode_attention(
 
     qkv (B, 1, 3*C); cache (2, B, H, S, D), keys and values; lengths (B,) int32, the number of cached tokens before this
     one, below S. full: every row has S - 1 of them. Returns (B, 1, C). Leaves `lengths` unchanged and does not wait for
-    the device.
+    the device. With attention="cudnn" PyTorch chooses the backend: one query over a cache is not cuDNN's case.
     """
     if kernels.attention == "triton":
         return triton_decode_attention(qkv, cache, lengths, n_head, scale=scale)

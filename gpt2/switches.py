@@ -20,7 +20,9 @@ else:
     TRITON_INSTALLED = True
 
 BACKENDS = ("triton", "torch")
-FURTHER_VALUES = {"mlp": ("fused",)}  # values of single switches beside BACKENDS, run by Triton too and never by "auto"
+# Values of single switches beside BACKENDS, which "auto" never chooses: by Triton, and by PyTorch.
+FURTHER_VALUES = {"mlp": ("fused",)}
+PYTORCH_VALUES = {"attention": ("cudnn",)}
 FORMER_NAMES = {"gelu": "mlp"}  # of switches, accepted wherever a switch is named
 
 
@@ -43,7 +45,8 @@ class Kernels:
     """How each op is computed: "triton", "torch" or, for mlp, "fused". It does not describe the model and is not saved
     in checkpoints.
 
-    attention: causal self-attention on packed q, k, v, and the attention of one new token over the cache.
+    attention: causal self-attention on packed q, k, v, and the attention of one new token over the cache. "cudnn" is
+        PyTorch's attention by cuDNN alone; one new token over the cache is then as with "torch".
     layer_norm: residual add + LayerNorm, with the preceding projection's bias and dropout.
     mlp: the MLP, with GELU and bias in one kernel and fewer activations kept for backward. Its former name is `gelu`.
         "fused" computes both inside Triton's own products, which have not been timed yet.
@@ -75,7 +78,8 @@ class Kernels:
         toggles = {name: backend for name, backend in (("mlp", mlp), ("gelu", gelu)) if backend is not None}
         toggles |= dict(attention=attention, layer_norm=layer_norm, cross_entropy=cross_entropy, embedding=embedding)
         for op, backend in toggles.items():
-            allowed = (*BACKENDS, *FURTHER_VALUES.get(FORMER_NAMES.get(op, op), ()))
+            name = FORMER_NAMES.get(op, op)
+            allowed = (*BACKENDS, *FURTHER_VALUES.get(name, ()), *PYTORCH_VALUES.get(name, ()))
             if backend not in allowed:
                 raise ValueError(
                     f"Kernels.{op} is {backend!r}, allowed are {', '.join(map(repr, allowed[:-1]))} and {allowed[-1]!r}"
@@ -110,7 +114,8 @@ class Kernels:
 
     @classmethod
     def parse(cls, spec: str | Kernels) -> Kernels:
-        """Reads "triton", "torch" or a list such as "attention,mlp=fused" (these on Triton, the rest on PyTorch).
+        """Reads "triton", "torch" or a list such as "attention=cudnn,mlp": these on Triton, or as the word after = says,
+        the rest on PyTorch.
 
         A `Kernels` is returned unchanged. Raises ValueError for an unknown name, TypeError for another type.
         """
@@ -127,7 +132,7 @@ class Kernels:
             if op not in cls.names() or not value:
                 raise ValueError(
                     f"kernels names {item!r}, allowed are 'auto' (for a model), 'triton' or 'torch', each alone, "
-                    f"or a comma-separated list of {', '.join(cls.names())}"
+                    f"or a comma-separated list of {', '.join(cls.names())}, or of these with values (attention=cudnn)"
                 )
             if chosen.setdefault(op, value) != value:
                 raise ValueError(f"kernels is {spec!r}, which gives {op} two values")
@@ -146,13 +151,16 @@ ALL_TRITON = Kernels.all("triton") if TRITON_INSTALLED else ALL_TORCH
 TRITON_BUT_MLP = dataclasses.replace(ALL_TRITON, mlp="torch")
 
 
-def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh") -> str | Kernels:
+def requested_kernels(spec: str | Kernels, activation: str = "gelu_tanh", cudnn: bool = True) -> str | Kernels:
     """Checks a user's argument `kernels` and returns "auto", which `kernels_for` resolves for a device, or a Kernels.
 
-    The environment variable FASTGPT2_KERNELS, read here, replaces "auto". Raises ValueError for an unknown name, and
-    for `mlp` on Triton if the model's activation is another one than the kernel's.
+    The environment variable FASTGPT2_KERNELS, read here, replaces "auto". Raises ValueError for an unknown name, for
+    `mlp` on Triton if the model's activation is another one than the kernel's, and for attention by cuDNN if `cudnn` is
+    False.
     """
     requested = _requested(spec)
+    if isinstance(requested, Kernels) and requested.attention == "cudnn" and not cudnn:
+        raise ValueError("kernels has attention='cudnn', allowed for models of transformers are 'triton' and 'torch'")
     if isinstance(requested, Kernels) and requested.mlp != "torch" and activation != "gelu_tanh":
         others = ",".join(op for op in Kernels.names() if op != "mlp")
         raise ValueError(

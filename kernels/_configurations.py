@@ -38,6 +38,17 @@ class AttentionFwd(NamedTuple):
     num_stages: int
 
 
+class AttentionTmaFwd(NamedTuple):
+    """ON: 1 if this kernel computes what it can, 0 if AttentionFwd's does. A program computes BLOCK_M queries. BLOCK_N
+    must divide BLOCK_M."""
+
+    ON: int
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
 class AttentionDelta(NamedTuple):
     BLOCK_M: int
     num_warps: int

@@ -15,6 +15,7 @@ from ._configurations import (
     AttentionBwd,
     AttentionDelta,
     AttentionFwd,
+    AttentionTmaFwd,
     ColumnSum,
     CrossEntropy,
     DecodeAttention,
@@ -79,6 +80,11 @@ TABLE: Table = {
     Key("attention_fwd", bits=64, head_size=64): {ANY: AttentionFwd(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)},
     Key("attention_fwd", bits=64, head_size=128): {
         ANY: AttentionFwd(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+    },
+    # Off, because nothing was measured: `fastgpt2 bench tune --op causal_attention` on a GPU decides.
+    Key("attention_tma_fwd", bits=16, head_size=64): {
+        ANY: AttentionTmaFwd(ON=0, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        90: AttentionTmaFwd(ON=0, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
     },
     Key("attention_delta", bits=16, head_size=64): {ANY: AttentionDelta(BLOCK_M=64, num_warps=4)},
     Key("attention_delta", bits=16, head_size=128): {ANY: AttentionDelta(BLOCK_M=32, num_warps=4)},

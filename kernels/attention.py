@@ -13,6 +13,7 @@ Tiles: a program loops over the key tiles that its queries see: masked at the fa
 mask in the middle, masked on the diagonal (_attention_tiles.py). Without window and documents it computes two tiles of
 BLOCK_M queries of one head, so that each tile of k and v is read once for both. They need the same key tiles, except
 that the first one stops at its diagonal. The programs with the most work start first.
+_attention_tma.py has a second kernel for the case without bounds and dropout, which the tuning table switches on.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); Philox (Salmon et al., SC 2011).
 """
@@ -39,7 +40,6 @@ from ._attention_tiles import (
     _rows,
     _seen,
     _span,
-    _store_rows,
     block_d,
     check_heads,
     describe,
@@ -48,7 +48,10 @@ from ._attention_tiles import (
     rows_contiguous,
     tuning_key,
 )
+from ._attention_tma import tma_launch
+from ._descriptors import DescribedLaunch, describable
 from ._frozen import Launch, planned
+from ._online_softmax import LOWEST, _finish, _softmax
 from ._op import check_dtypes, check_once, op
 from .attention_backward import causal_attention_bwd_op
 
@@ -112,26 +115,11 @@ def _attend(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
     if MASKED:
         s = tl.where(_seen(offs_m, key + tl.arange(0, BLOCK_N), first_keys), s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-    alpha = tl.exp2(m_i - m_new)
-    p = tl.exp2(s * scale_log2 - m_new[:, None])
-    l_i = l_i * alpha + tl.sum(p, 1)
+    p, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
     if dropout is not None:
         p = tl.where(_keep(dropout, offs_m, key, BLOCK_N, False), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
-    return m_new, l_i, acc
-
-
-@triton.jit
-def _finish(out_ptr, lse_ptr, state, offs_m, start, sees, T, C, factor, D: tl.constexpr):
-    """Divides by the softmax's sum and stores the queries from `start` on of one head. Queries that see nothing get out
-    0 and lse 0."""
-    m_i, l_i, acc = state
-    sees = sees & (l_i > 0.0)
-    lse = tl.where(sees, m_i + tl.log2(tl.where(sees, l_i, 1.0)), 0.0)
-    out = acc * tl.where(sees, factor / tl.where(sees, l_i, 1.0), 0.0)[:, None]
-    _store_rows(_rows(out_ptr, start, C, acc.shape[0], acc.shape[1]), out, offs_m < T, D)
-    tl.store(lse_ptr + offs_m, lse, mask=offs_m < T)
+    return m_i, l_i, acc
 
 
 @triton.jit(do_not_specialize=["T", "n_documents", "window", "dropout_threshold"])
@@ -187,8 +175,7 @@ def _attention_fwd_kernel(
     cuts = _key_tiles(start, start + BLOCK_M, stop, nearest, farthest, BLOCK_N)
 
     scale_log2 = tl.full((), scale, ACC) * 1.4426950408889634
-    # The lowest finite number instead of -inf, with which a row that sees nothing yet would compute inf - inf = NaN.
-    m_0 = tl.full((BLOCK_M,), -3.4028234663852886e38, ACC)
+    m_0 = tl.full((BLOCK_M,), LOWEST, ACC)
     l_0 = tl.zeros((BLOCK_M,), ACC)
     acc_0 = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if PAIR:
@@ -227,9 +214,12 @@ def _attention_fwd_kernel(
 @planned
 def _fwd_plan(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
-    strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float, scale: float,
+    strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float, scale: float, described: bool,
 ) -> Launch:  # fmt: skip
     bounded = n_documents > 0 or window is not None
+    if described and not (bounded or dropout):
+        if (launch := tma_launch(B, T, n_head, D, dtype, device, scale)) is not None:
+            return launch
     config = _tuning.config(tuning_key("attention_fwd", dtype, D, bounded, dropout), device)
     queries = config["BLOCK_M"] if bounded else 2 * config["BLOCK_M"]
     return Launch(
@@ -258,9 +248,12 @@ def causal_attention_fwd(
     n_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     launch = _fwd_plan(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
-        qkv.stride()[:2], n_documents, window, dropout_p, scale,
+        qkv.stride()[:2], n_documents, window, dropout_p, scale, describable(qkv),
     )  # fmt: skip
-    launch(qkv, cu_seqlens, seed, out, lse)
+    if isinstance(launch, DescribedLaunch):
+        launch(qkv, qkv, out, lse)
+    else:
+        launch(qkv, cu_seqlens, seed, out, lse)
     return out, lse
 
 

@@ -115,7 +115,7 @@ def mended() -> Iterator[None]:
 
         return dot(self, operand(a), operand(b), d, input_precision, max_num_imprecise_acc)
 
-    def mended_masked_load(self, ptrs, mask, other, *rest, **named):
+    def mended_masked_load(self, ptrs, mask, other, *rest, **named):  # descriptors name their arguments
         element = ptrs.get_element_ty()
         # A single element is left alone: there Triton takes `other=0.0` itself for a missing one.
         if other is None and ptrs.data.size > 1 and element.is_floating() and element.primitive_bitwidth >= 16:

@@ -25,7 +25,7 @@ def test_a_list_may_give_a_switch_a_value_of_its_own():
     assert Kernels.parse("gelu=fused,mlp=fused,layer_norm=torch") == Kernels(mlp="fused") == Kernels(gelu="fused")
     with pytest.raises(ValueError, match="kernels is 'mlp,mlp=fused', which gives mlp two values"):
         Kernels.parse("mlp,mlp=fused")
-    with pytest.raises(ValueError, match="Kernels.attention is 'fused', allowed are 'triton' and 'torch'"):
+    with pytest.raises(ValueError, match="Kernels.attention is 'fused', allowed are 'triton', 'torch' and 'cudnn'"):
         Kernels.parse("attention=fused")
     with pytest.raises(ValueError, match="kernels has mlp on Triton.*'gelu_erf'"):
         GPT(dataclasses.replace(CONFIG, activation="gelu_erf"), Kernels(mlp="fused"))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import count_launches
 
 from fastgpt2.bench.__main__ import main
+from fastgpt2.bench.cases.ops.attention import attention_case
 from fastgpt2.bench.cases.registry import all_cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import tune
@@ -131,6 +133,29 @@ def test_what_is_not_a_speed_knob_stays():
     config = _tuning.config(Key("gelu_bwd", bits=16), torch.device("cpu"))
     assert config["enable_fp_fusion"] is True
     assert all(c["enable_fp_fusion"] is True and c["MIN_ROWS"] == config["MIN_ROWS"] for c in tune.neighbours(config))
+
+
+def test_a_kernel_that_is_off_is_offered_with_its_numbers_and_their_neighbours():
+    off = dict(ON=0, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+    found = list(tune.neighbours(off))
+    assert {**off, "ON": 1} in found and {**off, "ON": 1, "BLOCK_N": 128} in found and all(c["ON"] for c in found)
+    assert off in tune.neighbours({**off, "ON": 1}), "and one that is on can be switched off"
+    times = {(0, 64): 1.0, (1, 64): 1.1, (1, 128): 0.7}
+    best = tune.descend(off, lambda c: times.get((c["ON"], c["BLOCK_N"]), 2.0) if c["num_warps"] == 8 else 2.0)
+    assert best == ({**off, "ON": 1, "BLOCK_N": 128}, 0.7, 1.0)
+    slower = tune.descend(off, lambda c: 1.0 + c["ON"])
+    assert slower == (off, 1.0, 1.0)
+
+
+def test_attention_asks_for_the_row_that_switches_its_kernel_with_descriptors():
+    """So that `bench tune --op causal_attention` decides it."""
+    case = attention_case(1, 16, 64, torch.float16)
+    key = Key("attention_tma_fwd", bits=16, head_size=64)
+    for on in (0, 1):
+        config = {**_tuning.config(key, torch.device("cpu")), "ON": on, "BLOCK_M": 16, "BLOCK_N": 16}
+        with tune.overridden({key: config}) as asked, count_launches() as log:
+            case.forward(case.inputs())
+        assert key in asked and log[0].name == ("_attention_tma_fwd_kernel" if on else "_attention_fwd_kernel")
 
 
 def test_the_command_saves_its_figures_and_leaves_the_table_in_a_dry_run(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +86,7 @@ class Recorded:
     def figures(self, rows: int = 0) -> Figures:
         """rows: tensors with a larger multiple of this number of elements grow with the batch."""
         texts, metadata = self.kernel.asm, self.kernel.metadata
-        arguments = [name for name, kind in self.kernel.src.signature.items() if kind != "constexpr"]
+        arguments = [name for name, kind in self.kernel.src.signature.items() for _ in range(_values(kind))]
         growing = {name for name, size in self.sizes.items() if rows and size > rows and size % rows == 0}
         common: dict[str, Any] = dict(
             kernel=self.name,
@@ -113,6 +114,14 @@ class Recorded:
             occupancy=asm.occupancy(self.architecture, code.registers, shared, metadata.num_warps),
             **common,
         )
+
+
+def _values(kind: str) -> int:
+    """The number of values that an argument of a kernel becomes in its code: a descriptor has sizes and strides too."""
+    if kind == "constexpr":
+        return 0
+    block = re.fullmatch(r"tensordesc<\w+\[([\d, ]+)\].*>", kind)
+    return 1 if block is None else 1 + 2 * len(block[1].split(","))
 
 
 class _Driver:

@@ -68,27 +68,29 @@ class Variant:
 
     @property
     def one_switch(self) -> bool:
-        """Whether some of its kernels are Triton's and some PyTorch's."""
-        values = dataclasses.astuple(self.kernels)
-        return "torch" in values and values.count("torch") < len(values)
+        """Whether some of its kernels are Triton's and some are those of "torch"."""
+        values = set(dataclasses.astuple(self.kernels))
+        return "torch" in values and bool(values - {"torch", "cudnn"})
 
 
 def label(kernels: Kernels, road: str = LAUNCHED, naive_attention: bool = False) -> str:
     """The name of a variant of our model, made from what is active in it, such as "Triton, mlp=fused"."""
     values = dataclasses.asdict(kernels)
-    on_triton = [op if value == "triton" else f"{op}={value}" for op, value in values.items() if value != "torch"]
+    cudnn = values["attention"] == "cudnn"
+    by_triton = {op: value for op, value in values.items() if value not in ("torch", "cudnn")}
+    on_triton = [op if value == "triton" else f"{op}={value}" for op, value in by_triton.items()]
     if not on_triton:
-        name = "PyTorch, naive attention" if naive_attention else "PyTorch, SDPA"
-    elif len(on_triton) == len(values):
+        name = "PyTorch" if cudnn else "PyTorch, naive attention" if naive_attention else "PyTorch, SDPA"
+    elif len(on_triton) == len(values) - cudnn:
         name = ", ".join(["Triton", *(op for op in on_triton if "=" in op)])
     else:
         name = "Triton: " + ", ".join(on_triton)
-    return name + SUFFIXES[road]
+    return name + ", cuDNN attention" * cudnn + SUFFIXES[road]
 
 
-def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Variant]:
+def all_variants(with_nanogpt: bool, with_flash_attn: bool = False, with_cudnn: bool = False) -> list[Variant]:
     """Every variant, sorted by road, baselines first. Variants with one switch on Triton are launched from Python and
-    as CUDA graphs; they are not compiled.
+    as CUDA graphs; they are not compiled. Attention by cuDNN is beside PyTorch's other ops and beside Triton's.
 
     HuggingFace's model is launched from Python or compiled, as its users do. flash-attn's is not compiled, because
     Dynamo would break the graph at each of its operators.
@@ -98,6 +100,9 @@ def all_variants(with_nanogpt: bool, with_flash_attn: bool = False) -> list[Vari
         ladder += [Variant(OURS, Kernels.parse(op)) for op in Kernels.names()] + [Variant(OURS, ALL_TRITON)]
         for op, values in FURTHER_VALUES.items():
             ladder += [Variant(OURS, dataclasses.replace(ALL_TRITON, **{op: value})) for value in values]
+    if with_cudnn:
+        bases = (ALL_TORCH, ALL_TRITON) if ops.TRITON_INSTALLED else (ALL_TORCH,)
+        ladder += [Variant(OURS, dataclasses.replace(kernels, attention="cudnn")) for kernels in bases]
     others = [Variant(HUGGINGFACE)] + [Variant(NANOGPT)] * with_nanogpt
     flash_attn = [Variant(FLASH_ATTN)] * with_flash_attn
     on_roads = [
@@ -121,7 +126,7 @@ def stages(variants: list[Variant]) -> list[list[Variant]]:
 
 
 def on_triton(variant: Variant) -> bool:
-    return variant.kernels != ALL_TORCH
+    return "triton" in dataclasses.astuple(variant.kernels)
 
 
 def nanogpt_module(path: Path) -> ModuleType:

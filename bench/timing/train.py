@@ -78,6 +78,7 @@ def select(
     if device.type != "cuda":
         no_graphs = "there is no GPU"
     no_flash_attn = flash_gpt.why_not(device)
+    no_cudnn = ops.why_not_cudnn(device)
     reasons: dict[str, str] = {}
 
     def why_not(variant: Variant) -> tuple[str, str] | None:
@@ -96,7 +97,7 @@ def select(
         return None
 
     chosen = []
-    for variant in variants.all_variants(with_nanogpt, no_flash_attn is None):
+    for variant in variants.all_variants(with_nanogpt, no_flash_attn is None, no_cudnn is None):
         if roads is not None and variant.road not in roads:
             continue
         if (left_out := why_not(variant)) is None:
@@ -107,6 +108,8 @@ def select(
         reasons[NANOGPT] = "--nanogpt PATH/model.py was not given"
     if no_flash_attn:
         reasons[FLASH_ATTN] = no_flash_attn
+    if no_cudnn:
+        reasons["cuDNN attention"] = no_cudnn
     if roads is not None:
         reasons["other roads than " + ", ".join(roads)] = "--road asks for these"
     for name, why in reasons.items():

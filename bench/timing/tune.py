@@ -28,6 +28,7 @@ import triton
 
 from fastgpt2.bench.cases.case import Case
 from fastgpt2.bench.cases.registry import all_cases, chosen_operations
+from fastgpt2.bench.cases.rows import Config, overridden
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import timing
 from fastgpt2.bench.timing.options import OutOption
@@ -37,25 +38,10 @@ from fastgpt2.gpt2.options import Names
 from fastgpt2.kernels import _device, _tuning
 from fastgpt2.kernels._configurations import Key
 
-Config = dict[str, int]
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
-FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
-
-
-@contextlib.contextmanager
-def overridden(configs: dict[Key, Config]) -> Iterator[list[Key]]:
-    """Inside, launches use these configurations for their rows. Yields the list of rows that launches look up."""
-    asked: list[Key] = []
-    original = _tuning.config
-
-    def config(key: Key, device: torch.device) -> Config:
-        asked.append(key)
-        return dict(configs[key]) if key in configs else original(key, device)
-
-    # No launch is watched here: `_tuning.config` is the one place where kernels ask for these numbers.
-    with mock.patch.object(_tuning, "config", config):
-        yield asked
+# Not chosen for speed: a limit on bytes, what is the same for all kernels, and what `neighbours` treats by itself.
+FIXED = ("MIN_ROWS", "enable_fp_fusion", "ON")
 
 
 @contextlib.contextmanager
@@ -75,7 +61,13 @@ def launched() -> Iterator[list]:
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """Configurations that differ in one number, or in a block size and the warps that share it."""
+    """Configurations that differ in one number, or in a block size and the warps that share it. A kernel that is off is
+    switched on, with its present numbers and with each of their neighbours; one that is on is also switched off."""
+    if "ON" in config:
+        yield (other := {**config, "ON": 1 - config["ON"]})
+        if other["ON"]:
+            yield from (c for c in neighbours(other) if c["ON"])
+            return
     for key, value in config.items():
         if key in FIXED:
             continue
@@ -92,7 +84,7 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
     most = {"num_stages": 5, "num_warps": 32}
-    yield from (c for c in configs if all(1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
+    yield from (c for c in configs if all(k == "ON" or 1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
 
 
 def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config, float, float]:

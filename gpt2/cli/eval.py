@@ -47,7 +47,7 @@ class Options(CommandOptions):
     # windows, or examples of HellaSwag, that are computed at once; None: 8, and on a GPU up to 64, as memory allows
     batch_size: int | None = None
     dtype: DtypeName = "auto"  # of matrix products; auto: bfloat16 on CUDA, float32 elsewhere
-    kernels: Name = "auto"  # auto, triton, torch, or a list such as attention,mlp; auto: triton on CUDA
+    kernels: Name = "auto"  # auto, triton, torch, or a list such as attention=cudnn,mlp; auto: triton on CUDA
     device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one
 
 

@@ -54,7 +54,7 @@ class Options(CommandOptions):
     seed: int = 1337  # of the draws
     greedy: bool = False  # always the likeliest token
     refuse_long: bool = False  # an error for a prompt longer than block_size; without it the prompt's end is used
-    kernels: Name = "auto"  # auto, triton, torch, or a list such as attention,mlp; auto: triton on CUDA
+    kernels: Name = "auto"  # auto, triton, torch, or a list such as attention=cudnn,mlp; auto: triton on CUDA
     device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
     compile: bool = False  # compute each token through torch.compile

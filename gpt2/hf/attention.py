@@ -51,7 +51,7 @@ def register(kernels: str | Kernels = "auto", fallback: str | None = None) -> No
     if fallback not in FALLBACKS:
         raise ValueError(f"fallback is {fallback!r}, allowed are None and 'sdpa'")
     attention, masks = _interfaces()
-    _registration = Registration(ops.requested_kernels(kernels), fallback)
+    _registration = Registration(ops.requested_kernels(kernels, cudnn=False), fallback)
     attention.register(NAME, attention_forward)
     masks.register(NAME, mask)
 

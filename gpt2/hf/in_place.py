@@ -26,7 +26,7 @@ def accelerate(model: nn.Module, kernels: str | Kernels = "auto", training_logit
 
     A second call changes the arguments. Raises TypeError if `model` contains no GPT2Model.
     """
-    settings = Settings(ops.requested_kernels(kernels), bool(training_logits))
+    settings = Settings(ops.requested_kernels(kernels, cudnn=False), bool(training_logits))
     check_module(model)
     kinds = _kinds()
     modules = [m for m in model.modules() if type(m) in kinds or isinstance(m, StandIn)]

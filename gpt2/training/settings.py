@@ -49,7 +49,7 @@ class Settings:
 
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one
     dtype: DtypeName = "auto"  # of matrix products, by autocast; auto: bfloat16 on CUDA, float32 elsewhere
-    kernels: str = "auto"  # auto, triton, torch, or a list such as attention,mlp; auto: triton on CUDA
+    kernels: str = "auto"  # auto, triton, torch, or a list such as attention=cudnn,mlp; auto: triton on CUDA
     optimizer: Literal["torch", "triton"] = "torch"  # AdamW; triton: with clipping in two launches, not timed on a GPU
     compile: bool = False  # train through torch.compile
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # a pass is two launches; auto: on GPUs, where it is possible

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fastgpt2.bench.cases.call import Call
 from fastgpt2.bench.cases.case import BF16, FP32, HEAD_SIZE, WIDTHS, Case, asked, dropout_of
 from fastgpt2.bench.cases.description import Description, Size, Sizes
-from fastgpt2.kernels import attention
+from fastgpt2.bench.cases.rows import overridden
+from fastgpt2.kernels import _tuning, attention
+from fastgpt2.kernels._attention_tiles import tuning_key
 from fastgpt2.kernels.attention import causal_attention
 
 
@@ -54,7 +56,7 @@ def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZ
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Documents, a window, dropout, and heads of other sizes."""
+    """Documents, a window, dropout, heads of other sizes, and the kernel that reads by descriptors."""
     B, T = 4, rows // 4
     documents: dict[str, Callable] = dict(
         cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
@@ -73,10 +75,20 @@ def variants(rows: int) -> Iterator[Case]:
         plain = dataclasses.replace(plain, ours=functools.partial(_on_heads, WIDTHS[0] // D))
         for name, more in asked_for.items():
             yield asked(plain, name, **more)
+    plain = attention_case(B, T, WIDTHS[0], BF16)
+    by_descriptors = functools.partial(by_tma, WIDTHS[0] // HEAD_SIZE)
+    yield dataclasses.replace(plain, shape=f"{plain.shape} TMA", ours=by_descriptors)
 
 
 def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
     return causal_attention(qkv, H, **more)
+
+
+def by_tma(H: int, qkv: Tensor) -> Tensor:
+    """Attention by the kernel of _attention_tma.py, where the GPU can run it, whether or not the table has it on."""
+    key = tuning_key("attention_tma_fwd", qkv.dtype, qkv.size(2) // (3 * H))
+    with overridden({key: {**_tuning.config(key, qkv.device), "ON": 1}}):
+        return causal_attention(qkv, H)
 
 
 def huggingface_attention(qkv: Tensor) -> Tensor:
