@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastgpt2.gpt2.linear import linear as weight_product
 from fastgpt2.gpt2.linear import linear_gelu
+from fastgpt2.gpt2.shadow import as_read, copy_as_read
 from fastgpt2.gpt2.stock import is_stock
 from fastgpt2.gpt2.switches import ALL_TORCH as ALL_TORCH
 from fastgpt2.gpt2.switches import ALL_TRITON as ALL_TRITON
@@ -67,7 +68,9 @@ class Stream(NamedTuple):
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """The linear layer of x (..., K): (..., N)."""
-    return weight_product(x, layer.weight, layer.bias) if is_stock(layer, nn.Linear) else layer(x)
+    if not is_stock(layer, nn.Linear):
+        return layer(x)
+    return weight_product(x, as_read(layer.weight), as_read(layer.bias))
 
 
 def embedding(
@@ -187,7 +190,7 @@ def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Ten
     LayerNorm's; the linear layer's own backward would read the gradient a second time.
     """
     if kernels.layer_norm == "triton" and is_stock(c_proj, nn.Linear):
-        return weight_product(y, c_proj.weight), c_proj.bias
+        return weight_product(y, as_read(c_proj.weight)), c_proj.bias
     return linear(y, c_proj), None
 
 
@@ -199,13 +202,14 @@ def mlp(
         return project(F.gelu(linear(h, c_fc)), c_proj, kernels)
     if is_stock(c_fc, nn.Linear):
         if kernels.mlp == "torch":
-            act = linear_gelu(h, c_fc.weight, c_fc.bias)
+            act = linear_gelu(h, as_read(c_fc.weight), as_read(c_fc.bias))
         elif is_stock(c_proj, nn.Linear):
+            fc_weight, proj_weight = as_read(c_fc.weight), as_read(c_proj.weight)
             if kernels.layer_norm == "triton":
-                return triton_mlp(h, c_fc.weight, c_fc.bias, c_proj.weight), c_proj.bias
-            return triton_mlp(h, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias), None
+                return triton_mlp(h, fc_weight, c_fc.bias, proj_weight), c_proj.bias
+            return triton_mlp(h, fc_weight, c_fc.bias, proj_weight, as_read(c_proj.bias)), None
         else:
-            pre = weight_product(h, c_fc.weight)
+            pre = weight_product(h, as_read(c_fc.weight))
             act = triton_gelu(pre) if c_fc.bias is None else triton_bias_gelu(pre, c_fc.bias)
     else:
         pre = c_fc(h)
@@ -271,7 +275,8 @@ def head_loss(
     if kernels.cross_entropy == "triton" and is_stock(lm_head, nn.Linear):
         if lm_head.bias is None and lm_head.weight.size(0) == padded_vocab_size:
             logits = without_padding(linear(x, lm_head), vocab_size, padded_vocab_size) if want_logits else None
-            return logits, triton_linear_cross_entropy(x, lm_head.weight, targets, vocab_size=vocab_size)
+            weight, copy = lm_head.weight, copy_as_read(lm_head.weight)
+            return logits, triton_linear_cross_entropy(x, weight, targets, vocab_size=vocab_size, weight_copy=copy)
     logits = without_padding(linear(x, lm_head), vocab_size, padded_vocab_size)
     exact = logits if logits.dtype == torch.float64 else logits.float()
     kept = targets.masked_fill(targets < 0, IGNORED_TARGET)
