@@ -74,27 +74,53 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def embedding(
-    idx: Tensor, wte: nn.Module, wpe: nn.Module, positions: Tensor | None, dropout_p: float, kernels: Kernels
+    idx: Tensor,
+    wte: nn.Module,
+    wpe: nn.Module,
+    positions: Tensor | None,
+    dropout_p: float,
+    kernels: Kernels,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Token plus position embedding with dropout: idx (B, T) int64 -> (B, T, C).
+    """Token plus position embedding with dropout: idx (B, T) int64 -> (B, T, C) in `dtype`, by default the tables'.
 
     positions: (B, T) int64; by default column t has position t.
     """
     if kernels.embedding == "triton" and is_stock(wte, nn.Embedding) and is_stock(wpe, nn.Embedding):
-        return triton_embedding(idx, wte.weight, wpe.weight, positions, dropout_p=dropout_p)
+        return triton_embedding(idx, wte.weight, wpe.weight, positions, dropout_p=dropout_p, dtype=dtype)
     if positions is None and is_stock(wpe, nn.Embedding):
         x = wte(idx) + wpe.weight[: idx.size(1)]
     else:  # wpe is called with one position per token, so that its hooks see the batch dimension
         positions = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
         x = wte(idx) + wpe(positions.expand(idx.shape))
-    return F.dropout(x, dropout_p) if dropout_p else x
+    x = F.dropout(x, dropout_p) if dropout_p else x
+    return x if dtype is None else x.to(dtype)
+
+
+def stream_dtype(residual: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of the residual stream that the switch `residual` asks for under the present autocast; None where it
+    asks for nothing: with "float32", and outside autocast, where everything has the parameters' dtype.
+
+    Raises ValueError for "bfloat16" under autocast to another dtype.
+    """
+    if residual == "float32" or not torch.is_autocast_enabled(device.type):
+        return None
+    if (dtype := torch.get_autocast_dtype(device.type)) != torch.bfloat16:
+        raise ValueError(
+            f"model.residual is 'bfloat16' under autocast to {dtype}, allowed is autocast to torch.bfloat16 "
+            "(or model.residual = 'float32')"
+        )
+    return dtype
 
 
 def total(stream: Stream) -> Tensor:
-    """Computes the sum of the stream: (B, T, C)."""
+    """Computes the sum of the stream: (B, T, C), in the dtype of residual + x, whatever the bias has."""
     x, x_bias, residual, dropout_p = stream
-    x = x if x_bias is None else x + x_bias
-    return x if residual is None else residual + (F.dropout(x, dropout_p) if dropout_p else x)
+    branch = x if x_bias is None else x + x_bias
+    if residual is None:
+        return branch
+    added = residual + (F.dropout(branch, dropout_p) if dropout_p else branch)
+    return added if x_bias is None else added.to(torch.promote_types(x.dtype, residual.dtype))
 
 
 def add_layer_norm(stream: Stream, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor]:

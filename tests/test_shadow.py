@@ -1,0 +1,437 @@
+"""16-bit copies of weights, written by TritonAdamW and read by passes under autocast: the numbers of a cast."""
+
+import copy
+import gc
+
+import graph_stand_ins
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgpt2 import GPT, GPTConfig, graphed
+from fastgpt2.gpt2 import hardware, shadow
+from fastgpt2.gpt2.training.graphed import graphs_of
+from fastgpt2.gpt2.training.triton_adamw import TritonAdamW
+
+CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=1, n_embd=16)
+READ = 4 + 1 + 1  # weights of a block and the head, and the bias of c_attn, that products read, with every switch on
+READ_BY_TORCH = READ + 3  # and the biases that PyTorch's products add
+
+
+def new_model(device, kernels="torch", **settings) -> GPT:
+    torch.manual_seed(1)
+    return GPT(GPTConfig(**{**vars(CONFIG), **settings}), kernels=kernels).to(device)
+
+
+def optimizer_of(model: nn.Module, device) -> TritonAdamW:
+    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), device.type, optimizer="triton", max_norm=1.0)
+
+
+@pytest.fixture
+def pair(device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randint(31, (2, 2, 8), device=device))
+
+
+def forward(model: nn.Module, pair, dtype=torch.bfloat16) -> Tensor:
+    with torch.autocast(pair[0].device.type, dtype):
+        return model(*pair)[1]
+
+
+def passed(model: nn.Module, pair, dtype=torch.bfloat16) -> list[Tensor | None]:
+    """The loss of a pass and all gradients."""
+    model.zero_grad()
+    loss = forward(model, pair, dtype)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def by_casts(model: nn.Module, pair, dtype=torch.bfloat16) -> list[Tensor | None]:
+    """As `passed`, of a copy of the model, which has no shadows."""
+    return passed(copy.deepcopy(model), pair, dtype)
+
+
+def same(found: list, expected: list) -> bool:
+    return all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Casts(TorchDispatchMode):
+    """Counts what reads a parameter's memory and writes another dtype."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.addresses, self.count = {p.data_ptr() for p in model.parameters()}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        read = {"aten::_to_copy": 0, "aten::copy_": 1}.get(func._schema.name)
+        if read is not None and result.dtype != args[read].dtype:
+            self.count += args[read].data_ptr() in self.addresses
+        return result
+
+
+def casts_of_a_step(model: nn.Module, optimizer, pair, passes: int = 1) -> int:
+    with Casts(model) as casts:
+        for _ in range(passes):
+            forward(model, pair).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return casts.count
+
+
+@pytest.fixture
+def trained(device, pair):
+    return a_trained_one(device, pair)
+
+
+def a_trained_one(device, pair) -> tuple[GPT, TritonAdamW]:
+    """A model after a step whose weights have shadows, and its optimizer."""
+    model = new_model(device)
+    optimizer = optimizer_of(model, device)
+    forward(model, pair).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+# --------------------------------------------------------------------------------------------------------------- casts
+
+
+@pytest.mark.parametrize(("kernels", "read"), [("torch", READ_BY_TORCH), ("triton", READ)])
+def test_no_weight_is_cast_in_a_step(kernels, read, device, pair):
+    """PyTorch's autocast casts each in each pass."""
+    model = new_model(device, kernels)
+    assert casts_of_a_step(model, torch.optim.AdamW(model.parameters()), pair, passes=2) == 2 * read
+    optimizer = optimizer_of(model, device)
+    assert casts_of_a_step(model, optimizer, pair, passes=2) == read, "the first step makes the copies"
+    assert casts_of_a_step(model, optimizer, pair, passes=2) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernels", ["torch", "triton", "mlp", "layer_norm", "cross_entropy"])
+def test_the_numbers_are_those_of_casts(kernels, dtype, device, pair):
+    """Bit for bit: losses, gradients of two passes, weights of three steps."""
+    ours = new_model(device, kernels)
+    theirs = copy.deepcopy(ours)
+    optimizers = [optimizer_of(m, device) for m in (ours, theirs)]
+    for s in optimizers[1]._shadows.values():
+        shadow.forget(s)
+    for _ in range(3):
+        for optimizer, model in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            for _ in range(2):
+                forward(model, pair, dtype).backward()
+        assert same([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+        for optimizer in optimizers:
+            optimizer.step()
+        assert same(list(ours.parameters()), list(theirs.parameters()))
+    assert any(s.copy is not None for s in optimizers[0]._shadows.values())
+    assert all(s.copy is None for s in optimizers[1]._shadows.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- changes
+
+
+def change_in_place(model, device):
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[3, 5] += 1
+
+
+def load(model, device):
+    model.load_state_dict(new_model(device, vocab_size=31).state_dict())
+
+
+def assign(model, device):
+    model.load_state_dict(new_model(device).state_dict(), assign=True)
+
+
+def replace_data(model, device):
+    for p in model.parameters():
+        p.data = p.data + 0.5
+
+
+def exchange_data(model, device):
+    """As an average of weights is put in for evaluation, and left in."""
+    other = new_model(device, n_layer=1)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        p.data, q.data = q.data + 0.25, p.data
+
+
+def exchange_two(model, device):
+    first, second = model.transformer.h[0].attn.c_proj.weight, nn.Parameter(torch.ones(16, 16, device=device))
+    torch.utils.swap_tensors(first, second)
+
+
+def to_and_fro(model, device):
+    model.double()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.float()
+
+
+def another_optimizer(model, device):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def average(model, device):
+    swapped = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), swapped.parameters(), strict=True):
+            p.copy_(q * 0.5)
+
+
+def freeze(model, device):
+    model.transformer.h[0].mlp.requires_grad_(False)
+
+
+def untie(model, device):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 3)
+
+
+CHANGES = [
+    *(change_in_place, load, assign, replace_data, exchange_data, exchange_two, to_and_fro, another_optimizer),
+    *(average, freeze, untie),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_never_passed_over(change, trained, device, pair):
+    model, optimizer = trained
+    change(model, device)
+    assert same(passed(model, pair), by_casts(model, pair))
+    if change in (assign, untie):
+        return  # the optimizer has the former parameters
+    optimizer.step()
+    assert same(passed(model, pair), by_casts(model, pair)), "after a step of what was changed"
+
+
+def test_a_change_is_seen_after_an_overflow(trained, device, pair):
+    """A step that writes nothing leaves a copy as old as it was."""
+    model, optimizer = trained
+    loss = forward(model, pair)
+    loss.backward()
+    change_in_place(model, device)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((2, 1), device=device)
+    optimizer.step()
+    assert same(passed(model, pair), by_casts(model, pair))
+
+
+def test_a_backward_after_a_change_is_refused(trained, pair):
+    """As without autocast: the copy is what the backward would multiply with."""
+    model, optimizer = trained
+    loss = forward(model, pair)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_autocast_in_another_dtype(trained, pair):
+    model, optimizer = trained
+    for dtype in (torch.float16, torch.bfloat16):
+        assert same(passed(model, pair, dtype), by_casts(model, pair, dtype))
+        optimizer.step()
+        assert casts_of_a_step(model, optimizer, pair) == (READ_BY_TORCH if dtype == torch.float16 else 0)
+
+
+# ----------------------------------------------------------------------------------------------------- who reads what
+
+
+def test_only_training_passes_under_autocast_read_copies(trained, device, pair):
+    """Each compared with the copies spoilt, without anybody saying so."""
+    model, optimizer = trained
+    for s in optimizer._shadows.values():
+        if s.copy is not None:
+            s.copy.fill_(float("nan"))
+    assert forward(model, pair).isnan(), "it is the copies that are read"
+    with torch.no_grad():
+        assert forward(model, pair).isfinite()
+    assert model(*pair)[1].isfinite()
+    model.requires_grad_(False)
+    assert forward(model, pair).isfinite()
+    model.requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    with torch.autocast(device.type, torch.bfloat16):
+        grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, pair)[1])(parameters)
+        assert all(g.isfinite().all() for g in grads.values())
+        with torch.autograd.forward_ad.dual_level():
+            assert model(*pair)[1].isfinite()
+    assert forward(torch.compile(model, backend="eager"), pair).isfinite()
+
+
+def test_a_capture_that_nobody_refreshes_casts(trained, pair, monkeypatch):
+    model, optimizer = trained
+    monkeypatch.setattr(hardware, "is_capturing", lambda: True)
+    with Casts(model) as casts:
+        forward(model, pair)
+    assert casts.count == READ_BY_TORCH
+
+
+def test_a_captured_step_keeps_what_it_writes(device, pair, monkeypatch):
+    """Its replays change parameters without counting it: copies that they do not write may not be made later."""
+    model = new_model(device)
+    optimizer = optimizer_of(model, device)
+    passed(model, pair)
+    loss = model(*pair)[1]  # in fp32
+    loss.backward()
+    optimizer._shadows[model.transformer.h[0].mlp.c_fc.weight].copy = None
+    monkeypatch.setattr(hardware, "is_capturing", lambda: True)
+    optimizer.step()
+    monkeypatch.undo()
+    with Casts(model) as casts:
+        forward(model, pair)
+    assert casts.count == 1
+    optimizer.step()
+    assert same(passed(model, pair), by_casts(model, pair))
+
+
+def test_second_derivatives(trained, pair):
+    model, _ = trained
+    weight = model.transformer.h[0].mlp.c_fc.weight
+
+    def penalty(of: GPT) -> Tensor:
+        weight = of.transformer.h[0].mlp.c_fc.weight
+        (grad,) = torch.autograd.grad(forward(of, pair), weight, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), weight)[0]
+
+    assert torch.equal(penalty(model), penalty(copy.deepcopy(model))) and penalty(model).shape == weight.shape
+
+
+def test_activation_checkpointing(trained, pair):
+    model, _ = trained
+    model.transformer.recompute = True
+    with Casts(model) as casts:
+        found = passed(model, pair)
+    assert casts.count == 0
+    assert same(found, by_casts(model, pair))
+
+
+# -------------------------------------------------------------------------------------------------------- how they live
+
+
+def test_copies_end_with_their_optimizer(device, pair):
+    model, optimizer = a_trained_one(device, pair)
+    addresses = {p.data_ptr() for p in model.parameters()}
+    assert addresses <= set(shadow._SHADOWS)
+    del optimizer
+    gc.collect()
+    assert addresses.isdisjoint(set(shadow._SHADOWS))
+    assert same(passed(model, pair), by_casts(model, pair))
+
+
+def test_only_what_products_read_has_a_copy(trained):
+    model, optimizer = trained
+    copied = {id(s.parameter) for s in optimizer._shadows.values() if s.copy is not None}
+    assert len(copied) == READ_BY_TORCH and id(model.transformer.wpe.weight) not in copied
+    assert id(model.transformer.wte.weight) in copied, "it is the head's weight too"
+
+
+def test_deepcopies_and_loaded_states_have_their_own(trained, device, pair):
+    model, optimizer = trained
+    twin, twins = copy.deepcopy((model, optimizer))
+    twins.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        assert same(passed(twin, pair), by_casts(twin, pair))
+        twins.step()
+    assert casts_of_a_step(twin, twins, pair) == 0
+    assert same(passed(model, pair), by_casts(model, pair))
+    assert casts_of_a_step(model, optimizer, pair) == 0
+
+
+def test_frozen_weights_and_parameters_added_later(device, pair):
+    """As in fine-tuning with adapters, whose base stays as it is."""
+    model = new_model(device)
+    model.transformer.h.requires_grad_(False)
+    optimizer = TritonAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    casts_of_a_step(model, optimizer, pair)
+    assert casts_of_a_step(model, optimizer, pair) == READ_BY_TORCH - 1, "the head alone is trained"
+    model.transformer.h.requires_grad_(True)
+    optimizer.add_param_group({"params": list(model.transformer.h.parameters())})
+    casts_of_a_step(model, optimizer, pair)
+    assert casts_of_a_step(model, optimizer, pair) == 0
+    assert same(passed(model, pair), by_casts(model, pair))
+
+
+def test_ddp(trained, device, pair):
+    model, optimizer = trained
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model)  # writes all parameters in place, as rank 0 has them
+        casts_of_a_step(wrapped, optimizer, pair)
+        assert casts_of_a_step(wrapped, optimizer, pair) == 0
+        optimizer.zero_grad()
+        expected = by_casts(model, pair)
+        assert same(passed(wrapped, pair), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+@pytest.fixture
+def replayed(device, pair, monkeypatch):
+    return a_replayed_one(device, pair, monkeypatch)
+
+
+def a_replayed_one(device, pair, monkeypatch) -> tuple[GPT, TritonAdamW, list[str]]:
+    """A trained model graphed, its optimizer, and the replays; each begins with fresh copies."""
+    model, optimizer = a_trained_one(device, pair)
+    replays = graph_stand_ins.count_replays(monkeypatch, device)
+    graphed(model, *pair)
+    passed(model, pair)
+    graphs = graphs_of(model)
+    replay = graphs._replay_forward
+
+    def checked() -> None:
+        assert graphs._shadows and all(s.copy is c and s.is_fresh for s, c in graphs._shadows)
+        assert all(torch.equal(c, s.parameter.to(c.dtype)) for s, c in graphs._shadows)
+        replay()
+
+    graphs._replay_forward = checked
+    assert len(graphs._shadows) == READ_BY_TORCH
+    return model, optimizer, replays
+
+
+def test_replays_read_copies(replayed, pair):
+    model, optimizer, replays = replayed
+    for _ in range(2):
+        assert same(passed(model, pair), by_casts(model, pair))
+        optimizer.step()
+    assert len(replays) == 3
+
+
+@pytest.mark.parametrize("change", [change_in_place, load, another_optimizer, average], ids=lambda c: c.__name__)
+def test_a_change_between_replays_is_seen(change, replayed, device, pair):
+    model, optimizer, replays = replayed
+    change(model, device)
+    assert same(passed(model, pair), by_casts(model, pair))
+    optimizer.step()
+    assert same(passed(model, pair), by_casts(model, pair))
+    assert len(replays) == 3
+
+
+def test_replays_after_passes_in_another_dtype(replayed, pair):
+    """Which has the shadows' copies made anew, elsewhere."""
+    model, optimizer, replays = replayed
+    short = tuple(t[:, :4] for t in pair)
+    assert same(passed(model, short, torch.float16), by_casts(model, short, torch.float16))
+    optimizer.step()
+    assert same(passed(model, pair), by_casts(model, pair))
+    assert len(replays) == 2
+
+
+def test_replays_after_the_optimizer(device, pair, monkeypatch):
+    model, optimizer, replays = a_replayed_one(device, pair, monkeypatch)
+    del optimizer
+    gc.collect()
+    change_in_place(model, device)
+    assert same(passed(model, pair), by_casts(model, pair))
+    other = optimizer_of(model, device)
+    for _ in range(2):
+        other.step()
+        assert same(passed(model, pair), by_casts(model, pair))
+    assert len(replays) == 4
