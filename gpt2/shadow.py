@@ -9,7 +9,8 @@ belongs to who holds it, the optimizer and captured graphs, and ends with the la
 compared with its parameter: if the address or PyTorch's version counter of the parameter is another one than at the
 last write, the shadow is written anew, which costs the cast that autocast would have made. Therefore anyone may change
 parameters, in place or by replacing them or their `.data`. The one change that PyTorch does not count is one in place
-through `.data` (`p.data.mul_(2)`): call `p.add_(0)` or, better, change `p` itself under `torch.no_grad()`.
+through `.data` (`p.data.mul_(2)`): change `p` itself under `torch.no_grad()`. Weights that are put in through `.data`
+for an evaluation and taken out again are right, because evaluation does not read shadows.
 
 Gradients are those of a cast: the product's, in 16 bits, converted to fp32. Passes without gradients (evaluation,
 generation), compiled code, functorch's transforms, views of parameters and captures of CUDA graphs by other code than
@@ -96,8 +97,8 @@ def forget(shadow: Shadow) -> None:
 
 def as_read(weight: Tensor | None) -> Any:
     """`weight` as a product reads it under autocast: its shadow, through which gradients reach it, or else itself."""
-    copy = None if weight is None else copy_as_read(weight)
-    return weight if copy is None else _Read.apply(weight, copy)
+    copy = None if weight is None or not _SHADOWS else copy_as_read(weight)
+    return weight if copy is None else _apply(weight, copy)
 
 
 def copy_as_read(weight: Tensor) -> Tensor | None:
@@ -110,7 +111,9 @@ def copy_as_read(weight: Tensor) -> Tensor | None:
     if torch.autograd.forward_ad._current_level >= 0 or type(weight) not in (nn.Parameter, Tensor):
         return None
     shadow = _SHADOWS.get(weight.data_ptr())
-    if shadow is None or not shadow.stands_for(weight) or (_read is None and hardware.is_capturing()):
+    if shadow is None or not shadow.stands_for(weight):
+        return None
+    if _read is None and hardware.is_capturing():
         return None
     dtype = torch.get_autocast_dtype(kind)
     if dtype.itemsize != 2:
@@ -142,3 +145,6 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dcopy: Tensor):  # type: ignore[override]
         return dcopy.to(ctx.dtype), None
+
+
+_apply = super(torch.autograd.Function, _Read).apply  # type: ignore[misc]  # without a search for functorch's transforms

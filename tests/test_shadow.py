@@ -208,6 +208,21 @@ def test_a_change_is_never_passed_over(change, trained, device, pair):
     assert same(passed(model, pair), by_casts(model, pair)), "after a step of what was changed"
 
 
+def test_an_average_put_in_for_an_evaluation(trained, device, pair):
+    """As most libraries do it, through `.data`, which PyTorch's version counters do not see."""
+    model, optimizer = trained
+    expected = by_casts(model, pair)
+    own = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.data.mul_(0.5)
+    with torch.no_grad():
+        assert torch.equal(forward(model, pair), forward(copy.deepcopy(model), pair))
+    for p, before in zip(model.parameters(), own, strict=True):
+        p.data.copy_(before)
+    assert same(passed(model, pair), expected)
+    assert casts_of_a_step(model, optimizer, pair) == 0
+
+
 def test_a_change_is_seen_after_an_overflow(trained, device, pair):
     """A step that writes nothing leaves a copy as old as it was."""
     model, optimizer = trained
