@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.gpt2 import fused_decode, hardware, inputs, ops
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
+from fastgpt2.gpt2.context import Context
 from fastgpt2.gpt2.ops import Kernels, Stream
+from fastgpt2.gpt2.residual import checked, stream_dtype
 from fastgpt2.gpt2.stock import called, is_stock, stock
 from fastgpt2.gpt2.tying import same_values, share_again, shared_parameters
 
@@ -35,27 +37,6 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
     from fastgpt2.gpt2.cache import KVCache
-
-
-RESIDUALS = ("float32", "bfloat16")
-
-
-class Context(NamedTuple):
-    """How one call of the model is computed. Every block receives the same values, except for `layer`.
-
-    mask: what `ops.document_mask` returned, if attention stays inside documents. layer: the block's index, from 0.
-    dtype: what `ops.stream_dtype` returned, the residual stream's.
-    """
-
-    kernels: Kernels
-    cache: KVCache | None = None
-    mask: Tensor | None = None
-    layer: int = 0
-    dtype: torch.dtype | None = None
-
-    def onto_stream(self, y: Tensor) -> Tensor:
-        """y as it is added to the stream: a module of another package may compute in another dtype."""
-        return y if self.dtype is None else y.to(self.dtype)
 
 
 @stock
@@ -117,11 +98,9 @@ class Block(nn.Module):
             if fused_decode.serves(self, stream, kernels):
                 return Stream(fused_decode.block(self, stream.x, context.cache, context.layer, kernels))
         x, h = ops.add_layer_norm(stream, self.ln_1, kernels)
-        y, bias = self._attn(h, context)
-        stream = Stream(context.onto_stream(y), bias, x, self.dropout if self.attn.training else 0.0)
+        stream = context.sum(*self._attn(h, context), x, self.dropout if self.attn.training else 0.0)
         x, h = ops.add_layer_norm(stream, self.ln_2, kernels)
-        y, bias = self._mlp(h, context)
-        return Stream(context.onto_stream(y), bias, x, self.dropout if self.mlp.training else 0.0)
+        return context.sum(*self._mlp(h, context), x, self.dropout if self.mlp.training else 0.0)
 
     def _attn(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """attn(h) (B, T, C) as a pair: either (attn(h), None), or attn(h) before c_proj's bias and that bias."""
@@ -139,11 +118,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything below the head. recompute: training keeps only the blocks' inputs and computes the rest again.
-    residual: see `GPT.residual`."""
+    """Everything below the head. recompute: training keeps only blocks' inputs. residual: see `GPT.residual`."""
 
-    recompute = False
-    residual = "float32"
+    recompute, residual = False, "float32"
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -160,7 +137,7 @@ class Transformer(nn.Module):
         positions = None
         if cache is not None and cache.continues(idx):  # one token a row; rows may be at different positions
             positions = cache.lengths[:, None].long()
-        context = context._replace(dtype=ops.stream_dtype(self.residual, idx.device))
+        context = context._replace(dtype=stream_dtype(self.residual, idx.device))
         stream = Stream(ops.embedding(idx, self.wte, self.wpe, positions, dropout_p, kernels, context.dtype))
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
@@ -172,7 +149,7 @@ class Transformer(nn.Module):
             elif is_stock(block, Block):
                 stream = block.extend(stream, context)
             else:
-                stream = Stream(context.onto_stream(called(block, ops.total(stream), context)))
+                stream = context.sum(called(block, ops.total(stream), context))
         return ops.add_layer_norm(stream, self.ln_f, kernels)[1]
 
 
@@ -271,16 +248,12 @@ class GPT(nn.Module):
 
     @property
     def residual(self) -> str:
-        """The dtype of the residual stream under autocast: "float32", as autocast leaves it, or "bfloat16", which
-        halves its bytes; parameters stay as they are. Outside autocast the stream has the parameters' dtype. Not saved
-        with the model. Another value raises ValueError."""
+        """The residual stream's dtype under autocast, "float32" or "bfloat16": see `fastgpt2.gpt2.residual`."""
         return self.transformer.residual
 
     @residual.setter
     def residual(self, dtype: str) -> None:
-        if dtype not in RESIDUALS:
-            raise ValueError(f"residual is {dtype!r}, allowed are {' and '.join(map(repr, RESIDUALS))}")
-        self.transformer.residual = dtype
+        self.transformer.residual = checked(dtype)
 
     # ------------------------------------------------------------------------------------------------ computing
 

@@ -97,22 +97,6 @@ def embedding(
     return x if dtype is None else x.to(dtype)
 
 
-def stream_dtype(residual: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of the residual stream that the switch `residual` asks for under the present autocast; None where it
-    asks for nothing: with "float32", and outside autocast, where everything has the parameters' dtype.
-
-    Raises ValueError for "bfloat16" under autocast to another dtype.
-    """
-    if residual == "float32" or not torch.is_autocast_enabled(device.type):
-        return None
-    if (dtype := torch.get_autocast_dtype(device.type)) != torch.bfloat16:
-        raise ValueError(
-            f"model.residual is 'bfloat16' under autocast to {dtype}, allowed is autocast to torch.bfloat16 "
-            "(or model.residual = 'float32')"
-        )
-    return dtype
-
-
 def total(stream: Stream) -> Tensor:
     """Computes the sum of the stream: (B, T, C), in the dtype of residual + x, whatever the bias has."""
     x, x_bias, residual, dropout_p = stream

@@ -6,11 +6,11 @@
 
 A shadow begins with the first pass that reads it, so there are no shadows of parameters that no product reads. It
 belongs to who holds it, the optimizer and captured graphs, and ends with the last of them. Before each read it is
-compared with its parameter: if the address or PyTorch's version counter of the parameter is another one than at the
-last write, the shadow is written anew, which costs the cast that autocast would have made. Therefore anyone may change
-parameters, in place or by replacing them or their `.data`. The one change that PyTorch does not count is one in place
-through `.data` (`p.data.mul_(2)`): change `p` itself under `torch.no_grad()`. Weights that are put in through `.data`
-for an evaluation and taken out again are right, because evaluation does not read shadows.
+compared with its parameter: if PyTorch's version counter, the storage or the strides of the parameter are others than
+at the last write, the shadow is written anew, which costs the cast that autocast would have made. Therefore anyone may
+change parameters, in place or by replacing them or their `.data`. The one change that PyTorch does not count is one in
+place through `.data` (`p.data.mul_(2)`): change `p` itself under `torch.no_grad()`. Weights that are put in through
+`.data` for an evaluation and taken out again are right, because evaluation does not read shadows.
 
 Gradients are those of a cast: the product's, in 16 bits, converted to fp32. Passes without gradients (evaluation,
 generation), compiled code, functorch's transforms, views of parameters and captures of CUDA graphs by other code than
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastgpt2.gpt2 import hardware
 
@@ -37,22 +38,31 @@ class Shadow:
         self.parameter = parameter
         self.address = parameter.data_ptr()
         self.copy: Tensor | None = None
-        self._version: int | None = None
+        self._written: tuple | None = None
+        self._storage: StorageWeakRef | None = None
 
     @property
     def is_fresh(self) -> bool:
         """Whether `copy` has the parameter's values."""
-        return self._version == self.parameter._version and self.address == self.parameter.data_ptr()
+        return self._written == _state(self.parameter)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether `copy` is there in this dtype and lies in memory as the parameter does."""
+        copy, p = self.copy, self.parameter
+        return copy is not None and (copy.dtype, copy.shape, copy.stride()) == (dtype, p.shape, p.stride())
 
     def written(self) -> None:
         """Says that `copy` has been given the parameter's values."""
-        self._version = self.parameter._version
+        self._written = _state(self.parameter)
+        if self._storage is None or self._storage.cdata != self._written[1]:
+            self._storage = StorageWeakRef(self.parameter.untyped_storage())  # no later storage has this one's number
 
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
         """`copy` with the parameter's values in `dtype`: cast only if it has not got them."""
-        if self.copy is None or self.copy.dtype != dtype:
-            return self.refreshed(torch.empty_like(self.parameter, dtype=dtype, requires_grad=False))
-        return self.refreshed(self.copy)
+        copy = self.copy
+        if copy is None or not self.fits(dtype):
+            copy = torch.empty_like(self.parameter, dtype=dtype, requires_grad=False)
+        return self.refreshed(copy)
 
     def refreshed(self, copy: Tensor) -> Tensor:
         """Makes `copy` this shadow's, with the parameter's values."""
@@ -70,6 +80,11 @@ class Shadow:
             (weight.dtype, weight.shape, weight.stride()) == (p.dtype, p.shape, p.stride())
             and p.data_ptr() == self.address
         )
+
+
+def _state(p: Tensor) -> tuple:
+    """What changes with the values of a parameter: how often it was written, its storage, and its place there."""
+    return p._version, p.untyped_storage()._cdata, p.data_ptr(), p.shape, p.stride()
 
 
 Read = dict[int, tuple[Shadow, Tensor]]  # what a capture read, by the copy's address

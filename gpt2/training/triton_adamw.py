@@ -189,9 +189,9 @@ class TritonAdamW(torch.optim.AdamW):
             shadow = self._shadows.get(p)
             if shadow is not None and shadow.address != p.data_ptr():
                 shadow = self._shadows[p] = shadow_of(p)
-            found.append(shadow if shadow is not None and shadow.copy is not None else None)
-        dtype = next((s.copy.dtype for s in found if s is not None and s.copy is not None), None)
-        return [s if s is not None and s.copy is not None and s.copy.dtype == dtype else None for s in found]
+            found.append(shadow)
+        dtype = next((s.copy.dtype for s in found if s is not None and s.copy is not None), torch.bfloat16)
+        return [s if s is not None and s.fits(dtype) else None for s in found]
 
     def _member(self, p: Tensor, g: Tensor, copy: Tensor | None) -> ops.TritonAdamWMember:
         """What the kernels read and write of a parameter: memory of this rank."""
