@@ -21,11 +21,13 @@ from shadow_runs import (
     passed,
     same,
 )
+from tiny_run import run, settings_in
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt2 import GPT
 from fastgpt2.gpt2 import hardware, shadow
+from fastgpt2.gpt2.training.train import Trainer, train
 from fastgpt2.gpt2.training.triton_adamw import TritonAdamW
 
 
@@ -268,6 +270,19 @@ def test_frozen_weights_and_parameters_added_later(device, pair):
     casts_of_a_step(model, optimizer, pair)
     assert casts_of_a_step(model, optimizer, pair) == 0
     assert same(passed(model, pair), by_casts(model, pair))
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, quick_runs, monkeypatch):
+    settings = settings_in(tmp_path) | dict(steps=3, eval_interval=2, batch_size=2, n_embd=8, n_head=1, n_layer=1)
+    settings |= dict(dtype="bfloat16", optimizer="triton")
+    whole = run(settings, out=str(tmp_path / "whole"))[0]
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, at: 1 / 0 if at == 3 else step(self, at))
+    with pytest.raises(ZeroDivisionError):
+        run(settings, out=str(tmp_path / "killed"))
+    monkeypatch.setattr(Trainer, "step", step)
+    resumed = train(resume=tmp_path / "killed")
+    assert same(list(resumed.model.parameters()), list(whole.model.parameters()))
 
 
 def test_ddp(trained, device, pair):
