@@ -9,8 +9,9 @@ belongs to who holds it, the optimizer and captured graphs, and ends with the la
 compared with its parameter: if PyTorch's version counter, the storage or the strides of the parameter are others than
 at the last write, the shadow is written anew, which costs the cast that autocast would have made. Therefore anyone may
 change parameters, in place or by replacing them or their `.data`. The one change that PyTorch does not count is one in
-place through `.data` (`p.data.mul_(2)`): change `p` itself under `torch.no_grad()`. Weights that are put in through
-`.data` for an evaluation and taken out again are right, because evaluation does not read shadows.
+place through `.data` (`p.data.mul_(2)`) or another tensor over the same memory: change `p` itself under
+`torch.no_grad()`. Weights that are put in through `.data` for an evaluation and taken out again are right, because
+evaluation does not read shadows.
 
 Gradients are those of a cast: the product's, in 16 bits, converted to fp32. Passes without gradients (evaluation,
 generation), compiled code, functorch's transforms, views of parameters and captures of CUDA graphs by other code than
@@ -21,8 +22,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastgpt2.gpt2 import hardware
 
+PLAIN = (nn.Parameter, Tensor)  # neither sharded nor traced
+
 
 class Shadow:
     """copy: the parameter in the dtype of the last autocast that read it, None before the first one."""
 
     def __init__(self, parameter: Tensor):
         self.parameter = parameter
-        self.address = parameter.data_ptr()
         self.copy: Tensor | None = None
         self._written: tuple | None = None
         self._storage: StorageWeakRef | None = None
@@ -47,9 +49,12 @@ class Shadow:
         return self._written == _state(self.parameter)
 
     def fits(self, dtype: torch.dtype) -> bool:
-        """Whether `copy` is there in this dtype and lies in memory as the parameter does."""
+        """Whether `copy` is there in this dtype and lies where and as the parameter, in fp32, does."""
         copy, p = self.copy, self.parameter
-        return copy is not None and (copy.dtype, copy.shape, copy.stride()) == (dtype, p.shape, p.stride())
+        if copy is None:
+            return False
+        lies = copy.device, copy.shape, copy.stride()
+        return copy.dtype == dtype and p.dtype == torch.float32 and lies == (p.device, p.shape, p.stride())
 
     def written(self) -> None:
         """Says that `copy` has been given the parameter's values."""
@@ -73,41 +78,38 @@ class Shadow:
             self.written()
         return copy
 
-    def stands_for(self, weight: Tensor) -> bool:
-        """Whether `weight`, whose address is this shadow's, has the memory of the parameter and not of a part of it."""
-        p = self.parameter
-        return weight is p or (
-            (weight.dtype, weight.shape, weight.stride()) == (p.dtype, p.shape, p.stride())
-            and p.data_ptr() == self.address
-        )
-
 
 def _state(p: Tensor) -> tuple:
     """What changes with the values of a parameter: how often it was written, its storage, and its place there."""
     return p._version, p.untyped_storage()._cdata, p.data_ptr(), p.shape, p.stride()
 
 
-Read = dict[int, tuple[Shadow, Tensor]]  # what a capture read, by the copy's address
-_SHADOWS: weakref.WeakValueDictionary[int, Shadow] = weakref.WeakValueDictionary()  # by the parameter's address
-_read: Read | None = None
+class Capture(NamedTuple):
+    """aliases: what stands for parameters, over their memory and with their version counters, while passes are
+    captured, by id. read: the shadows that these passes read, with their copies."""
+
+    aliases: dict[int, Tensor]
+    read: dict[int, tuple[Shadow, Tensor]]
+
+
+# By the id of the parameter, which each shadow keeps alive.
+_SHADOWS: weakref.WeakValueDictionary[int, Shadow] = weakref.WeakValueDictionary()
+_capture: Capture | None = None
 
 
 def shadow_of(parameter: Tensor) -> Shadow | None:
-    """The shadow of a parameter where it lies now, the same one for everybody who asks; None for what autocast does not
-    cast, and for parameters that ranks hold shards of."""
-    plain = type(parameter) in (nn.Parameter, Tensor) and parameter.layout == torch.strided
-    if not plain or parameter.dtype != torch.float32 or parameter.is_inference() or not parameter.data_ptr():
+    """The shadow of a parameter, the same one for everybody who asks; None for parameters that ranks hold shards of."""
+    if type(parameter) not in PLAIN or parameter.layout != torch.strided or parameter.is_inference():
         return None
-    shadow = _SHADOWS.get(parameter.data_ptr())
-    if shadow is None or shadow.parameter is not parameter:
-        shadow = _SHADOWS[parameter.data_ptr()] = Shadow(parameter)
+    shadow = _SHADOWS.get(id(parameter))
+    if shadow is None:
+        shadow = _SHADOWS[id(parameter)] = Shadow(parameter)
     return shadow
 
 
 def forget(shadow: Shadow) -> None:
     """From now on passes read the parameter itself."""
-    if _SHADOWS.get(shadow.address) is shadow:
-        del _SHADOWS[shadow.address]
+    _SHADOWS.pop(id(shadow.parameter), None)
 
 
 def as_read(weight: Tensor | None) -> Any:
@@ -123,32 +125,35 @@ def copy_as_read(weight: Tensor) -> Tensor | None:
     kind = "cuda" if weight.is_cuda else weight.device.type
     if not torch.is_autocast_enabled(kind) or torch._C._are_functorch_transforms_active():
         return None
-    if torch.autograd.forward_ad._current_level >= 0 or type(weight) not in (nn.Parameter, Tensor):
+    parameter = weight if _capture is None else _capture.aliases.get(id(weight), weight)
+    shadow = _SHADOWS.get(id(parameter))
+    if shadow is None or torch.autograd.forward_ad._current_level >= 0 or parameter.dtype != torch.float32:
         return None
-    shadow = _SHADOWS.get(weight.data_ptr())
-    if shadow is None or not shadow.stands_for(weight):
-        return None
-    if _read is None and hardware.is_capturing():
+    if _capture is None and hardware.is_capturing():
         return None
     dtype = torch.get_autocast_dtype(kind)
     if dtype.itemsize != 2:
         return None
     copy = shadow.in_dtype(dtype)
-    if _read is not None:
-        _read[copy.data_ptr()] = shadow, copy
+    if _capture is not None:
+        _capture.read[id(copy)] = shadow, copy
     return copy
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Read]:
-    """Inside, passes may be captured in a CUDA graph. What they read is in the dictionary at the end: who replays the
-    graph holds it and calls `shadow.refreshed(copy)` before."""
-    global _read
-    before, _read = _read, {}
+def captured(aliases: Mapping[Any, Tensor]) -> Iterator[Capture]:
+    """Inside, passes may be captured in a CUDA graph. Who replays it holds what they `read`, and calls
+    `shadow.refreshed(copy)` before.
+
+    aliases: for parameters, what stands for them meanwhile.
+    """
+    global _capture
+    before = _capture
+    _capture = Capture({id(alias): parameter for parameter, alias in aliases.items()}, {})
     try:
-        yield _read
+        yield _capture
     finally:
-        _read = before
+        _capture = before
 
 
 class _Read(torch.autograd.Function):

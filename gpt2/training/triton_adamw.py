@@ -182,14 +182,9 @@ class TritonAdamW(torch.optim.AdamW):
         return self._update
 
     def _current_shadows(self, parameters: list[Tensor]) -> list[Shadow | None]:
-        """Of each of them the shadow that this step writes, if it has one, where it lies now: those of one dtype."""
+        """Of each of them the shadow that this step writes, if it has one: those of one dtype."""
         assert self._shadows is not None
-        found: list[Shadow | None] = []
-        for p in parameters:
-            shadow = self._shadows.get(p)
-            if shadow is not None and shadow.address != p.data_ptr():
-                shadow = self._shadows[p] = shadow_of(p)
-            found.append(shadow)
+        found = [self._shadows.get(p) for p in parameters]
         dtype = next((s.copy.dtype for s in found if s is not None and s.copy is not None), torch.bfloat16)
         return [s if s is not None and s.fits(dtype) else None for s in found]
 
