@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.gpt2 import fused_decode, hardware, inputs, ops
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
+from fastgpt2.gpt2.context import Context
 from fastgpt2.gpt2.ops import Kernels, Stream
+from fastgpt2.gpt2.residual import checked, stream_dtype
 from fastgpt2.gpt2.stock import called, is_stock, stock
 from fastgpt2.gpt2.tying import same_values, share_again, shared_parameters
 
@@ -35,18 +37,6 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
     from fastgpt2.gpt2.cache import KVCache
-
-
-class Context(NamedTuple):
-    """How one call of the model is computed. Every block receives the same values, except for `layer`.
-
-    mask: what `ops.document_mask` returned, if attention stays inside documents. layer: the block's index, from 0.
-    """
-
-    kernels: Kernels
-    cache: KVCache | None = None
-    mask: Tensor | None = None
-    layer: int = 0
 
 
 @stock
@@ -108,9 +98,9 @@ class Block(nn.Module):
             if fused_decode.serves(self, stream, kernels):
                 return Stream(fused_decode.block(self, stream.x, context.cache, context.layer, kernels))
         x, h = ops.add_layer_norm(stream, self.ln_1, kernels)
-        stream = Stream(*self._attn(h, context), x, self.dropout if self.attn.training else 0.0)
+        stream = context.sum(*self._attn(h, context), x, self.dropout if self.attn.training else 0.0)
         x, h = ops.add_layer_norm(stream, self.ln_2, kernels)
-        return Stream(*self._mlp(h, context), x, self.dropout if self.mlp.training else 0.0)
+        return context.sum(*self._mlp(h, context), x, self.dropout if self.mlp.training else 0.0)
 
     def _attn(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """attn(h) (B, T, C) as a pair: either (attn(h), None), or attn(h) before c_proj's bias and that bias."""
@@ -128,9 +118,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything below the head. recompute: training keeps only the blocks' inputs and computes the rest again."""
+    """Everything below the head. recompute: training keeps only blocks' inputs. residual: see `GPT.residual`."""
 
-    recompute = False
+    recompute, residual = False, "float32"
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -147,7 +137,8 @@ class Transformer(nn.Module):
         positions = None
         if cache is not None and cache.continues(idx):  # one token a row; rows may be at different positions
             positions = cache.lengths[:, None].long()
-        stream = Stream(ops.embedding(idx, self.wte, self.wpe, positions, dropout_p, kernels))
+        context = context._replace(dtype=stream_dtype(self.residual, idx.device))
+        stream = Stream(ops.embedding(idx, self.wte, self.wpe, positions, dropout_p, kernels, context.dtype))
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
             context = context._replace(layer=layer)
@@ -158,7 +149,7 @@ class Transformer(nn.Module):
             elif is_stock(block, Block):
                 stream = block.extend(stream, context)
             else:
-                stream = Stream(called(block, ops.total(stream), context))
+                stream = context.sum(called(block, ops.total(stream), context))
         return ops.add_layer_norm(stream, self.ln_f, kernels)[1]
 
 
@@ -254,6 +245,15 @@ class GPT(nn.Module):
             yield self
         finally:
             self._kernels = before
+
+    @property
+    def residual(self) -> str:
+        """The residual stream's dtype under autocast, "float32" or "bfloat16": see `fastgpt2.gpt2.residual`."""
+        return self.transformer.residual
+
+    @residual.setter
+    def residual(self, dtype: str) -> None:
+        self.transformer.residual = checked(dtype)
 
     # ------------------------------------------------------------------------------------------------ computing
 

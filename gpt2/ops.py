@@ -18,6 +18,7 @@ from fastgpt2.gpt2.cudnn_attention import cudnn_causal_attention
 from fastgpt2.gpt2.cudnn_attention import why_not as why_not_cudnn  # noqa: F401
 from fastgpt2.gpt2.linear import linear as weight_product
 from fastgpt2.gpt2.linear import linear_gelu
+from fastgpt2.gpt2.shadow import as_read, copy_as_read
 from fastgpt2.gpt2.stock import is_stock
 from fastgpt2.gpt2.switches import ALL_TORCH as ALL_TORCH
 from fastgpt2.gpt2.switches import ALL_TRITON as ALL_TRITON
@@ -71,31 +72,43 @@ class Stream(NamedTuple):
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """The linear layer of x (..., K): (..., N)."""
-    return weight_product(x, layer.weight, layer.bias) if is_stock(layer, nn.Linear) else layer(x)
+    if not is_stock(layer, nn.Linear):
+        return layer(x)
+    return weight_product(x, as_read(layer.weight), as_read(layer.bias))
 
 
 def embedding(
-    idx: Tensor, wte: nn.Module, wpe: nn.Module, positions: Tensor | None, dropout_p: float, kernels: Kernels
+    idx: Tensor,
+    wte: nn.Module,
+    wpe: nn.Module,
+    positions: Tensor | None,
+    dropout_p: float,
+    kernels: Kernels,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Token plus position embedding with dropout: idx (B, T) int64 -> (B, T, C).
+    """Token plus position embedding with dropout: idx (B, T) int64 -> (B, T, C) in `dtype`, by default the tables'.
 
     positions: (B, T) int64; by default column t has position t.
     """
     if kernels.embedding == "triton" and is_stock(wte, nn.Embedding) and is_stock(wpe, nn.Embedding):
-        return triton_embedding(idx, wte.weight, wpe.weight, positions, dropout_p=dropout_p)
+        return triton_embedding(idx, wte.weight, wpe.weight, positions, dropout_p=dropout_p, dtype=dtype)
     if positions is None and is_stock(wpe, nn.Embedding):
         x = wte(idx) + wpe.weight[: idx.size(1)]
     else:  # wpe is called with one position per token, so that its hooks see the batch dimension
         positions = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
         x = wte(idx) + wpe(positions.expand(idx.shape))
-    return F.dropout(x, dropout_p) if dropout_p else x
+    x = F.dropout(x, dropout_p) if dropout_p else x
+    return x if dtype is None else x.to(dtype)
 
 
 def total(stream: Stream) -> Tensor:
-    """Computes the sum of the stream: (B, T, C)."""
+    """Computes the sum of the stream: (B, T, C), in the dtype of residual + x, whatever the bias has."""
     x, x_bias, residual, dropout_p = stream
-    x = x if x_bias is None else x + x_bias
-    return x if residual is None else residual + (F.dropout(x, dropout_p) if dropout_p else x)
+    branch = x if x_bias is None else x + x_bias
+    if residual is None:
+        return branch
+    added = residual + (F.dropout(branch, dropout_p) if dropout_p else branch)
+    return added if x_bias is None else added.to(torch.promote_types(x.dtype, residual.dtype))
 
 
 def add_layer_norm(stream: Stream, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor]:
@@ -193,7 +206,7 @@ def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Ten
     LayerNorm's; the linear layer's own backward would read the gradient a second time.
     """
     if kernels.layer_norm == "triton" and is_stock(c_proj, nn.Linear):
-        return weight_product(y, c_proj.weight), c_proj.bias
+        return weight_product(y, as_read(c_proj.weight)), c_proj.bias
     return linear(y, c_proj), None
 
 
@@ -205,14 +218,15 @@ def mlp(
         return project(F.gelu(linear(h, c_fc)), c_proj, kernels)
     if is_stock(c_fc, nn.Linear):
         if kernels.mlp == "torch":
-            act = linear_gelu(h, c_fc.weight, c_fc.bias)
+            act = linear_gelu(h, as_read(c_fc.weight), as_read(c_fc.bias))
         elif is_stock(c_proj, nn.Linear):
             function = triton_fused_mlp if kernels.mlp == "fused" else triton_mlp
+            fc_weight, proj_weight = as_read(c_fc.weight), as_read(c_proj.weight)
             if kernels.layer_norm == "triton":
-                return function(h, c_fc.weight, c_fc.bias, c_proj.weight), c_proj.bias
-            return function(h, c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias), None
+                return function(h, fc_weight, c_fc.bias, proj_weight), c_proj.bias
+            return function(h, fc_weight, c_fc.bias, proj_weight, as_read(c_proj.bias)), None
         else:
-            pre = weight_product(h, c_fc.weight)
+            pre = weight_product(h, as_read(c_fc.weight))
             act = triton_gelu(pre) if c_fc.bias is None else triton_bias_gelu(pre, c_fc.bias)
     else:
         pre = c_fc(h)
@@ -289,7 +303,8 @@ def head_loss(
     if kernels.cross_entropy == "triton" and is_stock(lm_head, nn.Linear):
         if lm_head.bias is None and lm_head.weight.size(0) == padded_vocab_size:
             logits = without_padding(linear(x, lm_head), vocab_size, padded_vocab_size) if want_logits else None
-            return logits, triton_linear_cross_entropy(x, lm_head.weight, targets, vocab_size=vocab_size)
+            weight, copy = lm_head.weight, copy_as_read(lm_head.weight)
+            return logits, triton_linear_cross_entropy(x, weight, targets, vocab_size=vocab_size, weight_copy=copy)
     logits = without_padding(linear(x, lm_head), vocab_size, padded_vocab_size)
     exact = logits if logits.dtype == torch.float64 else logits.float()
     kept = targets.masked_fill(targets < 0, IGNORED_TARGET)

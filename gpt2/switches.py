@@ -114,7 +114,7 @@ class Kernels:
 
     @classmethod
     def parse(cls, spec: str | Kernels) -> Kernels:
-        """Reads "triton", "torch" or a list such as "attention=cudnn,mlp": these on Triton, or as the word after = says,
+        """Reads "triton", "torch" or a list such as "attention=cudnn,mlp": these on Triton, or as the word after =, and
         the rest on PyTorch.
 
         A `Kernels` is returned unchanged. Raises ValueError for an unknown name, TypeError for another type.

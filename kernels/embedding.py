@@ -207,9 +207,10 @@ def token_position_embedding_fwd(
     positions: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """-> y (B, T, C)."""
-    y = _fwd_fake(idx, token_weight, position_weight, positions, seed, dropout_p)
+    """-> y (B, T, C) in `dtype`, None: that of the weights' sum."""
+    y = _fwd_fake(idx, token_weight, position_weight, positions, seed, dropout_p, dtype)
     (B, T), (V, C), P = idx.shape, token_weight.shape, position_weight.shape[0]
     if y.numel() == 0:
         return y
@@ -223,8 +224,8 @@ def token_position_embedding_fwd(
     return y
 
 
-def _fwd_fake(idx, token_weight, position_weight, positions, seed, dropout_p):
-    dtype = torch.promote_types(token_weight.dtype, position_weight.dtype)
+def _fwd_fake(idx, token_weight, position_weight, positions, seed, dropout_p, dtype=None):
+    dtype = torch.promote_types(token_weight.dtype, position_weight.dtype) if dtype is None else dtype
     return torch.empty(*idx.shape, token_weight.shape[1], dtype=dtype, device=token_weight.device)
 
 
@@ -292,7 +293,7 @@ def _segment_sum(
 
 
 def _setup_context(ctx, inputs, output):
-    idx, token_weight, position_weight, positions, seed, dropout_p = inputs
+    idx, token_weight, position_weight, positions, seed, dropout_p, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(idx, positions, seed)
     ctx.dropout_p = dropout_p
@@ -302,11 +303,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     needs = ctx.needs_input_grad[1:3]
     wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, needs, strict=True)]
     grads = _bwd(dy, *ctx.saved_tensors, ctx.dropout_p, *ctx.rows, *wanted)
-    return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+    return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
 
 
 _bwd = _op.op(token_position_embedding_bwd, _bwd_fake, toggle=TOGGLE, strided=("dy", "idx", "positions"))
@@ -324,25 +325,30 @@ def token_position_embedding(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """dropout(token_weight[idx] + position_weight[positions]): idx (B, T) int64 -> (B, T, C).
 
     token_weight (V, C); position_weight (P, C); positions (B, T) or (T,) int64, by default 0 ... T-1, for which T must
-    not exceed P. The output has the dtype of the weights' sum. Gradients are dense, in the weights' dtypes.
-    Indices are not checked, because that would wait for the GPU: an index outside its table gives a row of NaN.
+    not exceed P. The output has `dtype`, by default that of the weights' sum, and is rounded once. Gradients are dense,
+    in the weights' dtypes. Indices are not checked, because that would wait for the GPU: an index outside
+    its table gives a row of NaN.
     seed: int64 () or (1,) on the device, by default drawn from the device's generator.
     Raises TypeError for an unsupported dtype, ValueError for shapes that do not fit and a dropout_p outside [0, 1).
     """
-    _check(idx, token_weight, position_weight, positions)
+    _check(idx, token_weight, position_weight, positions, dtype)
     if positions is not None and positions.dim() == 1:
         positions = positions.expand(idx.shape)
     seed = _op.dropout_seed(NAME, TOGGLE, dropout_p, seed, idx.device)
-    return _fwd(idx, token_weight, position_weight, positions, seed, dropout_p)
+    return _fwd(idx, token_weight, position_weight, positions, seed, dropout_p, dtype)
 
 
 @_op.check_once
-def _check(idx, token_weight, position_weight, positions):
+def _check(idx, token_weight, position_weight, positions, dtype):
     toggle = f"(toggle: {TOGGLE}='torch')"
+    if dtype is not None and dtype not in _op.FLOATING:
+        allowed = ", ".join(map(str, _op.FLOATING))
+        raise TypeError(f"{NAME}: dtype is {dtype}, allowed are {allowed} and None {toggle}")
     _op.check_dtypes(NAME, TOGGLE, token_weight=token_weight, position_weight=position_weight)
     for argument, tensor in dict(idx=idx, positions=positions).items():
         if tensor is not None and tensor.dtype != torch.int64:

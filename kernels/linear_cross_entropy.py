@@ -179,6 +179,7 @@ def linear_cross_entropy_fwd(
     dtype: torch.dtype,
     need_dx: bool,
     need_dweight: bool,
+    weight_copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """-> loss; dx (N, C) and dweight (vocab_size, C), not yet multiplied by factor and upstream gradient; factor (1,).
 
@@ -186,8 +187,9 @@ def linear_cross_entropy_fwd(
     """
     in_forward = reduction != "none"
     scale = torch.full((1,), _logits_scale(dtype, z_loss), dtype=statistics_dtype(dtype), device=x.device)
+    read = weight if weight_copy is None else weight_copy
     losses, dx, dweight = _losses_and_gradients(
-        x, weight[:vocab_size], targets, scale, ignore_index, label_smoothing, z_loss, chunk_bytes, dtype,
+        x, read[:vocab_size], targets, scale, ignore_index, label_smoothing, z_loss, chunk_bytes, dtype,
         need_dx and in_forward, need_dweight and in_forward,
     )  # fmt: skip
     factor = inverse_count(targets, ignore_index, losses.dtype) if reduction == "mean" else torch.ones_like(scale)
@@ -196,7 +198,7 @@ def linear_cross_entropy_fwd(
 
 def _fwd_fake(
     x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, vocab_size, chunk_bytes, dtype,
-    need_dx, need_dweight,
+    need_dx, need_dweight, weight_copy=None,
 ):  # fmt: skip
     in_forward, sums = reduction != "none", statistics_dtype(dtype)
     shapes = (
@@ -276,7 +278,7 @@ def _bwd_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, targets, ignore_index, reduction, *numbers, need_dx, need_dweight = inputs
+    x, weight, targets, ignore_index, reduction, *numbers, need_dx, need_dweight, _ = inputs
     _, dx, dweight, factor = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else (factor, dx, dweight)))
@@ -288,22 +290,22 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dloss, *_):
     *_, need_dx, need_dweight = ctx.arguments
     if dloss is None or not (need_dx or need_dweight):
-        return (None,) * 12
+        return (None,) * 13
     if ctx.reduction == "none":
         dx, dweight = _bwd(dloss, *ctx.saved_tensors, *ctx.arguments)
     else:
         factor, *grads = ctx.saved_tensors
         grads = [factor.new_empty(0) if t is None else t for t in grads]
         dx, dweight = _scale(dloss, factor, *grads, *ctx.scale_arguments)
-    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 10
+    return dx if need_dx else None, dweight if need_dweight else None, *(None,) * 11
 
 
 _scale = _op.op(linear_cross_entropy_scale, _scale_fake, toggle=TOGGLE)
 # Opaque, because Inductor would unroll the chunks and copy the buffer of logits for each.
 _bwd = _op.op(linear_cross_entropy_bwd, _bwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight"))
 _fwd = _op.op(
-    linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight"), differentiable=1,
-    setup_context=_setup_context, backward=_backward,
+    linear_cross_entropy_fwd, _fwd_fake, toggle=TOGGLE, opaque=True, strided=("x", "weight", "weight_copy"),
+    differentiable=1, setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
 
 
@@ -318,13 +320,15 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
     chunk_bytes: int = 512 * 2**20,
+    weight_copy: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of `F.linear(x, weight)`: x (..., C), weight (V, C), targets (...) int64 -> scalar or (...).
 
     The loss is fp32 (fp64 for fp64 inputs). Negative targets are ignored, whatever ignore_index is.
     reduction: "mean", "sum" or "none". vocab_size: weight rows from there on are padding and take no part. chunk_bytes:
     the size of the buffer of logits. Under autocast x and weight are cast as in F.linear, and each gradient has the
-    dtype of its tensor. Raises TypeError for a wrong dtype, ValueError for an argument that is not allowed.
+    dtype of its tensor. weight_copy: weight in autocast's dtype, if the caller has it, to be read in place of a cast.
+    Raises TypeError for a wrong dtype, ValueError for an argument that is not allowed.
     """
     vocab_size = _check(x, weight, targets, reduction, label_smoothing, vocab_size, chunk_bytes)
     dtype = x.dtype if torch.float64 in (x.dtype, weight.dtype) else _op.autocast_dtype(x, x.dtype)
@@ -336,7 +340,8 @@ def linear_cross_entropy(
     rows = x.reshape(-1, x.shape[-1])  # (N, C)
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
     numbers = (float(label_smoothing), float(z_loss), vocab_size, chunk_bytes)
-    loss = _fwd(rows, weight, targets.reshape(-1), ignore_index, reduction, *numbers, dtype, *needs)[0]
+    copy = weight_copy if reduction != "none" and weight_copy is not None and weight_copy.dtype == dtype else None
+    loss = _fwd(rows, weight, targets.reshape(-1), ignore_index, reduction, *numbers, dtype, *needs, copy)[0]
     return loss.view(targets.shape) if reduction == "none" else loss
 
 

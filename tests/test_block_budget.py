@@ -1,4 +1,5 @@
-"""One block's budget, forward and backward, all kernels on: launches, bytes, memory kept, and no wait for the device.
+"""One block's budget, forward and backward, all kernels on: launches, bytes, memory kept, and no wait for the device;
+and that of a whole step under autocast, with the update of the block's parameters by TritonAdamW.
 
 The block is the difference between two models of which one has a block more, so that embedding, head and loss cancel.
 Budgets are stated for GPT-2's block at B=8, T=256, C=768, in bytes per element of (B, T, C), the traffic of matrix
@@ -48,6 +49,28 @@ def step_traffic(size: tuple[int, int, int], layers: int, kernels: str, autocast
     return traffic
 
 
+def whole_step_traffic(size: tuple[int, int, int], layers: int, kernels: str, residual: str) -> Traffic:
+    """Traffic of a step under autocast to bf16 with TritonAdamW, clipping included, from the second step on."""
+    B, T, C = size
+    model = GPT(GPTConfig(T, VOCAB, layers, C // HEAD_SIZE, C), kernels=kernels)
+    model.residual = residual
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", optimizer="triton", max_norm=1.0)
+    idx, targets = torch.randint(VOCAB, (2, B, T))
+    with mock.patch.object(inputs, "check_tokens"), mock.patch.object(_device, "sm_count", lambda device: A100_SMS):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(idx, targets)  # makes the copies of weights that later passes read
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # makes moments and tables
+        optimizer.zero_grad()
+        with count_traffic(model.parameters()) as traffic:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(idx, targets)[1]
+            loss.backward()
+            optimizer.step()
+    return traffic
+
+
 def block_traffic(sizes, autocast: bool) -> tuple[Traffic, int]:
     """What one block does, and its elements (B * T * C)."""
     (B, T, C), layers, kernels = sizes
@@ -67,6 +90,30 @@ def test_block_in_bfloat16(sizes):
 def test_block_under_autocast(sizes):
     block, elements = block_traffic(sizes, autocast=True)
     assert block.bytes / elements <= 210, f"\n{block}"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "residual", "allowed"),
+    [
+        pytest.param(NARROW, "bfloat16", 144, id="narrow-bfloat16"),
+        pytest.param(NARROW, "float32", 168, id="narrow-float32", marks=pytest.mark.slow),
+        pytest.param(FULL, "bfloat16", 144, id="full-bfloat16", marks=pytest.mark.slow),
+        pytest.param(FULL, "float32", 168, id="full-float32", marks=pytest.mark.slow),
+    ],
+)
+def test_block_in_a_whole_step(sizes, residual, allowed):
+    """No weight is cast: what is left are the gradients of the four matrices and of c_attn's bias, in bf16 from the
+    products, converted to fp32 (6 bytes a parameter). Clipping reads fp32 gradients twice, so AdamW moves 32 bytes a
+    parameter, and 34 with the copies that it writes."""
+    (B, T, C), layers, kernels = sizes
+    more, less = (whole_step_traffic((B, T, C), n, kernels, residual) for n in layers)
+    block, elements = more - less, B * T * C
+    update = sum(n for name, n in block.moved.items() if name.startswith("_adamw"))
+    parameters = sum(p.numel() for p in GPT(GPTConfig(T, VOCAB, 1, C // HEAD_SIZE, C)).transformer.h.parameters())
+    assert update / parameters <= 34.1, f"\n{block}"
+    assert (block.bytes - update) / elements <= allowed, f"\n{block}"
+    assert block.calls["_to_copy"] == 5 and block.calls["copy_"] == 0, f"\n{block}"
+    assert block.launches <= 30 and block.syncs == 0, f"\n{block}"
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])

@@ -40,6 +40,19 @@ def test_rule(dtype, positions, device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_output_in_16_bits_is_rounded_once(dtype, device):
+    """And gradients of fp32 tables are sums in fp32 of its gradient."""
+    idx, token_weight, position_weight = make(3, 23, 11, 29, 40, device=device)
+    y = token_position_embedding(idx, token_weight, position_weight, dtype=dtype)
+    reference = token_position_embedding_reference(idx, token_weight, position_weight)
+    assert y.dtype == dtype and torch.equal(y, reference.to(dtype))
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, (token_weight, position_weight), dy)
+    expected = torch.autograd.grad(reference, (token_weight, position_weight), dy.float())
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -283,6 +296,7 @@ def test_opcheck(device):
             dict(positions=torch.zeros(2, dtype=torch.int64)),
         ),
         (ValueError, r"dropout_p is 1.0, allowed is \[0, 1\)", dict(dropout_p=1.0)),
+        (TypeError, "dtype is torch.int32, allowed are torch.bfloat16, .* and None", dict(dtype=torch.int32)),
         (
             ValueError,
             r"seed is torch.int32 of shape \(1,\)",

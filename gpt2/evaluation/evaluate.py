@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt2.gpt2.context import Context
 from fastgpt2.gpt2.data.tokenizer import Tokenizer
 from fastgpt2.gpt2.data.windows import Text, encode_text, strided
-from fastgpt2.gpt2.model import GPT, Context
+from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import IGNORED_TARGET
 
 Watch = Callable[[Sequence[Any]], Iterable[Any]]  # yields its items, perhaps showing progress, as rich.progress.track

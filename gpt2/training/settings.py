@@ -49,6 +49,7 @@ class Settings:
 
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one
     dtype: DtypeName = "auto"  # of matrix products, by autocast; auto: bfloat16 on CUDA, float32 elsewhere
+    residual: Literal["float32", "bfloat16"] = "float32"  # the residual stream's under autocast to bfloat16
     kernels: str = "auto"  # auto, triton, torch, or a list such as attention=cudnn,mlp; auto: triton on CUDA
     optimizer: Literal["torch", "triton"] = "torch"  # AdamW; triton: with clipping in two launches, not timed on a GPU
     compile: bool = False  # train through torch.compile

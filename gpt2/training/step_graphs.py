@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.gpt2.ops import launched_by_graph
+from fastgpt2.gpt2.shadow import captured
 
 Out = TypeVar("Out")
 ONLY_ONCE = (
@@ -146,10 +147,11 @@ class StepGraphs:
         self._turn: Callable[[], Turn | None] = lambda: None
         self._tape: list[tuple[list[Tensor], list[Tensor]]] = []
         try:
-            with launched_by_graph(), self.recorder.random_numbers_kept():
+            with launched_by_graph(), captured(self._leaves) as shadows, self.recorder.random_numbers_kept():
                 self._upstream = self._warm_up(redraws)
                 self._replay_forward, (self.logits, self.loss) = self.recorder.capture(self._forward)
                 self.segments = self._capture_backward()
+            self._shadows = list(shadows.read.values())  # the graphs read their memory
         finally:
             self._tape = []  # frees the activations that it holds
 
@@ -172,6 +174,8 @@ class StepGraphs:
             )
         for name, own in self.inputs.items():
             own.copy_(inputs[name])
+        for shadow, copy in self._shadows:
+            shadow.refreshed(copy)
         self._replay_forward()
         turn = Turn(len(self.segments), self._versions())
         self._turn = weakref.ref(turn)

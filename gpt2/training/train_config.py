@@ -63,6 +63,8 @@ class TrainConfig(Settings):
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
         if self.out is not None and self.out.encode("utf-8", "replace").decode() != self.out:
             raise ValueError(f"out is {self.out!r}, which is not UTF-8 text; safetensors reads no such path")
+        if self.residual == "bfloat16" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"residual is 'bfloat16' and dtype {self.dtype!r}, allowed is dtype 'bfloat16'")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}, allowed are 0..{MAX_SEED}")
         self.model_config(vocab_size=1)

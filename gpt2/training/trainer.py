@@ -58,6 +58,7 @@ class Trainer:
             model = GPT(config.model_config(tokenizer.vocab_size), kernels=config.kernels)
         self.model = model.to(self.device)
         self.model.transformer.recompute = config.recompute
+        self.model.residual = config.residual
         # Validation and sampling use the plain module, which shares its weights with the compiled one.
         self.parallel_model = parallelize(self.model, self.ranks, config.parallel, config.compile)
         clips = {"optimizer": "triton", "max_norm": config.grad_clip} if config.optimizer == "triton" else {}
@@ -219,7 +220,7 @@ class Trainer:
             return self.model
         with torch.device("meta"):
             whole = GPT(self.model.config, self.config.kernels)
-        whole.origin = self.model.origin
+        whole.origin, whole.residual = self.model.origin, self.model.residual
         whole.load_state_dict(weights, assign=True)
         whole.tie_weights()
         return whole

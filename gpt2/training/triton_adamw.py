@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2 import hardware, ops
+from fastgpt2.gpt2.shadow import Shadow, forget, shadow_of
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
 
@@ -26,6 +27,8 @@ REFUSED = ("amsgrad", "maximize", "differentiable")
 class TritonAdamW(torch.optim.AdamW):
     """AdamW whose step is the norm of all gradients, clipping, decay and update, in two launches a dtype.
 
+    Under autocast, passes of a model of this package read 16-bit copies of its matrices that the step writes, and cast
+    none (see `fastgpt2.gpt2.shadow`): 2 bytes a parameter that stay allocated between steps.
     grad_norm: of the last step, before clipping, a scalar on the device; None without max_norm.
     With FSDP2 it is the norm of all ranks' shards: one all_reduce and two launches more.
     """
@@ -62,6 +65,8 @@ class TritonAdamW(torch.optim.AdamW):
     _members: tuple = ()  # what `_update` was made for
     _begun: tuple | None = None  # gradients and settings whose norm is summed up and not used yet
     _reduced: Tensor | None = None  # the sum of squares of all ranks, where parameters are shards
+    _shadows: dict[Tensor, Shadow | None] | None = None  # of every parameter, where it can have one
+    _written: tuple | list[Shadow] = ()  # those that the step which has begun writes
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self.max_norm}
@@ -77,6 +82,15 @@ class TritonAdamW(torch.optim.AdamW):
                     own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=p.device)
                     for name in ("exp_avg", "exp_avg_sq"):
                         own[name] = _like(own[name], p)
+        self._find_shadows()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._find_shadows()
+
+    def _find_shadows(self) -> None:
+        """Before the first pass, so that it makes the copies that the first step then writes."""
+        self._shadows = {p: shadow_of(p) for group in self.param_groups for p in group["params"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of this class or of torch.optim.AdamW. Raises ValueError for an option that this class does not have."""
@@ -103,9 +117,23 @@ class TritonAdamW(torch.optim.AdamW):
         # GradScaler leaves here what gradients are still to be divided by, and whether there was an overflow.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if (update := self._begin(scale)) is not None:
+            # After an overflow the step writes nothing, and what was not fresh before is not fresh then.
+            written = [s for s in self._written if found_inf is None or s.is_fresh]
             self.grad_norm = update.finish(found_inf, self._reduced)
+            for shadow in written:
+                shadow.written()
+            if hardware.is_capturing():
+                self._forget_all_but(written)
         self._begun = None
         return loss
+
+    def _forget_all_but(self, written: list[Shadow]) -> None:
+        """Replays of a captured step change parameters without anybody counting it, and write these shadows only."""
+        assert self._shadows is not None
+        for p, shadow in self._shadows.items():
+            if shadow is not None and all(shadow is not other for other in written):
+                forget(shadow)
+                self._shadows[p] = None
 
     @torch.no_grad()
     def measure_grad_norm(self) -> Tensor:
@@ -128,11 +156,18 @@ class TritonAdamW(torch.optim.AdamW):
             return None
         settings = [_settings(group, active[0][0].device) for group in self.param_groups]
         numbers = [x if not isinstance(x, Tensor) else (x.data_ptr(), x._version) for s in settings for x in s]
+        shadows = self._current_shadows([p for p, *_ in active])
+        copies = [None if s is None else s.copy for s in shadows]
         begun = (*numbers, self.max_norm, *((id(p), _local(g).data_ptr(), g._version) for p, g, _ in active))
+        begun += tuple(map(id, copies))
         if self._update is not None and scale is None and begun == self._begun:
             return self._update
-        tensors = [self._member(p, g) for p, g, _ in active]
-        members = tuple((id(p), p.shape, p.dtype, i) for p, _, i in active)
+        self._written = [s for s in shadows if s is not None]
+        tensors = [self._member(p, g, copy) for (p, g, _), copy in zip(active, copies, strict=True)]
+        members = tuple(
+            (id(p), p.shape, p.dtype, i, None if c is None else c.dtype)
+            for (p, _, i), c in zip(active, copies, strict=True)
+        )
         if self._update is None or members != self._members:
             self._mesh = _mesh([p for p, _, _ in active], self.max_norm is not None)
             self._update, self._members = ops.TritonAdamWUpdate(tensors, [i for *_, i in active]), members
@@ -146,7 +181,14 @@ class TritonAdamW(torch.optim.AdamW):
         self._begun = begun
         return self._update
 
-    def _member(self, p: Tensor, g: Tensor) -> ops.TritonAdamWMember:
+    def _current_shadows(self, parameters: list[Tensor]) -> list[Shadow | None]:
+        """Of each of them the shadow that this step writes, if it has one: those of one dtype."""
+        assert self._shadows is not None
+        found = [self._shadows.get(p) for p in parameters]
+        dtype = next((s.copy.dtype for s in found if s is not None and s.copy is not None), torch.bfloat16)
+        return [s if s is not None and s.fits(dtype) else None for s in found]
+
+    def _member(self, p: Tensor, g: Tensor, copy: Tensor | None) -> ops.TritonAdamWMember:
         """What the kernels read and write of a parameter: memory of this rank."""
         own = self.state[p]
         if not own:
@@ -160,7 +202,8 @@ class TritonAdamW(torch.optim.AdamW):
             )
         local = _local(p)
         gradient = _like(_local(g), local) if g.layout == torch.strided else g
-        return ops.TritonAdamWMember(local, gradient, _local(own["exp_avg"]), _local(own["exp_avg_sq"]), own["step"])
+        moments = _local(own["exp_avg"]), _local(own["exp_avg_sq"])
+        return ops.TritonAdamWMember(local, gradient, *moments, own["step"], copy)
 
 
 def _settings(group: dict[str, Any], device: torch.device) -> ops.TritonAdamWSettings:
