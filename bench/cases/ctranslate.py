@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -42,7 +44,7 @@ def writer(model: GPT, idx: Tensor, compute_type: str) -> Callable[[int], Tensor
             names = {str(i): i for i in range(model.config.vocab_size)}
             return SimpleNamespace(get_vocab=lambda: names, bos_token="0", eos_token="0", unk_token="0")
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # it draws progress bars
         model.to_huggingface().save_pretrained(f"{folder}/huggingface")
         converted = Converter(f"{folder}/huggingface").convert(f"{folder}/ctranslate2")
         threads = torch.get_num_threads()
