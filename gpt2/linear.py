@@ -19,6 +19,12 @@ ONEDNN_IS_FASTER = cpu_vendor() == "AuthenticAMD"  # in float32
 MIN_ROWS = 16  # with fewer rows, oneDNN takes as long to lay out the operands as to multiply them
 
 
+def library() -> str:
+    """Who multiplies float32 matrices on this CPU, and with which instructions: their sums are rounded differently."""
+    name = "oneDNN" if ONEDNN_IS_FASTER and torch.backends.mkldnn.is_available() else "PyTorch"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> (..., N). A weight that `packed.py` packed goes to oneDNN unchanged."""
     if weight.is_mkldnn:
