@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_ROWS = 16  # with more rows oneDNN is the faster one, where it has the processor's own bfloat16 instructions
-TINY = torch.finfo(torch.float32).tiny  # so that nothing is divided by 0
+TINY = 1e-30  # so that nothing is divided by 0
 
 # Activations are in -63..63. Where the processor has no VNNI, FBGEMM adds two products in 16 bits, which activations of
 # 8 bits would overflow.
 STEPS = 63
+LOWER = torch.tensor([0.0, 2 * STEPS]).view(2, 1, 1)
+REST = torch.tensor([1.0, -2 * STEPS]).view(2, 1, 1)
 
 
 def is_available() -> bool:
@@ -80,21 +82,22 @@ class Float16Linear(nn.Module):
 class Int8Linear(nn.Module):
     """An `nn.Linear` for inference with weights of 8 bits, one scale for each of the N rows, and activations of 14.
 
-    FBGEMM's activations have 7 bits. A row of x, divided by its largest magnitude, is therefore given to it as two: its
-    upper 7 bits and the 7 bits below. So the error is that of the weights, and no row's result depends on another row.
+    FBGEMM's activations have 7 bits, too few for GPT-2's, some of which are far larger than the others. Each row of x
+    is therefore given to it as two: the upper 7 bits and the 7 bits below. So the error is nearly that of the weights.
     """
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
         weight = layer.weight.detach().float()  # (N, K)
         scales = (weight.abs().amax(1) / 127).clamp(min=TINY)
+        # It is added to the products of both parts, the second of which count a 126th.
+        bias = None if layer.bias is None else layer.bias.detach().float() * (2 * STEPS / (2 * STEPS + 1))
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         with _engine(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # a later PyTorch may be without it
             quantized = torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+            self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
         self.N = len(scales)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N). Raises ValueError if x is not on a CPU; a gradient raises RuntimeError."""
@@ -104,16 +107,13 @@ class Int8Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1)).float()  # (n, K)
-        step = rows.abs().amax(1, keepdim=True).clamp_(min=TINY).div_(STEPS)  # (n, 1)
-        rows = rows / step
-        upper = rows.round()
-        both = torch.cat([upper, (rows - upper).mul_(2 * STEPS)])  # the rest is at most half a step
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y = product(both, 1.0, STEPS + 1, self.packed)
         n = rows.size(0)
-        y = torch.add(y[:n], y[n:], alpha=1 / (2 * STEPS))
-        y = y * step if self.bias is None else torch.addcmul(self.bias, y, step)
-        return y.to(x.dtype).view(*x.shape[:-1], self.N)
+        step = max(torch.linalg.vector_norm(rows, float("inf")).item(), TINY) / STEPS
+        upper = torch.fake_quantize_per_tensor_affine(rows, step, 0, -STEPS, STEPS)
+        both = torch.addcmul(rows * LOWER, upper, REST)  # (2, n, K): upper, and the rest of x, 126 times as large
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = multiply(both.view(2 * n, -1), step, STEPS + 1, self.packed)  # (2 n, N)
+        return torch.add(y[:n], y[n:], alpha=1 / (2 * STEPS)).to(x.dtype).view(*x.shape[:-1], self.N)
 
 
 class _Int8Product(torch.autograd.Function):
