@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgpt2.gpt2.hardware import cpu_vendor
 
-ONEDNN_IS_FASTER = cpu_vendor() == "AuthenticAMD"  # in float32
+ONEDNN_IS_FASTER = cpu_vendor() == "AuthenticAMD"
 FASTER_BACKWARD = torch.backends.cpu.get_cpu_capability() == "AVX512"  # for the gradient of x too
 MIN_ROWS = 16  # with fewer rows, oneDNN takes as long to lay out the operands as to multiply them
 
