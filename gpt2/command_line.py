@@ -72,7 +72,7 @@ class CommandLine(Generic[T]):
         required = [name for name in _required(self._options) if name not in defaults]
         if self._help:
             usual = self._options(**{**dict.fromkeys(required, tyro.MISSING), **defaults})
-            print(_help(self._options, self._prog, usual) + self._epilog, flush=True)
+            print(_help(self._options, self._prog, usual) + self._epilog)
             raise SystemExit(0)
         for name in required:
             if name not in self.values:

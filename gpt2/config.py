@@ -52,16 +52,16 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"GPTConfig.{name} is {value!r}, allowed are whole numbers of at least 1")
+                raise ValueError(f"{name} is {value!r}, allowed are whole numbers of at least 1")
         for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"GPTConfig.{name} is {getattr(self, name)!r}, allowed are True and False")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, allowed are True and False")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"GPTConfig.activation is {self.activation!r}, allowed are {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation is {self.activation!r}, allowed are {', '.join(ACTIVATIONS)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"GPTConfig.n_embd is {self.n_embd}, it must be divisible by n_head ({self.n_head})")
+            raise ValueError(f"n_embd is {self.n_embd}, it must be divisible by n_head ({self.n_head})")
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"GPTConfig.dropout is {self.dropout!r}, allowed is 0 <= dropout < 1")
+            raise ValueError(f"dropout is {self.dropout!r}, allowed is 0 <= dropout < 1")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:

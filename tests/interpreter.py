@@ -29,6 +29,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastgpt2.bench.audit.traffic import count_launches
+from fastgpt2.bench.interpreter import quickened
 
 __all__ = ["BackwardToo", "OutOfBounds", "count_launches", "far_apart", "grid_order", "mended", "red_zones"]
 
@@ -149,6 +150,7 @@ def mended() -> Iterator[None]:
         for name, method in methods.items():
             patches.enter_context(mock.patch.object(InterpreterBuilder, name, method, create=True))
         patches.enter_context(mock.patch.object(stock.ReduceScanOpInterface, "apply", mended_reduction))
+        patches.enter_context(quickened())
         yield
 
 

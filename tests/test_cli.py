@@ -1,6 +1,7 @@
 """The command `fastgpt2`, typed as a user types it."""
 
 import dataclasses
+import os
 import re
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import types
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -144,7 +146,9 @@ def test_sample_writes_text(run, capsys):
         (["--prompt", "a", "--num", "0"], "num is 0"),
         (["--prompt", "a", "--max-new-tokens", "-5"], "max_new_tokens is -5"),
         (["--prompt", "a", "--kernels", "atention"], "'atention'"),
-        (["--prompt", "a", "--device", "warp"], "device is 'warp'"),
+        (["--prompt", "a", "--device", "warp"], "device is 'warp', allowed are auto, cpu, cuda, cuda:1 and others"),
+        (["--prompt", "a", "--greedy", "--top-k", "3"], "--top-k is 3 and --greedy takes the likeliest token"),
+        (["--prompt", "a", "--greedy", "--temperature", "1"], "--temperature is 1.0 and --greedy takes"),
     ],
 )
 def test_mistakes_in_sampling_are_one_line(run, capsys, args, message):
@@ -190,6 +194,16 @@ def test_the_version_is_the_packages(capsys):
 )
 def test_mistyped_commands_are_one_line(args, message, capsys):
     assert message in failed(capsys, *args)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_a_full_standard_output_is_named(word):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fastgpt2.gpt2", word]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (2, "fastgpt2: error: standard output: No space left on device\n")
 
 
 def test_a_traceback_is_there_for_the_asking(capsys):

@@ -139,6 +139,8 @@ def test_all_rows_stopped_ends_it():
     assert generate(model, idx, 40, stop_tokens=range(50)).shape == (3, 4)
     with pytest.raises(ValueError, match=r"stop_tokens holds 50, vocab_size is 50: allowed are 0\.\.49"):
         generate(model, idx, 4, stop_tokens=[50])
+    with pytest.raises(TypeError, match="stop_tokens is 5, expected a list of tokens"):
+        generate(model, idx, 4, stop_tokens=5)
 
 
 def test_the_penalty_counts_prompts_and_new_tokens_but_no_padding():

@@ -203,6 +203,11 @@ def test_only_matrices_and_tables_decay():
     assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["lr"] == 3e-4
 
 
+def test_an_unknown_type_of_device_is_refused():
+    with pytest.raises(ValueError, match="device_type is 'tpu', allowed are 'cuda', 'cpu'"):
+        tiny().configure_optimizers(0.1, 1e-2, (0.9, 0.95), "tpu")
+
+
 def test_a_few_steps_learn():
     model = tiny()
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")

@@ -159,7 +159,7 @@ def test_a_variant_that_huggingface_does_not_have_is_not_saved_as_theirs(tmp_pat
     GPT(Variant(**sizes)).save_pretrained(tmp_path)
     model = GPT(Variant(**sizes, parallel=True))
     for convert in (model.to_huggingface, lambda: model.save_pretrained(tmp_path)):
-        with pytest.raises(ValueError, match="GPTConfig.parallel is True, and .* can only be False"):
+        with pytest.raises(ValueError, match="parallel is True, and .* can only be False"):
             convert()
 
 

@@ -106,7 +106,7 @@ def test_the_console_ends_with_a_sample_and_the_path(finished):
     result, log, said = finished
     assert "1 documents, " in said and "1 layers, 2 heads, width 32, block 16" in said
     recent = sum(r["loss"] for r in log) / 20  # the mean of the last 20 steps
-    assert f"step 20/20  train loss {recent:.4f}  val loss {log[-1]['val_loss']:.4f}" in said
+    assert f"step 20/20  mean train loss {recent:.4f}  val loss {log[-1]['val_loss']:.4f}" in said
     assert "--- a sample, from '\\n' ---" in said
     assert str(result.folder) in said.splitlines()[-2] and "fastgpt2 sample --checkpoint" in said.splitlines()[-1]
     assert "\x1b" not in said

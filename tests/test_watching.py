@@ -152,7 +152,7 @@ def test_runs_are_overlaid(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "_save", lambda figure, png: figures.append(figure))
     a = written(tmp_path / "a", np.linspace(4, 3, 200).tolist())
     b = written(tmp_path / "b", [4.0, 3.5], hellaswag=[0.25, 0.3])
-    plot_runs([a, b], tmp_path / "x.png", {"GPT-2": 3.29})
+    plot_runs([a, b, tmp_path / "." / "a"], tmp_path / "x.png", {"GPT-2": 3.29})  # each once
     tokens, hours, score = figures[0].axes
     for axes in (tokens, hours):
         labels = [text.get_text() for text in axes.get_legend().get_texts()]

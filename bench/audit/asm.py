@@ -1,7 +1,7 @@
 """Figures of compiled code, read from the texts of Triton's compilation stages.
 
-- SASS (the machine code, by the cuobjdump in Triton's wheel): spills, tensor-core instructions; resource usage.
-- PTX: how wide the global accesses of each source line are; atomics.
+- SASS (the machine code, by the cuobjdump in Triton's wheel): resource usage; spills.
+- PTX: how wide the global accesses of each source line are; atomics; tensor-core instructions.
 - TTIR: pointers whose offsets grow with the batch and are computed in int32 alone.
 - Occupancy, from registers, shared memory and warps.
 
@@ -60,7 +60,6 @@ def occupancy(architecture: str, registers: int, shared: int, warps: int) -> flo
 # ------------------------------------------------------------------------------------------------------------ SASS
 
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
-_TENSOR_CORE = re.compile(r"UTC[A-Z]*MMA|[HQ]GMMA|[HDIQO]MMA")
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,12 @@ class MachineCode:
     stack: int
     static_shared: int
     spills: int  # STL and LDL: stores to and loads from local memory
-    tensor_core: str  # "HMMA" (80, 86, 89, 120), "HGMMA" (90), "UTCHMMA" (100), "" for none
 
 
 @functools.cache
-def machine_code(cubin: bytes, dots: int = 1) -> MachineCode:
-    """Reads a cubin with the tools in Triton's wheel. Disassembling takes most of the time and is skipped for a kernel
-    without matrix products (`dots`) and without local memory, where it could find neither tensor cores nor spills."""
+def machine_code(cubin: bytes) -> MachineCode:
+    """Reads a cubin with the tools in Triton's wheel. Without local memory, which spills would need, it is not
+    disassembled: that takes as long as compiling it."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -87,16 +85,16 @@ def machine_code(cubin: bytes, dots: int = 1) -> MachineCode:
             return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
         usage = dump("-res-usage")
-        figures = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "SHARED", "LOCAL"))
-        registers, stack, shared, local = figures
-        if not dots and not stack and not local:
-            return MachineCode(registers, stack, shared, spills=0, tensor_core="")
+        registers, stack, shared, local = (
+            _number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "SHARED", "LOCAL")
+        )
+        if not stack and not local:
+            return MachineCode(registers, stack, shared, spills=0)
         sass = dump("-sass")
     opcodes = Counter(_OPCODE.findall(sass))
     if not opcodes:
         raise RuntimeError(f"no instruction found in the SASS: {sass[:200]!r}")
-    cores = sorted(opcode for opcode in opcodes if _TENSOR_CORE.fullmatch(opcode))
-    return MachineCode(registers, stack, shared, opcodes["STL"] + opcodes["LDL"], "+".join(cores))
+    return MachineCode(registers, stack, shared, opcodes["STL"] + opcodes["LDL"])
 
 
 def amd_code(amdgcn: str) -> tuple[int, int]:
@@ -124,8 +122,16 @@ def _number(pattern: str, text: str) -> int:
 _ACCESS = re.compile(r"\b(?:ld|st)\.(?:\w+(?:::\w+)*\.)*global\S*")
 _ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.\S*global\S* \[.*?\], \[.*?\], (\w+)")
 _ATOMIC = re.compile(r"\b(?:atom|red)\.(?!async)\S+")
+# PTX's products of matrices on tensor cores, and what ptxas makes of them for 16-bit matrices.
+_TENSOR_CORE = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA"}
 _LOC = re.compile(r"\s*\.loc\s+(\d+) (\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+) "[^"]*?([^"/]+)"(?: "([^"]+)")?', re.MULTILINE)
+
+
+def tensor_core(ptx: str) -> str:
+    """The tensor-core instruction: "HMMA" (80, 86, 89, 120), "HGMMA" (90), "UTCHMMA" (100), "" for none."""
+    made = (name for name in _TENSOR_CORE if re.search(rf"^\s*(@\S+ )?{name}\.", ptx, re.MULTILINE))
+    return "+".join(sorted(_TENSOR_CORE[name] for name in made))
 
 
 def atomics(ptx: str) -> int:

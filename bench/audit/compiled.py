@@ -100,14 +100,14 @@ class Recorded:
             registers, spills = asm.amd_code(texts["amdgcn"])
             rest: dict[str, Any] = dict(stack=0, tensor_core="", widths={}, atomics=None, occupancy=None)
             return Figures(registers=registers, shared=metadata.shared, spills=spills, **rest, **common)
-        code = asm.machine_code(texts["cubin"], common["dots"])
+        code = asm.machine_code(texts["cubin"])
         shared = metadata.shared + code.static_shared
         return Figures(
             registers=code.registers,
             shared=shared,
             stack=code.stack,
             spills=code.spills,
-            tensor_core=code.tensor_core,
+            tensor_core=asm.tensor_core(texts["ptx"]),
             widths=asm.access_widths(texts["ptx"]),
             atomics=asm.atomics(texts["ptx"]),
             occupancy=asm.occupancy(self.architecture, code.registers, shared, metadata.num_warps),

@@ -29,6 +29,7 @@ from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_o
 from fastgpt2.bench.cases.case import Case
 from fastgpt2.bench.cases.peers import PEERS, installed
 from fastgpt2.bench.cases.registry import all_cases
+from fastgpt2.bench.interpreter import quickened
 from fastgpt2.gpt2.cli.cli import in_a_process
 
 OURS, PYTORCH, LIGER = "ours", "PyTorch", "Liger"
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes the counts; returns 0."""
     options, wanted = counting_options(argv, "fastgpt2.bench.audit.peer_traffic")
     results = []
-    with foreign_kernels():
+    with foreign_kernels(), quickened():
         for case in all_cases(COUNTED_ROWS):
             if case.dtype == COUNTED_DTYPE and (not wanted or case.op in wanted):
                 for label, function in functions(case).items():

@@ -235,12 +235,17 @@ def main(argv: Sequence[str]) -> int:
         names = [name for name in names if name != "bfloat16"]
     dtypes = [DTYPES[name] for name in names]
     layers: list[Row] = []
-    if args.model is None:
-        rows = list(verify(device, dtypes))
-    else:
-        model, idx = _own(args.model, args.batch, TOKENS[device.type] if args.tokens is None else args.tokens, device)
-        print(f"{args.model}: {model.config.n_layer} layers, {idx.size(0)} x {idx.size(1) - 1} tokens")
-        layers, rows = verify_own(model, idx, dtypes)
+    from fastgpt2.bench.interpreter import quickened  # needs Triton, which find_device and --help do not
+
+    with quickened():
+        if args.model is None:
+            rows = list(verify(device, dtypes))
+        else:
+            model, idx = _own(
+                args.model, args.batch, TOKENS[device.type] if args.tokens is None else args.tokens, device
+            )
+            print(f"{args.model}: {model.config.n_layer} layers, {idx.size(0)} x {idx.size(1) - 1} tokens")
+            layers, rows = verify_own(model, idx, dtypes)
     show(rows, layers)
     return 0 if all(row.ok for row in (*layers, *rows)) else 1
 

@@ -81,8 +81,12 @@ def errors_in_a_line() -> Iterator[Result]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            yield result
-        sys.stdout.flush()  # here a reader that has gone away can still be answered
+            try:
+                yield result
+            except SystemExit:  # after --help
+                _flush()
+                raise
+        _flush()  # here a reader that has gone away can still be answered
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         result.status = 128 + signal.SIGINT
@@ -96,10 +100,21 @@ def errors_in_a_line() -> Iterator[Result]:
         result.status = 2
 
 
+def _flush() -> None:
+    """Writes out what was printed. Raises BrokenPipeError, or another OSError that names standard output."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_stdout()
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
 def _in_words(error: Exception) -> str:
     """Its first line; of an error of the operating system the file and the reason, without a number."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

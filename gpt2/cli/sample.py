@@ -70,6 +70,13 @@ def main(argv: Sequence[str]) -> int:
     interactive = args.interactive or (args.prompt is None and args.file is None and sys.stdin.isatty())
     if interactive and args.json:
         raise ValueError("--json is for a prompt that is given, not for --interactive")
+    if args.greedy:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            if getattr(args, name) != getattr(Options, name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{flag} is {getattr(args, name)} and --greedy takes the likeliest token: leave one out"
+                )
     if args.num < 1:
         raise ValueError(f"num is {args.num}, allowed are 1 and above")
     if not 0 <= args.seed <= MAX_SEED:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,8 @@ class Generation(Iterator[Tensor]):
         pads = _checked_prompts(idx, prompt_lengths, model, crop)
         if not isinstance(max_new_tokens, int | numbers.Integral) or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}, allowed are whole numbers of at least 0")
+        if not isinstance(stop_tokens, Collection):
+            raise TypeError(f"stop_tokens is {stop_tokens!r}, expected a list of tokens")
         for token in stop_tokens:
             if not 0 <= token < V:
                 raise ValueError(f"stop_tokens holds {token}, vocab_size is {V}: allowed are 0..{V - 1}")

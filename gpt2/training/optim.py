@@ -27,8 +27,13 @@ def adamw(
     optimizer: "torch": PyTorch's, fused on CUDA and CPU. "triton": `TritonAdamW`, two launches with the clipping, whose
         speed has not been measured on a GPU yet; on a CPU under TRITON_INTERPRET=1 only.
     max_norm: with "triton", what `step` clips the norm of all gradients to, and notes as `grad_norm`.
-    Raises ValueError for another optimizer, and for a max_norm with "torch"; RuntimeError where Triton does not run.
+    Raises ValueError for another optimizer or type of device, and for a max_norm with "torch"; RuntimeError where
+        Triton does not run.
     """
+    try:
+        torch.device(device_type)
+    except RuntimeError:
+        raise ValueError(f"device_type is {device_type!r}, allowed are 'cuda', 'cpu' and others of PyTorch's") from None
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -61,7 +61,7 @@ def plot_runs(runs: Sequence[Path], picture: Path, references: Mapping[str, floa
         raise ValueError(f"out is {str(picture)!r}, allowed are names that end in {', '.join(FORMATS)}")
     from matplotlib.figure import Figure
 
-    curves = [Curve.read(run) for run in runs]
+    curves = [Curve.read(run) for run in {run.resolve(): run for run in runs}.values()]  # each once
     scored = [curve for curve in curves if np.isfinite(curve.hellaswag).any()]
     panels = 3 if scored else 2
     figure = Figure(figsize=(6.5 * panels, 5), dpi=100, layout="constrained")

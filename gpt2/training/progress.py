@@ -75,7 +75,7 @@ class Progress:
             hellaswag = "" if record.hellaswag is None else f"hellaswag {record.hellaswag:.4f}  "
             line(
                 self._console,
-                f"step {record.step:>{len(str(self._steps))}}/{self._steps}  train loss {loss:.4f}  "
+                f"step {record.step:>{len(str(self._steps))}}/{self._steps}  mean train loss {loss:.4f}  "
                 f"val loss {record.val_loss:.4f}  {hellaswag}lr {record.lr:.2e}  {step_ms:.1f} ms/step  "
                 f"{rate:,.0f} tokens/s{cost(record)}",
             )

@@ -134,6 +134,9 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError:  # its message lists every type of device that PyTorch has a name for
+        raise ValueError(f"device is {name!r}, allowed are auto, cpu, cuda, cuda:1 and others of PyTorch's") from None
+    try:
         # Under torchrun each process tries its own GPU, because a try of the first one would take memory there.
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else device
         torch.empty(0, device=own)

@@ -130,7 +130,7 @@ def config_to_huggingface(
         value = getattr(config, field.name)
         if field.name not in (*SIZES, *SWITCHES, *OURS_ALONE, "activation") and value != field.default:
             raise ValueError(
-                f"GPTConfig.{field.name} is {value!r}, and HuggingFace's GPT-2 can only be {field.default!r}: "
+                f"{field.name} is {value!r}, and HuggingFace's GPT-2 can only be {field.default!r}: "
                 "this model cannot be saved or converted as one"
             )
     own = GPT2_END if end_of_text is None and config.vocab_size in GPT2_SIZES else end_of_text
