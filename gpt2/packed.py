@@ -47,7 +47,7 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def _by_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of this dtype. On Intel's processors its rows of bfloat16 read 8 to 12 GB/s of 20."""
+    """Whether oneDNN packs weights of this dtype. On an Intel Xeon its bfloat16 rows read 8 to 12 GB/s of 20."""
     return linear.ONEDNN_IS_FASTER and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
