@@ -1,10 +1,12 @@
 """x W^T + bias. On AMD's CPUs oneDNN computes it where it is faster than PyTorch's linear layer.
 
-PyTorch multiplies float32 matrices on a CPU with MKL, which reaches about three quarters of oneDNN's speed on AMD's
-processors. Therefore oneDNN computes the forward and the gradient of x there. MKL computes the gradient of the weight,
-where it is faster. On an Intel Xeon MKL was the faster one for all of them, and elsewhere neither was measured: there,
-as for everything else (GPUs, other dtypes, autocast, compiled code, few rows), it is `torch.nn.functional.linear`. The
-choice follows from the maker of the CPU and not from a measurement, so that a run computes the same bits every time.
+PyTorch multiplies float32 matrices on a CPU with MKL. On AMD's processors oneDNN computes the forward faster, above all
+that of the output head, and with AVX-512 the gradient of x too, where MKL reaches three quarters of its speed; without
+AVX-512 it is oneDNN that reaches three quarters of MKL's. MKL computes the gradient of the weight, where it is faster
+on both. On an Intel Xeon MKL was the faster one for all of them, and elsewhere neither was measured: there, as for
+everything else (GPUs, other dtypes, autocast, compiled code, few rows), it is `torch.nn.functional.linear`. The choice
+follows from the maker of the CPU and its instructions and not from a measurement, so that a run computes the same bits
+every time.
 """
 
 from __future__ import annotations
@@ -15,8 +17,15 @@ from torch import Tensor
 
 from fastgpt2.gpt2.hardware import cpu_vendor
 
-ONEDNN_IS_FASTER = cpu_vendor() == "AuthenticAMD"  # in float32
+ONEDNN_IS_FASTER = cpu_vendor() == "AuthenticAMD"
+FASTER_BACKWARD = torch.backends.cpu.get_cpu_capability() == "AVX512"  # for the gradient of x too
 MIN_ROWS = 16  # with fewer rows, oneDNN takes as long to lay out the operands as to multiply them
+
+
+def library() -> str:
+    """Who multiplies float32 matrices on this CPU, and with which instructions: their sums are rounded differently."""
+    name = "oneDNN" if ONEDNN_IS_FASTER and torch.backends.mkldnn.is_available() else "PyTorch"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,6 +83,6 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.size(-1)).contiguous()
-        dx = linear(rows, weight.t()).view_as(x) if needs_x else None
+        dx = (linear(rows, weight.t()) if FASTER_BACKWARD else rows @ weight).view_as(x) if needs_x else None
         dweight = rows.t() @ x.reshape(-1, x.size(-1)) if needs_weight else None
         return dx, dweight, rows.sum(0) if needs_bias else None

@@ -291,6 +291,21 @@ def test_other_versions_are_noted(whole, tmp_path, monkeypatch):
     assert "kernels was" in said and "is other kernels" in said
 
 
+def test_a_run_says_who_multiplies_its_matrices_on_a_cpu(whole, tmp_path, monkeypatch):
+    from fastgpt2.gpt2 import linear
+
+    if torch.cuda.is_available():
+        pytest.skip("the run is on a GPU")
+    run = copied(whole, tmp_path)
+    assert json.loads((run / "about.json").read_text())["versions"]["matrix products"] == linear.library()
+    other = not linear.ONEDNN_IS_FASTER
+    monkeypatch.setattr(linear, "ONEDNN_IS_FASTER", other)
+    said = finish(None, resume=run)[2]
+    names = ("oneDNN", "PyTorch") if other is False else ("PyTorch", "oneDNN")
+    isa = torch.backends.cpu.get_cpu_capability()
+    assert f"matrix products was {names[0]} ({isa}), is {names[1]} ({isa}): losses may differ in rounding" in said
+
+
 def test_the_log_goes_back_to_the_checkpoint(tmp_path):
     folder = RunFolder(tmp_path)
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')

@@ -24,6 +24,7 @@ def operands(*shape: int, N: int = 24, bias: bool = True) -> list[torch.Tensor]:
 def products(monkeypatch) -> list:
     """Shapes of what oneDNN multiplies, as on a CPU where it is the faster one."""
     monkeypatch.setattr(module, "ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(module, "FASTER_BACKWARD", True)
     seen: list = []
     product = module._product
 
@@ -42,6 +43,13 @@ def test_rule(shape, bias, products):
     check(linear, F.linear, *operands(*shape, bias=bias))
     rows = math.prod(shape[:-1])
     assert products == [shape, (rows, 24)], "forward and the gradient of x"
+
+
+@needs_onednn
+def test_without_avx512_the_backward_is_pytorchs(products, monkeypatch):
+    monkeypatch.setattr(module, "FASTER_BACKWARD", False)
+    check(linear, F.linear, *operands(2, 9, 33))
+    assert products == [(2, 9, 33)], "the forward alone"
 
 
 def test_elsewhere_it_is_pytorchs(products, monkeypatch):

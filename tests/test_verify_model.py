@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastgpt2 import GPTConfig
-from fastgpt2.bench.verify import error_rule, layer_errors, verify
+from fastgpt2.bench.verify import error_rule, layer_errors, verify, weight_errors
 from fastgpt2.bench.verify.batch import read_batch
-from fastgpt2.gpt2 import ops
+from fastgpt2.gpt2 import fbgemm, ops
 from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
 
 CONFIG = GPTConfig(block_size=9, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
@@ -102,6 +102,28 @@ def test_a_weight_that_is_not_a_number_is_red(monkeypatch, tmp_path):
     status, layers, _ = ran(monkeypatch, tmp_path, "--tokens", "8")
     assert status == 1 and "h.1.mlp" in {row.place for row in layers if not row.ok}
     assert all(row.ok for row in layers if row.place == "wte" and row.result == "output")
+
+
+@pytest.mark.skipif(not fbgemm.is_available(), reason="PyTorch has no FBGEMM here")
+def test_the_error_of_weights_of_8_bits_is_stated(folder, capsys, monkeypatch):
+    found = []
+    show = weight_errors.show
+    monkeypatch.setattr(weight_errors, "show", lambda rows: (found.extend(rows), show(rows)))
+    command = ["--model", str(folder), "--weights", "int8", "--tokens", "64"]
+    assert verify.main(command) == 0
+    exact, single, half, eight = found
+    assert [row.name for row in found] == ["float64", "float32", "bfloat16", "int8"]
+    assert exact.error == 0 and exact.same == 1 and single.error < 1e-5 < half.error
+    assert half.error / 10 < eight.error < 0.1 and 0 < abs(eight.loss - exact.loss) < 0.1
+    printed = capsys.readouterr().out
+    assert f"Weights of 8 bits change the logits by {eight.error:.1e} of their size" in printed.replace("\n", " ")
+    for wrong, message in (
+        (command[2:4], "--weights is int8, which is for --model"),
+        ([*command, "--dtype", "float32"], "--dtype is float32, and --weights"),
+        ([*command, "--device", "cuda"], "--device is cuda, and --weights int8 is for a CPU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            verify.main(wrong)
 
 
 def test_what_is_recorded_is_what_the_model_computes(folder, device):

@@ -8,6 +8,8 @@ The time to the first token is that of a call that generates one token. The time
 the number of its other tokens. A token costs at least reading the cache and all weights except the position table:
 GB/s are these bytes over the time per token, also given as a fraction of the copy speed measured here. "x ideal" is the
 time per token over the time to read only the weights at that speed.
+
+With --dtype int8, on a CPU, our linear layers and CTranslate2's have weights of 8 bits, and HuggingFace's float32 ones.
 """
 
 from __future__ import annotations
@@ -24,24 +26,28 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastgpt2.bench.cases import variants
+from fastgpt2.bench.cases import ctranslate, variants
 from fastgpt2.bench.cases.case import DTYPES
 from fastgpt2.bench.report import tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
 from fastgpt2.bench.timing.options import DeviceOption, NanogptOption, OutOption
 from fastgpt2.bench.verify import gate
+from fastgpt2.gpt2 import fbgemm
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.generation.generate import generate
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.options import Name, Names, about
+from fastgpt2.gpt2.packed import quantize_int8
 from fastgpt2.gpt2.training.train_config import find_device
 
 BASELINE = "HuggingFace, cache"
 WHOLE_PASSES = ", whole passes"
 NANOGPT = "nanoGPT" + WHOLE_PASSES
+CTRANSLATE2 = "CTranslate2, cache"
 WHOLE_PASSES_S = 20.0  # whole passes are left out where a text would take longer
 FIRST = ", first token"
+INT8 = "int8"
 Write = Callable[[int], Tensor]
 
 
@@ -63,16 +69,20 @@ class Setting:
         return GPTConfig.preset(self.size)
 
     @property
-    def element_bytes(self) -> int:
-        return DTYPES[self.dtype].itemsize
+    def computed_in(self) -> torch.dtype:
+        return torch.float32 if self.dtype == INT8 else DTYPES[self.dtype]
+
+    @property
+    def baseline(self) -> str:
+        return f"{BASELINE}, float32" if self.dtype == INT8 else BASELINE
 
     def weight_bytes(self) -> int:
-        return self.config.num_params(non_embedding=True) * self.element_bytes
+        return self.config.num_params(non_embedding=True) * (1 if self.dtype == INT8 else self.computed_in.itemsize)
 
     def token_bytes(self) -> float:
         """Bytes read for one token in every row: the weights, and the cache halfway between its first and last size."""
-        cached = self.config.kv_cache_bytes(self.B, self.T, self.element_bytes)
-        grown = self.config.kv_cache_bytes(self.B, self.T + self.new, self.element_bytes)
+        cached = self.config.kv_cache_bytes(self.B, self.T, self.computed_in.itemsize)
+        grown = self.config.kv_cache_bytes(self.B, self.T + self.new, self.computed_in.itemsize)
         return self.weight_bytes() + (cached + grown) / 2
 
 
@@ -83,17 +93,23 @@ class Disagreement(Exception):
 def writers(setting: Setting, quick: bool, nanogpt, results: Results) -> dict[str, Write]:
     """Label -> a function of n that generates n tokens after the prompts and returns the ids (B, T + n)."""
     torch.manual_seed(0)
-    config, device, dtype = setting.config, setting.device, DTYPES[setting.dtype]
+    config, device, dtype = setting.config, setting.device, setting.computed_in
     model = GPT(config).to(device, dtype).eval()
     idx = torch.randint(config.vocab_size, (setting.B, setting.T), device=device)
+    found: dict[str, Write]
+    if setting.dtype == INT8:
+        small = quantize_int8(model)
+        found = {f"{variants.label(model.kernels)}, cache": lambda n: generate(small, idx, n, greedy=True)}
+        return found | {setting.baseline: _huggingface(model, idx)} | _ctranslate2(model, idx, setting)
     ours = variants.label(model.kernels) + ", cache"
     graph = ", CUDA graph" * (device.type == "cuda")
-    found: dict[str, Write] = {ours + graph: lambda n: generate(model, idx, n, greedy=True)}
+    found = {ours + graph: lambda n: generate(model, idx, n, greedy=True)}
     if graph:
         found[ours] = lambda n: generate(model, idx, n, greedy=True, cuda_graph=False)
     if not quick:
         found[f"{ours} + compile{graph}"] = lambda n: generate(model, idx, n, greedy=True, compile=True)
-    found[BASELINE] = _huggingface(model, idx)
+    found[setting.baseline] = _huggingface(model, idx)
+    found |= _ctranslate2(model, idx, setting)
     longest = torch.randint(config.vocab_size, (setting.B, setting.T + setting.new), device=device)
     (one_pass,) = timing.measure(
         {"one pass": lambda: _whole_passes(model, longest, 1)}, device, budget_s=0, warmup=1, min_rounds=1
@@ -121,6 +137,12 @@ def _huggingface(model: GPT, idx: Tensor) -> Write:
     return write
 
 
+def _ctranslate2(model: GPT, idx: Tensor, setting: Setting) -> dict[str, Write]:
+    if idx.is_cuda or setting.dtype not in ctranslate.TYPES or ctranslate.why_not():
+        return {}
+    return {CTRANSLATE2: ctranslate.writer(model, idx, setting.dtype)}
+
+
 @torch.no_grad()
 def _whole_passes(model: GPT, idx: Tensor, n: int) -> Tensor:
     """Generates like nanoGPT: each token needs a forward pass over the whole text so far."""
@@ -141,7 +163,7 @@ def write_once(found: dict[str, Write], setting: Setting, results: Results) -> d
                 written[label] = write(setting.new)
             print(f"  {label}: {time.perf_counter() - start:.1f} s for the first text", flush=True)
         except Exception as error:  # errors of compilers and drivers have no common class
-            if label == BASELINE:
+            if label == setting.baseline:
                 raise
             del found[label]
             why = "out of memory" if timing.out_of_memory(error) else (str(error).splitlines() or [repr(error)])[0]
@@ -151,11 +173,11 @@ def write_once(found: dict[str, Write], setting: Setting, results: Results) -> d
 
 def agree(written: dict[str, Tensor], setting: Setting) -> None:
     """Raises Disagreement if two variants generated different tokens in float32."""
-    expected = written[BASELINE]
+    expected = written[setting.baseline]
     for label, ids in written.items():
         other_rows = int((ids != expected).any(dim=1).sum())
-        if label != NANOGPT and setting.dtype == "float32" and other_rows > setting.B // 10:
-            raise Disagreement(f"{setting.name}: {label!r} wrote other tokens than {BASELINE!r}")
+        if label not in (NANOGPT, CTRANSLATE2) and setting.dtype == "float32" and other_rows > setting.B // 10:
+            raise Disagreement(f"{setting.name}: {label!r} wrote other tokens than {setting.baseline!r}")
 
 
 def measure_all(setting: Setting, quick: bool, nanogpt, budget_s: float, copy_speed: float, results: Results) -> None:
@@ -168,7 +190,7 @@ def measure_all(setting: Setting, quick: bool, nanogpt, budget_s: float, copy_sp
         calls[label + FIRST] = partial(write, 1)
     print(f"  timing {len(found)} variants in turns, for {budget_s:.0f} s or three rounds", flush=True)
     times = timing.measure(calls, setting.device, budget_s=budget_s, warmup=1, min_rounds=3)
-    baseline = times[BASELINE]
+    baseline = times[setting.baseline]
     for label in found:
         first, whole = times[label + FIRST], times[label]
         token_ms = (whole.median_ms - first.median_ms) / (setting.new - 1)
@@ -191,7 +213,7 @@ def measure_all(setting: Setting, quick: bool, nanogpt, budget_s: float, copy_sp
             gb_per_s=bytes_per_s and bytes_per_s / 1e9,
             fraction=bytes_per_s and bytes_per_s / copy_speed,
             times_ideal=token_ms * 1e-3 / (setting.weight_bytes() / copy_speed),
-            speedup=dict(over=BASELINE, **timing.speedup(baseline, whole).as_dict()),
+            speedup=dict(over=setting.baseline, **timing.speedup(baseline, whole).as_dict()),
         )
 
 
@@ -210,7 +232,8 @@ class Options(OutOption, DeviceOption, NanogptOption):
     prompt: int = 32  # tokens of a prompt
     new: int = 64  # tokens that are written
     dtype: Annotated[
-        Names | None, about(f"of the weights, comma-separated, from {', '.join(DTYPES)}; None: by the device")
+        Names | None,
+        about(f"of the weights, comma-separated, from {', '.join((*DTYPES, INT8))} (on a CPU); None: by the device"),
     ] = None
     seconds: float = 30.0  # about how long one setting is timed
 
@@ -226,6 +249,8 @@ def main(options: Options) -> int:
     results = Results.begin("generate", device, {"copy_bytes_per_s": copy_speed})
     if nanogpt is None:
         results.leave_out(NANOGPT, "--nanogpt PATH/model.py was not given")
+    if why := "it is compared on a CPU" if device.type == "cuda" else ctranslate.why_not():
+        results.leave_out(ctranslate.LABEL, why)
     if options.quick:
         results.leave_out("ours + compile", "--quick leaves it out")
     with results.kept_if_cut_short(options.out):
@@ -251,15 +276,17 @@ def _settings(options: Options, device: torch.device) -> Iterator[Setting]:
     """Raises ValueError for an option that is not allowed."""
     usual = "1" if options.quick else "1,8,32"
     batches = [int(b) if b.isdigit() else 0 for b in (options.batch or usual).split(",")]
-    fast = ("bfloat16",) if device.type == "cuda" else ("float32",) if options.quick else ("float32", "bfloat16")
+    on_cpu = ("float32", "bfloat16", INT8) if fbgemm.is_available() else ("float32", "bfloat16")
+    fast = ("bfloat16",) if device.type == "cuda" else on_cpu[:1] if options.quick else on_cpu
     dtypes = options.dtype.split(",") if options.dtype else fast
     if options.size not in PRESETS:
         raise ValueError(f"--size is {options.size!r}, allowed are {', '.join(PRESETS)}")
     S = GPTConfig.preset(options.size).block_size
     if min(batches) < 1:
         raise ValueError(f"--batch is {options.batch!r}, expected numbers of rows such as 1,8,32")
-    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
-        raise ValueError(f"--dtype is {unknown[0]!r}, allowed are {', '.join(DTYPES)}")
+    allowed = (*DTYPES, INT8) if device.type == "cpu" and fbgemm.is_available() else tuple(DTYPES)
+    if unknown := [dtype for dtype in dtypes if dtype not in allowed]:
+        raise ValueError(f"--dtype is {unknown[0]!r}, allowed are {', '.join(allowed)}")
     if options.prompt < 1 or options.new < 2 or options.prompt + options.new > S:
         raise ValueError(
             f"--prompt is {options.prompt} and --new {options.new}, allowed are at least 1 and 2, together {S} tokens"

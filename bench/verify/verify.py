@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastgpt2.bench.cases.registry import sized_cases
 from fastgpt2.bench.report.tables import print_whole
+from fastgpt2.bench.verify import weight_errors
 from fastgpt2.bench.verify.batch import IDS, read_batch
 from fastgpt2.bench.verify.error_rule import RULE, Row, compare, mean_size, root_mean_square, token_losses, worst
 from fastgpt2.bench.verify.kernel_errors import errors_of_case
@@ -190,7 +191,8 @@ def show(rows: Sequence[Row], layers: Sequence[Row] = ()) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
     """Compares every kernel with eager PyTorch, float64 and HuggingFace; with --model the ops in each of its layers, on
-    the activations that reach them from the batch, and the whole model. Exits with 1 if an error against float64 breaks
+    the activations that reach them from the batch, and the whole model; with --weights what rounded weights change
+    instead. Exits with 1 if an error against float64 breaks
     the rule error <= max(2 * eager's error, eps / 2) + 1e-5, relative to the size of the truth. Sizes are largest
     magnitudes, for the whole model root mean squares, and eps is that of the result's dtype. For a loss, eager's error
     is at least the mean over its tokens. The ratio shown is error / eager's error; 'at rounding' marks where eager's
@@ -204,16 +206,24 @@ class Options(CommandOptions):
     # for --model: text, or .npy or .pt with token ids (B, T); None: the sources of Python's library
     batch: File | None = None
     tokens: Annotated[
-        int | None, about(f"at most so many tokens of --batch; None: {TOKENS['cuda']:,}, on a CPU {TOKENS['cpu']}")
+        int | None,
+        about(
+            f"at most so many tokens of --batch; None: {TOKENS['cuda']:,}, on a CPU {TOKENS['cpu']}, "
+            f"with --weights {weight_errors.TOKENS}"
+        ),
     ] = None
+    # for --model, on a CPU: state what weights of 8 bits change in the logits and the loss, and compare nothing else
+    weights: Literal["int8"] | None = None
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when every error is within the rule, else 1."""
     args = parse(Options, argv, "fastgpt2 verify")
-    for name in ("batch", "tokens"):
+    for name in ("batch", "tokens", "weights"):
         if args.model is None and getattr(args, name) is not None:
             raise ValueError(f"--{name} is {getattr(args, name)}, which is for --model, and no --model is given")
+    if args.weights is not None:
+        return _weights(args)
     device = find_device(args.device)
     if device.type != "cuda" and args.dtype == "bfloat16":
         raise ValueError("--dtype is bfloat16, which Triton's interpreter does not have: allowed are float16, float32")
@@ -240,6 +250,20 @@ def main(argv: Sequence[str]) -> int:
             layers, rows = verify_own(model, idx, dtypes)
     show(rows, layers)
     return 0 if all(row.ok for row in (*layers, *rows)) else 1
+
+
+def _weights(args: Options) -> int:
+    """`--weights int8`, on a CPU. It states errors and holds them to nothing: the status is 0."""
+    assert args.model is not None
+    if args.dtype != "all":
+        raise ValueError(f"--dtype is {args.dtype}, and --weights compares with all: leave it out")
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"--device is {args.device}, and --weights {args.weights} is for a CPU: allowed are auto, cpu")
+    tokens = weight_errors.TOKENS if args.tokens is None else args.tokens
+    model, idx = _own(args.model, args.batch, tokens, torch.device("cpu"))
+    print(f"{args.model}: {model.config.n_layer} layers, {idx.size(0)} x {idx.size(1) - 1} tokens")
+    weight_errors.show(list(weight_errors.weight_errors(model, idx)))
+    return 0
 
 
 def _own(name: str, batch: str | None, tokens: int, device: torch.device) -> tuple[GPT, Tensor]:

@@ -22,6 +22,7 @@ from fastgpt2.gpt2.generation.sampling import Sampling
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.options import Checkpoint, CommandOptions, File, Name, Source, Text
 from fastgpt2.gpt2.output import visible
+from fastgpt2.gpt2.packed import quantize_int8
 from fastgpt2.gpt2.training.progress import stages
 from fastgpt2.gpt2.training.train_config import DTYPES, find_device
 
@@ -57,6 +58,7 @@ class Options(CommandOptions):
     kernels: Name = "auto"  # auto, triton, torch, or a list such as attention=cudnn,mlp; auto: triton on CUDA
     device: Name = "auto"  # cpu, cuda, cuda:1, ...; auto: CUDA or ROCm where there is one
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
+    weights: Literal["int8"] | None = None  # round the linear layers' weights to 8 bits, for speed on a CPU
     compile: bool = False  # compute each token through torch.compile
 
 
@@ -86,9 +88,14 @@ def main(argv: Sequence[str]) -> int:
     sampling = {name: getattr(args, name) for name in names}
     Sampling(**sampling)  # wrong settings are told before the model is loaded
     device = find_device(args.device)
+    if args.weights and (device.type != "cpu" or args.compile):
+        other = "--compile is given" if args.compile else f"the device is {device}"
+        raise ValueError(f"--weights is {args.weights}, which is for a CPU and without --compile, and {other}")
     with stages(Console(stderr=True), "loading the model"):
         model, tokenizer = load_checkpoint(args.checkpoint, args.kernels, args.tokenizer, check=args.check)
     model.to(device, DTYPES[args.dtype]).eval()
+    if args.weights:
+        model = quantize_int8(model)
     settings = dict(
         max_new_tokens=args.max_new_tokens,
         stop=args.stop,

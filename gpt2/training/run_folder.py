@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastgpt2.gpt2 import linear
 from fastgpt2.gpt2.data.corpus import Corpus
 from fastgpt2.gpt2.files import LOCK, exclusive, write_atomically
 from fastgpt2.gpt2.model import GPT
@@ -105,7 +106,7 @@ class RunFolder:
                 "tokens": len(corpus.train),
                 "held_out": len(corpus.val),
             },
-            "versions": versions(),
+            "versions": versions(model.device),
         }
         write_atomically(self.path / ABOUT, json.dumps(content, indent=2) + "\n")
         write_atomically(self.path / CONFIG, settings_text(config))
@@ -158,6 +159,7 @@ def check_run(folder: Path) -> None:
         raise FileNotFoundError(f"resume is {str(folder)!r}, which is no run: it has no {CONFIG}")
 
 
-def versions() -> dict[str, str]:
-    """The versions on which a run's numbers depend besides its settings."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "kernels": kernels_digest()}
+def versions(device: torch.device) -> dict[str, str]:
+    """The versions on which a run's numbers depend besides its settings; on a CPU also who multiplies matrices."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "kernels": kernels_digest()}
+    return found | ({"matrix products": linear.library()} if device.type == "cpu" else {})

@@ -215,7 +215,12 @@ def _begin_tracking(config: TrainConfig, folder: Path, done: int, new: bool) -> 
 
 def _save(trainer: Trainer, folder: Path, step: int, held_out: dict[str, int]) -> None:
     model, config = trainer.whole_model(), trainer.config
-    state = {**trainer.state_dict(), "config": dataclasses.asdict(config), "versions": versions(), "val": held_out}
+    state = {
+        **trainer.state_dict(),
+        "config": dataclasses.asdict(config),
+        "versions": versions(trainer.model.device),
+        "val": held_out,
+    }
 
     def save() -> None:
         if trainer.ranks.first:
@@ -283,9 +288,9 @@ def _restore(trainer: Trainer, run: Path, folder: Path | None, held_out: dict[st
     line(console, f"resumes {folder}")
     if trainer.config.parallel == "fsdp" and trainer.ranks.size == 1:
         line(console, "note    parallel is fsdp, and this one process has all of the model")
-    for name, version in versions().items():
-        if state["versions"][name] != version:
-            line(console, f"note    {name} was {state['versions'][name]}, is {version}: losses may differ in rounding")
+    for name, version in versions(trainer.model.device).items():
+        if (before := state["versions"].get(name, version)) != version:
+            line(console, f"note    {name} was {before}, is {version}: losses may differ in rounding")
     if len(state["random"]) != trainer.ranks.size and trainer.config.dropout:
         line(console, f"note    saved by {len(state['random'])} ranks, now {trainer.ranks.size}: dropout differs")
     return state["step"]
