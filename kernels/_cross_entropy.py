@@ -119,6 +119,52 @@ def _cross_entropy_kernel(
                 tl.store(row_ptr + offs_v, dx.to(dtype))
 
 
+@triton.jit
+def _cross_entropy_row_kernel(
+    logits_ptr, targets_ptr, scale_ptr, losses_ptr, stride_logitsn: tl.constexpr, stride_scalen, V: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, WRITE_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The same as `_cross_entropy_kernel` for a row that fits in a program's registers: it is read once, and each
+    exponential is computed once."""
+    ACC = losses_ptr.dtype.element_ty
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    n = tl.program_id(0)
+    row_ptr = logits_ptr + n.to(tl.int64) * stride_logitsn
+    offs_v = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    mask = offs_v < stride_logitsn
+    target = tl.load(targets_ptr + n)
+    if (target < 0) | (target == IGNORE_INDEX):
+        tl.store(losses_ptr + n, 0.0)
+        if WRITE_GRAD:
+            tl.store(row_ptr + offs_v, tl.zeros((LANES, VECTOR), logits_ptr.dtype.element_ty), mask=mask)
+    else:
+        in_range = target < V
+        target_logit = tl.load(row_ptr + target, mask=in_range, other=float("nan")).to(ACC)
+        x = tl.load(row_ptr + offs_v, mask=mask, other=0.0).to(ACC)
+        x = tl.where(offs_v < V, x, float("-inf"))
+        m = tl.max(tl.max(x, 1), 0)
+        m = tl.maximum(m, LOWEST)
+        if LABEL_SMOOTHING != 0:
+            mean = tl.sum(tl.sum(tl.where(offs_v < V, x, 0.0), 1), 0) / V
+        e = tl.exp2((x - m) * LOG2E)
+        sum_e = tl.sum(tl.sum(e, 1), 0)
+        log_l = tl.log2(sum_e) * LN2
+        loss = (m - target_logit) + log_l
+        lse = m + log_l
+        if LABEL_SMOOTHING != 0:
+            loss += LABEL_SMOOTHING * (target_logit - mean)
+        if Z_LOSS != 0:
+            loss += Z_LOSS * lse * lse
+        tl.store(losses_ptr + n, loss)
+        if WRITE_GRAD:
+            scale = tl.load(scale_ptr + n * stride_scalen)
+            scale = tl.where(in_range, scale, float("nan"))
+            dx = e * (scale * (1.0 + 2.0 * Z_LOSS * lse) / sum_e) - scale * LABEL_SMOOTHING / V
+            dx -= tl.where(offs_v == target.to(tl.int32), scale * (1.0 - LABEL_SMOOTHING), 0.0)
+            tl.store(row_ptr + offs_v, dx.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _inverse_count_kernel(targets_ptr, inverse_ptr, N, IGNORE_INDEX: tl.constexpr, BLOCK_N: tl.constexpr):
     """Runs as one program: N integers are few, and one program adds in a fixed order."""
@@ -166,11 +212,15 @@ def cross_entropy_(
     """
     R, V = logits.shape
     numbers = (logits.stride(0), 1 if scale.shape[0] == R else 0, V, ignore_index, label_smoothing, z_loss, write_grad)
-    _plan(R, 8 * logits.element_size(), logits.device, *numbers)(logits, targets, scale, losses)
+    _plan(R, V, 8 * logits.element_size(), logits.device, *numbers)(logits, targets, scale, losses)
 
 
 @planned
-def _plan(R: int, bits: int, device: torch.device, *numbers) -> Launch:
+def _plan(R: int, V: int, bits: int, device: torch.device, *numbers) -> Launch:
+    options = _tuning.config(_tuning.Key("cross_entropy_row", bits=bits), device)
+    if V <= options.pop("COLUMNS"):
+        block = _tuning.next_power_of_2(V)
+        return Launch(_cross_entropy_row_kernel, (R,), *numbers, BLOCK_V=block, VECTOR=128 // bits, **options)
     options = _tuning.config(_tuning.Key("cross_entropy", bits=bits), device)
     return Launch(_cross_entropy_kernel, (R,), *numbers, VECTOR=128 // bits, **options)
 

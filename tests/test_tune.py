@@ -36,6 +36,13 @@ def test_descent_keeps_what_noise_alone_beats():
     assert tune.descend(start, lambda c: 1.0 if c == start else 0.99) == (start, 1.0, 1.0)
 
 
+def test_descent_reaches_designs_that_are_many_steps_away():
+    start, design = {"ROWS": 1, "num_warps": 1, "STAGES": 1}, {"ROWS": 64, "num_warps": 8, "STAGES": 3}
+    times = {1: 1.0, 64: 0.5}
+    best, ms, before = tune.descend(start, lambda c: times.get(c["ROWS"], 9.0) - 0.02 * c["STAGES"], [design])
+    assert best == design | {"STAGES": 5} and (ms, before) == (0.4, 0.98)
+
+
 def reloaded(source):
     """The module that a source is."""
     module = types.ModuleType(_tuning.__name__)

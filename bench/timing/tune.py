@@ -5,7 +5,8 @@ Kernels do not tune themselves: they would have to for every shape and in every 
 This command improves each row of the table that a registered case uses by coordinate descent, from its present
 configuration: it halves or doubles one number at a time (stages: one less or more), times the case without the host's
 time to launch it, and keeps what is faster by more than noise. It skips configurations that do not compile or fit, that
-spill registers, or that change the results by more than rounding.
+spill registers, or that change the results by more than rounding. Besides, it begins with DESIGNS: configurations that
+were written without a GPU and are several steps away from what was measured.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ Config = dict[str, int]
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
 FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
+# What differs from a row's present configuration, by op. Rows in a pipeline: see _load_tile in kernels/layer_norm.py.
+DESIGNS: dict[str, tuple[Config, ...]] = {
+    "layer_norm_bwd": (
+        dict(STAGES=3),
+        dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=1),
+        dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=2),
+    ),
+}
 
 
 @contextlib.contextmanager
@@ -79,7 +88,7 @@ def neighbours(config: Config) -> Iterator[Config]:
     for key, value in config.items():
         if key in FIXED:
             continue
-        values = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
+        values = (value - 1, value + 1) if "stages" in key.lower() else (value // 2, value * 2)
         yield from _allowed({**config, key: v} for v in values)
         if "BLOCK" in key:
             warps = config["num_warps"]
@@ -88,12 +97,17 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 
 def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
-    most = {"num_stages": 5, "num_warps": 32}
+    most = {"num_stages": 5, "STAGES": 5, "num_warps": 32}
     yield from (c for c in configs if all(1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
 
 
-def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config, float, float]:
-    """-> (the best configuration found, its time, the time of `config`). time_ms: returns infinity for one to skip."""
+def descend(
+    config: Config, time_ms: Callable[[Config], float], designs: Iterable[Config] = ()
+) -> tuple[Config, float, float]:
+    """-> (the best configuration found, its time, the time of `config`). time_ms: returns infinity for one to skip.
+
+    designs: configurations of which the best is the start instead, if it beats `config`.
+    """
     known: dict[tuple, float] = {}
 
     def timed(c: Config) -> float:
@@ -102,12 +116,12 @@ def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config,
             known[key] = time_ms(c)
         return known[key]
 
-    best, first = config, timed(config)
+    best, first, others = config, timed(config), list(designs)
     while True:
-        better = min(neighbours(best), key=timed, default=best)
+        better = min((*others, *neighbours(best)), key=timed, default=best)
         if not timed(better) < WORTH_IT * timed(best):
             return best, timed(best), first
-        best = better
+        best, others = better, []
 
 
 def tune_case(case: Case, done: set[Key], time_ms: Callable[[Callable], float], device: torch.device):
@@ -142,7 +156,8 @@ def tune_case(case: Case, done: set[Key], time_ms: Callable[[Callable], float], 
                             raise
                         return float("inf")
 
-            yield row, *descend(_tuning.config(row, device), timed)
+            config = _tuning.config(row, device)
+            yield row, *descend(config, timed, (config | design for design in DESIGNS.get(row.op, ())))
 
 
 def median_ms(run: Callable, device: torch.device) -> float:
