@@ -42,13 +42,15 @@ Config = dict[str, int]
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
 FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
-# What differs from a row's present configuration, by op. Rows in a pipeline: see _load_tile in kernels/layer_norm.py.
+# What differs from a row's present configuration, by op. Layer norm: rows in a pipeline. Cross-entropy: a row in
+# registers, which is read once.
 DESIGNS: dict[str, tuple[Config, ...]] = {
     "layer_norm_bwd": (
         dict(STAGES=3),
         dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=1),
         dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=2),
     ),
+    "cross_entropy_row": (dict(COLUMNS=65536, num_warps=8),),
 }
 
 
@@ -106,7 +108,7 @@ def descend(
 ) -> tuple[Config, float, float]:
     """-> (the best configuration found, its time, the time of `config`). time_ms: returns infinity for one to skip.
 
-    designs: configurations of which the best is the start instead, if it beats `config`.
+    designs: further configurations for the first step.
     """
     known: dict[tuple, float] = {}
 
