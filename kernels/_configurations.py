@@ -99,13 +99,14 @@ class LayerNormFwd(NamedTuple):
 
 class LayerNormBwd(NamedTuple):
     """SPAN_BYTES: bytes that the warps of one row load at once. MIN_ROWS: the fewest rows of a program, if there are
-    that many."""
+    that many. STAGES: pipeline stages of the loop over rows."""
 
     ROWS: int
     SPAN_BYTES: int
     num_warps: int
     PROGRAMS_PER_SM: int
     MIN_ROWS: int
+    STAGES: int = 1
 
 
 class Elementwise(NamedTuple):
@@ -147,6 +148,13 @@ class Mlp(NamedTuple):
 
 class CrossEntropy(NamedTuple):
     BLOCK_V: int
+    num_warps: int
+
+
+class CrossEntropyRow(NamedTuple):
+    """Rows of up to COLUMNS logits are held in registers. 0: none."""
+
+    COLUMNS: int
     num_warps: int
 
 

@@ -117,18 +117,39 @@ def _layer_norm_fwd_kernel(
 # Tiles of backward are (CHUNKS, ROWS, SPAN): a row has CHUNKS * SPAN columns, and its lanes load a SPAN with one
 # 128-bit access each. Loads and stores use one dimension CHUNKS * ROWS, which Triton distributes so that warps differ
 # in ROWS and a thread holds all CHUNKS. With two dimensions the distribution would depend on Triton's version.
+#
+# With more than one stage, the loads of the next rows are under way, into shared memory, while these rows are summed
+# and stored. Shared memory can be read in any distribution, so each tensor is copied in the one that is best for its
+# dtype. Triton however gives all tensors of one shape the distribution of the narrowest dtype, in which a lane's 128
+# bits of a wider one are not next to its neighbour's. Tensors of another dtype than `total` therefore get one more
+# dimension, of size 1: BITS is the width of total's elements, or 0 with one stage, where all have the same shape.
 
 
 @triton.jit
-def _load_tile(ptr, stride, rows, offs_c, mask, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+def _load_tile(
+    ptr, stride, rows, offs_c, mask,
+    BITS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     """Loads (CHUNKS * ROWS, SPAN) and returns it as (CHUNKS, ROWS, SPAN)."""
-    return tl.reshape(tl.load(ptr + rows * stride + offs_c, mask=mask, other=0.0), (CHUNKS, ROWS, SPAN))
+    offs = rows * stride + offs_c
+    if BITS == 0 or ptr.dtype.element_ty.primitive_bitwidth == BITS:
+        tile = tl.load(ptr + offs, mask=mask, other=0.0)
+    else:
+        tile = tl.load(ptr + tl.expand_dims(offs, 1), mask=tl.expand_dims(mask, 1), other=0.0)
+    return tl.reshape(tile, (CHUNKS, ROWS, SPAN))
 
 
 @triton.jit
-def _store_tile(ptr, stride, rows, offs_c, mask, tile, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+def _store_tile(
+    ptr, stride, rows, offs_c, mask, tile,
+    BITS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     tile = tl.reshape(tile.to(ptr.dtype.element_ty), (CHUNKS * ROWS, SPAN))
-    tl.store(ptr + rows * stride + offs_c, tile, mask=mask)
+    offs = rows * stride + offs_c
+    if BITS == 0 or ptr.dtype.element_ty.primitive_bitwidth == BITS:
+        tl.store(ptr + offs, tile, mask=mask)
+    else:
+        tl.store(ptr + tl.expand_dims(offs, 1), tl.expand_dims(tile, 1), mask=tl.expand_dims(mask, 1))
 
 
 @triton.jit
@@ -153,30 +174,35 @@ def _layer_norm_bwd_kernel(
     dy_ptr, dtotal_ptr, total_ptr, weight_ptr, statistics_ptr, seed_ptr, dx_ptr, dresidual_ptr, partials_ptr,
     stride_dyn, stride_dtn, stride_tn, N, C: tl.constexpr, dropout_p: tl.constexpr, DWEIGHT: tl.constexpr,
     DBIAS: tl.constexpr, DX_BIAS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials (K, P, C): each program's sums for the K of dweight, dbias and dx_bias that are needed."""
     ACC = statistics_ptr.dtype.element_ty
     pid = tl.program_id(0)
+    BITS: tl.constexpr = total_ptr.dtype.element_ty.primitive_bitwidth if STAGES > 1 else 0
     offs_c = tl.arange(0, CHUNKS)[:, None, None] * SPAN + tl.arange(0, SPAN)[None, None, :]
     mask_c = offs_c < C
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
     dweight = tl.zeros((CHUNKS, ROWS, SPAN), ACC)
     dbias = tl.zeros((CHUNKS, ROWS, SPAN), ACC)
     dx_bias = tl.zeros((CHUNKS, ROWS, SPAN), ACC)
     flat = tl.arange(0, CHUNKS * ROWS)[:, None]
     flat_c = flat // ROWS * SPAN + tl.arange(0, SPAN)[None, :]
+    if STAGES > 1:  # in the distribution of the rows
+        weight = _load_tile(weight_ptr, 0, flat % ROWS, flat_c, flat_c < C, BITS, CHUNKS, ROWS, SPAN).to(ACC)
+    else:
+        weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
 
-    for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
+    for start in tl.range(pid * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
         flat_n = start + flat % ROWS
         rows = flat_n.to(tl.int64)
         mask = (flat_n < N) & (flat_c < C)
         offs_n = start + tl.arange(0, ROWS)[None, :, None]
         mask_n = offs_n < N
 
-        total = _load_tile(total_ptr, stride_tn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
-        dy = _load_tile(dy_ptr, stride_dyn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
+        total = _load_tile(total_ptr, stride_tn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
+        dy = _load_tile(dy_ptr, stride_dyn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
         if dtotal_ptr is not None:
-            from_total = _load_tile(dtotal_ptr, stride_dtn, rows, flat_c, mask, CHUNKS, ROWS, SPAN).to(ACC)
+            from_total = _load_tile(dtotal_ptr, stride_dtn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
         mean = tl.load(statistics_ptr + offs_n.to(tl.int64) * 2, mask=mask_n, other=0.0)
         rstd = tl.load(statistics_ptr + offs_n.to(tl.int64) * 2 + 1, mask=mask_n, other=0.0)
 
@@ -189,11 +215,11 @@ def _layer_norm_bwd_kernel(
             dtotal += from_total
         dtotal = tl.where(mask_c, dtotal, 0.0)
         if dresidual_ptr is not None:
-            _store_tile(dresidual_ptr, C, rows, flat_c, mask, dtotal, CHUNKS, ROWS, SPAN)
+            _store_tile(dresidual_ptr, C, rows, flat_c, mask, dtotal, BITS, CHUNKS, ROWS, SPAN)
         dx = dtotal
         if dropout_p > 0.0:
             dx *= _dropout_scale(seed_ptr, offs_n.to(tl.int64), offs_c, C, dropout_p)
-        _store_tile(dx_ptr, C, rows, flat_c, mask, dx, CHUNKS, ROWS, SPAN)
+        _store_tile(dx_ptr, C, rows, flat_c, mask, dx, BITS, CHUNKS, ROWS, SPAN)
 
         dweight += dy * xhat
         dbias += dy

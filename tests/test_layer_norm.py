@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from interpreter import count_launches
 from numerics import check
 
-from fastgpt2.kernels import _device
+from fastgpt2.bench.timing.tune import DESIGNS
+from fastgpt2.kernels import _device, _tuning
 from fastgpt2.kernels.layer_norm import ROW_BYTES, add_layer_norm, add_layer_norm_reference, layer_norm
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -315,6 +316,26 @@ def test_rows_are_shared_among_programs(device, monkeypatch):
     monkeypatch.setattr(_device, "sm_count", lambda device: 13)
     for a, b in zip(few, run(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("design", DESIGNS["layer_norm_bwd"], ids=str)
+@pytest.mark.parametrize("x_dtype, residual_dtype", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_designs_of_the_tuner(design, x_dtype, residual_dtype, device, monkeypatch):
+    """Rows in a pipeline, whose tiles have a shape of their own for each dtype, and a last program with few rows."""
+    config, used = _tuning.config, []
+
+    def changed(key, *args):
+        used.append(key.op)
+        return config(key, *args) | (design if key.op == "layer_norm_bwd" else {})
+
+    monkeypatch.setattr(_tuning, "config", changed)
+    x, residual = (
+        torch.randn(67, 768, device=device).to(x_dtype),
+        torch.randn(67, 768, device=device).to(residual_dtype),
+    )
+    inputs = (x, residual, *columns(768, 3, torch.float32 if x_dtype != residual_dtype else x_dtype, device))
+    check(our_add_layer_norm, truth_add_layer_norm, *inputs, eager=eager_add_layer_norm)
+    assert "layer_norm_bwd" in used
 
 
 @pytest.mark.parametrize("row_bytes", ROW_BYTES)

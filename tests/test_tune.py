@@ -38,6 +38,13 @@ def test_descent_keeps_what_noise_alone_beats():
     assert tune.descend(start, lambda c: 1.0 if c == start else 0.99) == (start, 1.0, 1.0)
 
 
+def test_descent_reaches_designs_that_are_many_steps_away():
+    start, design = {"ROWS": 1, "num_warps": 1, "STAGES": 1}, {"ROWS": 64, "num_warps": 8, "STAGES": 3}
+    times = {1: 1.0, 64: 0.5}
+    best, ms, before = tune.descend(start, lambda c: times.get(c["ROWS"], 9.0) - 0.02 * c["STAGES"], [design])
+    assert best == design | {"STAGES": 5} and (ms, before) == (0.4, 0.98)
+
+
 def reloaded(source):
     """The module that a source is."""
     module = types.ModuleType(_tuning.__name__)
@@ -168,7 +175,7 @@ def test_the_command_saves_its_figures_and_leaves_the_table_in_a_dry_run(tmp_pat
     monkeypatch.setattr(torch, "device", lambda *args: torch.zeros(0).device)
     monkeypatch.setattr(tune.gate, "verified", lambda device: True)
     monkeypatch.setattr(tune, "all_cases", lambda: small)
-    monkeypatch.setattr(tune, "descend", lambda config, time_ms: (config, 1.0, 2.0))
+    monkeypatch.setattr(tune, "descend", lambda config, time_ms, designs: (config, 1.0, 2.0))
     monkeypatch.setattr(tune, "median_ms", lambda run, device: float(next(times)))
     assert main(["tune", "--op", "gelu", "--dry-run", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("tune-*.json")

@@ -5,7 +5,8 @@ Kernels do not tune themselves: they would have to for every shape and in every 
 This command improves each row of the table that a registered case uses by coordinate descent, from its present
 configuration: it halves or doubles one number at a time (stages: one less or more), or turns a choice over, times the
 case without the host's time to launch it, and keeps what is faster by more than noise. It skips configurations that do
-not compile or fit, that spill registers, or that change the results by more than rounding.
+not compile or fit, that spill registers, or that change the results by more than rounding. Besides, it begins with
+DESIGNS: configurations that were written without a GPU and are several steps away from what was measured.
 """
 
 from __future__ import annotations
@@ -42,6 +43,16 @@ BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
 # Not chosen for speed: a limit on bytes, what is the same for all kernels, and what `neighbours` treats by itself.
 FIXED = ("MIN_ROWS", "enable_fp_fusion", "ON")
+# What differs from a row's present configuration, by op. Layer norm: rows in a pipeline. Cross-entropy: a row in
+# registers, which is read once.
+DESIGNS: dict[str, tuple[Config, ...]] = {
+    "layer_norm_bwd": (
+        dict(STAGES=3),
+        dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=1),
+        dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=2),
+    ),
+    "cross_entropy_row": (dict(COLUMNS=65536, num_warps=8),),
+}
 
 
 @contextlib.contextmanager
@@ -74,7 +85,7 @@ def neighbours(config: Config) -> Iterator[Config]:
         if isinstance(value, bool):
             yield {**config, key: not value}
             continue
-        values = (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2)
+        values = (value - 1, value + 1) if "stages" in key.lower() else (value // 2, value * 2)
         yield from _allowed({**config, key: v} for v in values)
         if "BLOCK" in key:
             warps = config["num_warps"]
@@ -83,12 +94,17 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 
 def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
-    most = {"num_stages": 5, "num_warps": 32}
+    most = {"num_stages": 5, "STAGES": 5, "num_warps": 32}
     yield from (c for c in configs if all(k == "ON" or 1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
 
 
-def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config, float, float]:
-    """-> (the best configuration found, its time, the time of `config`). time_ms: returns infinity for one to skip."""
+def descend(
+    config: Config, time_ms: Callable[[Config], float], designs: Iterable[Config] = ()
+) -> tuple[Config, float, float]:
+    """-> (the best configuration found, its time, the time of `config`). time_ms: returns infinity for one to skip.
+
+    designs: further configurations for the first step.
+    """
     known: dict[tuple, float] = {}
 
     def timed(c: Config) -> float:
@@ -97,12 +113,12 @@ def descend(config: Config, time_ms: Callable[[Config], float]) -> tuple[Config,
             known[key] = time_ms(c)
         return known[key]
 
-    best, first = config, timed(config)
+    best, first, others = config, timed(config), list(designs)
     while True:
-        better = min(neighbours(best), key=timed, default=best)
+        better = min((*others, *neighbours(best)), key=timed, default=best)
         if not timed(better) < WORTH_IT * timed(best):
             return best, timed(best), first
-        best = better
+        best, others = better, []
 
 
 def tune_case(case: Case, found: dict[Key, Config], time_ms: Callable[[Callable], float], device: torch.device):
@@ -136,7 +152,8 @@ def tune_case(case: Case, found: dict[Key, Config], time_ms: Callable[[Callable]
                             raise
                         return float("inf")
 
-            best, ms, before = descend(_tuning.config(row, device), timed)
+            config = _tuning.config(row, device)
+            best, ms, before = descend(config, timed, (config | design for design in DESIGNS.get(row.op, ())))
             found[row] = best
             yield row, best, ms, before
 
