@@ -1,7 +1,6 @@
 """CTranslate2's GPT-2, which generates on a CPU in float32 and with weights of 8 bits, with our weights.
 
-It runs in a process of its own: it brings an OpenMP of its own, beside which PyTorch's threads in the same process were
-slower by a fifth and more.
+It runs in a process of its own, because it brings a second OpenMP, whose threads would wait beside PyTorch's.
 """
 
 from __future__ import annotations
