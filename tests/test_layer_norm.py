@@ -329,10 +329,7 @@ def test_designs_of_the_tuner(design, x_dtype, residual_dtype, device, monkeypat
         return config(key, *args) | (design if key.op == "layer_norm_bwd" else {})
 
     monkeypatch.setattr(_tuning, "config", changed)
-    x, residual = (
-        torch.randn(67, 768, device=device).to(x_dtype),
-        torch.randn(67, 768, device=device).to(residual_dtype),
-    )
+    x, residual = (torch.randn(67, 768, device=device).to(t) for t in (x_dtype, residual_dtype))
     inputs = (x, residual, *columns(768, 3, torch.float32 if x_dtype != residual_dtype else x_dtype, device))
     check(our_add_layer_norm, truth_add_layer_norm, *inputs, eager=eager_add_layer_norm)
     assert "layer_norm_bwd" in used
