@@ -212,10 +212,8 @@ TABLE: Table = {
     Key("layer_norm_bwd", row_bytes=1024): {
         ANY: LayerNormBwd(ROWS=8, SPAN_BYTES=512, num_warps=8, PROGRAMS_PER_SM=2, MIN_ROWS=64),
     },
-    # Three stages of 4 rows are under way at once: 54 KiB of GPT-2's bf16 rows. Not measured yet; chosen because it
-    # moves the same bytes in fewer registers than 8 rows at a time with nothing under way while they are summed.
     Key("layer_norm_bwd", row_bytes=1536): {
-        ANY: LayerNormBwd(ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=1, MIN_ROWS=64, STAGES=4),
+        ANY: LayerNormBwd(ROWS=8, SPAN_BYTES=512, num_warps=8, PROGRAMS_PER_SM=1, MIN_ROWS=64),
     },
     Key("layer_norm_bwd", row_bytes=2048): {
         ANY: LayerNormBwd(ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=1, MIN_ROWS=64),
@@ -267,7 +265,7 @@ TABLE: Table = {
         ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, num_warps=4, num_stages=2),
     },
     Key("gelu_product_bwd", bits=32): {
-        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, num_warps=4, num_stages=2),
+        ANY: GeluProduct(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, PIECES=1, num_warps=8, num_stages=2),
     },
     Key("gelu_product_fwd", bits=64): {
         ANY: GeluProduct(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, PIECES=1, num_warps=4, num_stages=1),
