@@ -55,6 +55,6 @@ result = dict(
     ttgir=found(ttgir_loop(code["ttgir"]), TTGIR),
     sass=found(sass_loop(sass), SASS),
     UTMALDG=sum("UTMALDG" in line for line in sass),
-    spills=asm.machine_code(code["cubin"], 1).spills,
+    spills=asm.machine_code(code["cubin"]).spills,
 )
 Path(sys.argv[1]).write_text(json.dumps(result))
