@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_ROWS = 16  # with more rows oneDNN is the faster one, where it has the processor's own bfloat16 instructions
+NOT_SAVED = "weights of 8 bits are neither saved nor loaded: save the model that they were made of, or load into it"
 TINY = 1e-30  # so that nothing is divided by 0
 
 # Activations are in -63..63. Where the processor has no VNNI, FBGEMM adds two products in 16 bits, which activations of
@@ -104,6 +105,12 @@ class Int8Linear(nn.Module):
         if not x.is_cpu:
             raise ValueError(f"x is on {x.device}, weights of 8 bits are computed with on a CPU only")
         return _Int8Product.apply(x, self) if torch.is_grad_enabled() else self.product(x)
+
+    def _save_to_state_dict(self, *args, **kwargs) -> None:
+        raise RuntimeError(NOT_SAVED)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        raise RuntimeError(NOT_SAVED)
 
     def product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1)).float()  # (n, K)

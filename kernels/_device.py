@@ -18,16 +18,16 @@ INTERPRETED = triton.knobs.runtime.interpret
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def check_device(*tensors: Tensor) -> None:
+def check_device(*tensors: Tensor, instead: str = "kernels='torch'") -> None:
     """Raises RuntimeError unless Triton can run on these tensors: all on one CUDA or ROCm device, or on the CPU while
-    Triton interprets kernels."""
+    Triton interprets kernels. instead: what else the user may give."""
     on_one_device(tensors)
     if tensors[0].is_cuda:  # several times as fast as device.type
         return
     device = tensors[0].device
     if not (device.type == "cpu" and INTERPRETED):
         raise RuntimeError(
-            f"Triton kernels run on CUDA and ROCm devices, these tensors are on '{device}': use kernels='torch', or "
+            f"Triton kernels run on CUDA and ROCm devices, these tensors are on '{device}': use {instead}, or "
             "set the environment variable TRITON_INTERPRET=1 before Python starts to interpret them slowly on the CPU"
         )
     if any(t.dtype == torch.bfloat16 for t in tensors) and not _interpreter_has_bfloat16():

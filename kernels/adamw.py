@@ -240,9 +240,9 @@ def check(members: Sequence[Member]) -> None:
 def check_device(*tensors: Tensor) -> None:
     """Raises RuntimeError where Triton does not run on these tensors."""
     try:
-        _device.check_device(*tensors)
+        _device.check_device(*tensors, instead=f"{TOGGLE}='torch'")
     except RuntimeError as error:
-        raise RuntimeError(f"adamw: {error} (or switch this kernel off: {TOGGLE}='torch')") from None
+        raise RuntimeError(f"adamw: {error}") from None
 
 
 def _strides(t: Tensor) -> list[int]:

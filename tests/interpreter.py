@@ -29,7 +29,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastgpt2.bench.audit.traffic import count_launches
-from fastgpt2.bench.interpreter import quickened
+from fastgpt2.bench.cases.interpreter import quickened
 
 __all__ = ["BackwardToo", "OutOfBounds", "count_launches", "far_apart", "grid_order", "mended", "red_zones"]
 

@@ -96,8 +96,12 @@ def test_it_is_for_generation_only(tmp_path):
     small, idx = quantize_int8(tiny()), torch.randint(50, (1, 5))
     with pytest.raises(RuntimeError, match="weights of 8 bits have no gradient"):
         small.train()(idx, idx)[1].backward()
-    with pytest.raises(ValueError, match="Int8Linear, which a GPT-2 has no place for"):
+    with pytest.raises(ValueError, match="weights of 8 bits are neither saved nor loaded: save the model that they"):
         small.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RuntimeError, match="weights of 8 bits are neither saved nor loaded"):
+        small.state_dict()  # it would be one without these layers
+    with pytest.raises(RuntimeError, match="or load into it"):
+        small.load_state_dict(tiny().state_dict())
     assert not (tmp_path / "saved").exists()
     with pytest.raises(ValueError, match="x is on meta, weights of 8 bits are computed with on a CPU"):
         small.lm_head(torch.randn(1, 16, device="meta"))

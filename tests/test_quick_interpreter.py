@@ -1,4 +1,4 @@
-"""bench/interpreter.py: the results of Triton's own interpreter, its check of int32, and nothing left behind."""
+"""bench/cases/interpreter.py: the results of Triton's own interpreter, its check of int32, and nothing left behind."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt2.bench.interpreter import quickened
+from fastgpt2.bench.cases.interpreter import quickened
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled here")
 
 # The tests' own session is quickened as a whole: the stock interpreter needs another process.
 BOTH = """
 import torch, triton.language as tl
-from fastgpt2.bench.interpreter import quickened
+from fastgpt2.bench.cases.interpreter import quickened
 from fastgpt2.kernels.attention import causal_attention
 from fastgpt2.kernels.layer_norm import layer_norm
 

@@ -27,9 +27,9 @@ from fastgpt2.bench.audit.compiled import pretended
 from fastgpt2.bench.audit.dispatch import count_traffic
 from fastgpt2.bench.audit.traffic import COUNTED_DTYPE, COUNTED_ROWS, counting_options
 from fastgpt2.bench.cases.case import Case
+from fastgpt2.bench.cases.interpreter import quickened
 from fastgpt2.bench.cases.peers import PEERS, installed
 from fastgpt2.bench.cases.registry import all_cases
-from fastgpt2.bench.interpreter import quickened
 from fastgpt2.gpt2.cli.cli import in_a_process
 
 OURS, PYTORCH, LIGER = "ours", "PyTorch", "Liger"

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import triton
 
-from fastgpt2.bench.interpreter import quickened
+from fastgpt2.bench.cases.interpreter import quickened
 from fastgpt2.gpt2.cli.cli import in_a_process
 from fastgpt2.gpt2.command_line import parse
 from fastgpt2.gpt2.options import CommandOptions, File, Names

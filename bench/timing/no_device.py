@@ -142,7 +142,7 @@ def _driver():
     return NoDevice()
 
 
-def _check_device(*tensors: Tensor) -> None:
+def _check_device(*tensors: Tensor, instead: str = "") -> None:
     """Does the same work as `_device.check_device` does for tensors on a GPU."""
     index = tensors[0].get_device()
     any([t.get_device() != index for t in tensors])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 LIMIT = 2.0
 SUM_EPS = 84  # times eps: 1e-5 in float32
-RULE = f"error <= max({LIMIT:g} * eager's error, eps / 2) + 1e-5, relative to the size of the truth"
+RULE = f"error <= max({LIMIT:g} * eager's error, eps / 2) + 1e-5, relative to the size of the float64 result"
 
 
 def rounding_error(scale: Tensor, dtype: torch.dtype, roundings: int = 1, cancelling: float = 0.0) -> Tensor:

@@ -192,8 +192,8 @@ def show(rows: Sequence[Row], layers: Sequence[Row] = ()) -> None:
 class Options(CommandOptions):
     """Compares every kernel with eager PyTorch, float64 and HuggingFace; with --model the ops in each of its layers, on
     the activations that reach them from the batch, and the whole model; with --weights what rounded weights change
-    instead. Exits with 1 if an error against float64 breaks
-    the rule error <= max(2 * eager's error, eps / 2) + 1e-5, relative to the size of the truth. Sizes are largest
+    instead. Exits with 1 if an error against float64 breaks the rule
+    error <= max(2 * eager's error, eps / 2) + 1e-5, relative to the size of the float64 result. Sizes are largest
     magnitudes, for the whole model root mean squares, and eps is that of the result's dtype. For a loss, eager's error
     is at least the mean over its tokens. The ratio shown is error / eager's error; 'at rounding' marks where eager's
     error is below eps / 2 + 1e-5.
@@ -237,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
         names = [name for name in names if name != "bfloat16"]
     dtypes = [DTYPES[name] for name in names]
     layers: list[Row] = []
-    from fastgpt2.bench.interpreter import quickened  # needs Triton, which find_device and --help do not
+    from fastgpt2.bench.cases.interpreter import quickened  # needs Triton, which find_device and --help do not
 
     with quickened():
         if args.model is None:

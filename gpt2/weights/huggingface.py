@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.gpt2.config import LAYER_NORM_EPS, GPTConfig
+from fastgpt2.gpt2.fbgemm import NOT_SAVED, Int8Linear
 from fastgpt2.gpt2.model import GPT, unwrap
 from fastgpt2.gpt2.ops import Kernels
 from fastgpt2.gpt2.stock import PLAIN
@@ -334,6 +335,8 @@ def _layer(model: GPT, path: str) -> Any:
         layer = getattr(layer, part)
         layer = getattr(layer, "_orig_mod", layer)
     if not isinstance(layer, nn.Linear | nn.Embedding | nn.LayerNorm):
+        if isinstance(layer, Int8Linear):
+            raise ValueError(NOT_SAVED)
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
         raise ValueError(
             f"{path} is a {kind}, which a GPT-2 has no place for: merge adapters into the layers (peft: "
