@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastgpt2.bench.timing.tune import DESIGNS
 from fastgpt2.kernels import _device, _tuning
-from fastgpt2.kernels._cross_entropy import _row_tiles, cross_entropy_
+from fastgpt2.kernels._cross_entropy import cross_entropy_
+from fastgpt2.kernels._cross_entropy_row import row_tiles
 from fastgpt2.kernels.linear_cross_entropy import (
     extra_bytes,
     linear_cross_entropy,
@@ -90,7 +91,7 @@ def test_every_target_of_rows_in_registers(V, device, rows_in_registers):
 
 @pytest.mark.parametrize("V", [1, 7, 64, 50257, 65536])
 def test_tiles_of_a_row_cover_it(V):
-    sizes = _row_tiles(V, 8)
+    sizes = row_tiles(V, 8)
     assert all(size >= 8 and size & (size - 1) == 0 for size in sizes) and V <= sum(sizes) < V + max(24, V // 8)
 
 
