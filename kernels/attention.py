@@ -248,7 +248,7 @@ def causal_attention_fwd(
     n_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     launch = _fwd_plan(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
-        qkv.stride()[:2], n_documents, window, dropout_p, scale, describable(qkv),
+        qkv.stride()[:2], n_documents, window, dropout_p, scale, qkv.dtype.itemsize == 2 and describable(qkv),
     )  # fmt: skip
     if isinstance(launch, DescribedLaunch):
         launch(qkv, qkv, out, lse)

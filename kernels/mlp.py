@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _op, _tuning
+from ._frozen import planned
 from ._gelu_product import gelu_product_bwd, gelu_product_fwd
 from .gelu import bias_gelu_reference, gelu_fwd, gelu_reference, launch_gelu_bwd
 
@@ -45,6 +46,7 @@ def fused_mlp_reference(
     return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias)
 
 
+@planned
 def is_fused(direction: str, bits: int, device: torch.device) -> bool:
     """Whether `mlp` has GELU in the epilogue of its products on this device: what the tuning table says.
 

@@ -118,11 +118,11 @@ def test_the_ladder_of_graphs_comes_first():
     results = bench_results.train_results()
     found = panels(plots.ladder(results))
     graph, launched, compiled = found.values()
-    switches = [f"Triton: {name}" for name in Kernels.names()] + ["Triton"]
+    switches = [f"Triton: {name}" for name in Kernels.names()] + ["Triton", "Triton, mlp=fused"]
     assert "CUDA graph" in list(found)[0] and "Python" in list(found)[1] and list(found)[2] == "Compiled"
     assert graph[0].startswith("times as fast as PyTorch, SDPA + CUDA graph (") and graph[1] == switches
     assert launched[0].startswith("times as fast as PyTorch, SDPA (") and launched[1] == switches
-    assert len(compiled[1]) == 3 and "compiled in the same mode" in compiled[0]
+    assert len(compiled[1]) == 6 and "compiled in the same mode" in compiled[0]
     expected = {row["label"]: row["speedup"]["median"] for row in results.rows if row["speedup"]}
     assert graph[2] == pytest.approx([expected[name + " + CUDA graph"] for name in switches])
     assert launched[2] == pytest.approx([expected[name] for name in switches])

@@ -40,7 +40,7 @@ def test_all_is_well(shown, capsys, device):
     assert verify.main(["--dtype", "float16", "--device", device.type]) == 0
     assert all(row.ok for row in shown)
     assert all(row.to_hf is not None and row.to_hf < 0.02 for row in shown), "HuggingFace's column is filled"
-    assert {row.toggle for row in shown} == {*ops.Kernels.names(), "optimizer", "all"}
+    assert {row.toggle for row in shown} == {*ops.Kernels.names(), "mlp=fused", "optimizer", "all"}
     assert {row.subject for row in shown} == {*operations(), "model"}
     printed = capsys.readouterr().out
     assert f"all {len(shown)} within" in printed
