@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Kernels:
         current = current_names(toggles)
         for op in self.names():
             object.__setattr__(self, op, current.get(op, "torch"))
-        if not TRITON_INSTALLED and set(dataclasses.astuple(self)) != {"torch"}:
+        by_pytorch = {"torch", *itertools.chain(*PYTORCH_VALUES.values())}
+        if not TRITON_INSTALLED and not by_pytorch.issuperset(dataclasses.astuple(self)):
             raise ImportError(
                 "kernels='triton' needs the package triton, which is not installed: "
                 "pip install 'triton>=3.4' (Linux), or use kernels='torch'"

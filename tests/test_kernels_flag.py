@@ -366,16 +366,18 @@ def test_without_triton_torch_works_and_triton_says_what_to_install():
         + """
 attempt(lambda: GPT(config)(idx, idx)[1].shape)
 attempt(lambda: GPT(config, kernels="torch").generate(idx, 2).shape)
+attempt(lambda: Kernels(attention="cudnn").attention)
 attempt(lambda: GPT(config, kernels="triton"))
 attempt(lambda: Kernels(mlp="triton"))
+attempt(lambda: Kernels(mlp="fused"))
 attempt(lambda: GPT(config).use_kernels("attention").__enter__())
 import fastgpt2.gpt2.ops as ops
 attempt(lambda: ops.kernels_for("auto", torch.device("cuda")) == Kernels.all("torch"))
 """
     )
     assert run.returncode == 0, run.stderr
-    plain, text, *errors, auto = run.stdout.splitlines()
-    assert plain == "torch.Size([])" and text == "torch.Size([1, 6])" and auto == "True"
+    plain, text, cudnn, *errors, auto = run.stdout.splitlines()
+    assert plain == "torch.Size([])" and text == "torch.Size([1, 6])" and cudnn == "cudnn" and auto == "True"
     for error in errors:
         assert error.startswith("ImportError") and "pip install 'triton>=3.4'" in error
 
