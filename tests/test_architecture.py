@@ -237,7 +237,6 @@ def test_only_the_models_methods_may_import_what_is_above_them(tmp_path, back, s
 # Above 400 lines, look whether a file holds two subjects. Files that were looked at stand here with the reason.
 LONG = {
     "kernels/layer_norm.py": "one op whose forward and backward share how tiles are loaded, stored and summed",
-    "tests/test_linear_cross_entropy.py": "one op, each test of which runs over the same reductions and options",
 }
 
 

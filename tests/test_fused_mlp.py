@@ -1,4 +1,7 @@
-"""The MLP with GELU in its products: against fp64 by both ways of loading, and what it writes, launches and refuses."""
+"""The MLP with GELU in its products: against fp64 by both ways of loading, and what it writes, launches and refuses.
+
+What it has in common with `mlp` is in test_mlp.py.
+"""
 
 from unittest import mock
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 from interpreter import count_launches
 from numerics import check
-from test_mlp import NAMES, tensors
+from test_mlp import NAMES, strided_gradient, tensors
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.bench.timing.tune import overridden
@@ -53,13 +56,6 @@ def test_many_tiles(N, C, H, O, dtype, loads, small_tiles, device):  # noqa: E74
     check(fused_mlp, mlp_reference, *tensors(N, C, H=H, O=O, dtype=dtype, device=device), names=NAMES)
 
 
-@pytest.mark.parametrize("missing", [("fc_bias",), ("proj_bias",), ("fc_bias", "proj_bias")], ids="+".join)
-def test_without_biases(missing, device):
-    x, fc_weight, fc_bias, proj_weight, proj_bias = tensors(7, 12, H=40, device=device)
-    fc_bias, proj_bias = (None if n in missing else b for n, b in (("fc_bias", fc_bias), ("proj_bias", proj_bias)))
-    check(fused_mlp, mlp_reference, x, fc_weight, fc_bias, proj_weight, proj_bias, names=NAMES)
-
-
 @pytest.mark.parametrize("what", ["sliced", "transposed", "expanded", "one row", "Conv1D", "every other column"])
 def test_strides(what, loads, device):
     """Conv1D: weights (in, out), as views (out, in)."""
@@ -84,16 +80,8 @@ def test_strides(what, loads, device):
 
 @pytest.mark.parametrize("shape", ["scalar", "row", "transposed"])
 def test_strides_of_gradients(shape, loads, device):
-    def upstream(y):
-        like = dict(dtype=y.dtype, device=y.device)
-        return {
-            "scalar": torch.tensor(0.7, **like).expand_as(y),
-            "row": torch.linspace(-1, 1, y.shape[1], **like).expand_as(y),
-            "transposed": torch.linspace(-1, 1, y.numel(), **like).view(y.shape[::-1]).t(),
-        }[shape]
-
     inputs = tensors(9, 24, H=96, dtype=torch.float16, device=device)
-    check(fused_mlp, mlp_reference, *inputs, names=NAMES, upstream=upstream)
+    check(fused_mlp, mlp_reference, *inputs, names=NAMES, upstream=strided_gradient(shape))
 
 
 def test_descriptors_are_used_where_they_can_hold_both_matrices(device):
@@ -113,34 +101,6 @@ def test_descriptors_are_used_where_they_can_hold_both_matrices(device):
     assert not used(a[:1].expand(32, 64), b), "rows at one address"
 
 
-@pytest.mark.parametrize("shape", [(0, 24), (3, 0, 24)])
-def test_empty_batch(shape, device):
-    inputs = [t.requires_grad_() for t in tensors(*shape, H=96, device=device)]
-    y = fused_mlp(*inputs)
-    grads = torch.autograd.grad(y.sum(), inputs)
-    assert y.shape == shape and [g.shape for g in grads] == [t.shape for t in inputs]
-    assert not any(g.any() for g in grads)
-
-
-@pytest.mark.parametrize("wanted", range(5))
-def test_one_gradient_alone(wanted, device):
-    """With frozen weights what they alone need is not computed, and the rest is the same."""
-    inputs = tensors(70, 12, H=40, device=device)
-
-    def gradient(*needed):
-        own = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        fused_mlp(*own).square().sum().backward()
-        return own[wanted].grad
-
-    torch.testing.assert_close(gradient(wanted), gradient(*range(5)), rtol=0, atol=0)
-
-
-def test_gradcheck(device):
-    inputs = [t.requires_grad_() for t in tensors(3, 4, H=7, dtype=torch.float64, device=device)]
-    assert torch.autograd.gradcheck(fused_mlp, inputs)
-    torch.testing.assert_close(fused_mlp(*inputs), mlp_reference(*inputs), rtol=1e-13, atol=1e-13)
-
-
 def test_rounds_where_a_pass_of_its_own_does(device):
     """So the pre-activation that is kept and the activation are those of `mlp`, but for sums in another order."""
     x, fc_weight, fc_bias, *_ = tensors(40, 64, H=96, dtype=torch.bfloat16, device=device)
@@ -153,22 +113,6 @@ def mlp_of(pre, bias):
     return torch.nn.functional.gelu(wide.double(), approximate="tanh").to(pre.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, device):
-    x, *parameters = tensors(2, 5, 64, H=256, device=device)
-
-    def autocast(function):
-        def call(*inputs):
-            if inputs[0].dtype == torch.float64:
-                return function(*inputs).to(dtype)
-            with torch.autocast(device.type, dtype):
-                return function(*inputs)
-
-        return call
-
-    check(autocast(fused_mlp), autocast(mlp_reference), x, *parameters, names=NAMES)
-
-
 def test_opcheck(device):
     inputs = [t.requires_grad_() for t in tensors(2, 3, 4, H=16, device=device)]
     for keep_pre in (True, False):
@@ -177,22 +121,6 @@ def test_opcheck(device):
     bwd = (torch.randn(6, 4, device=device), inputs[0].detach(), torch.randn(2, 3, 16, device=device))
     bwd += tuple(t.detach() for t in inputs[1:4])
     torch.library.opcheck(torch.ops.fastgpt2.mlp_bwd.default, (*bwd, [True] * 5, True))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_compile_fullgraph(autocast, dynamic, device):
-    parameters = [t.requires_grad_() for t in tensors(1, 8, H=32, device=device)[1:]]
-    compiled = torch.compile(fused_mlp, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for N in (3, 5) if dynamic else (3,):
-        x = torch.randn(2, N, 8, device=device).requires_grad_()
-        results = []
-        for function in (fused_mlp, compiled):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                out = function(x, *parameters)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), (x, *parameters))])
-        for eager, traced in zip(*results, strict=True):
-            assert torch.equal(eager, traced)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -5,9 +5,10 @@ import torch
 from interpreter import count_launches
 from numerics import check
 
-from fastgpt2.kernels.mlp import mlp, mlp_reference
+from fastgpt2.kernels.mlp import fused_mlp, mlp, mlp_reference
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+both = pytest.mark.parametrize("op", [mlp, fused_mlp], ids=["mlp", "fused_mlp"])
 NAMES = ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias")
 
 
@@ -40,11 +41,12 @@ def test_partial_sums_over_several_programs(device):
     check(mlp, mlp_reference, *tensors(131, 13, H=37, O=17, device=device), names=NAMES)
 
 
+@both
 @pytest.mark.parametrize("missing", [("fc_bias",), ("proj_bias",), ("fc_bias", "proj_bias")], ids="+".join)
-def test_without_biases(missing, device):
+def test_without_biases(op, missing, device):
     x, fc_weight, fc_bias, proj_weight, proj_bias = tensors(7, 12, H=40, device=device)
     fc_bias, proj_bias = (None if n in missing else b for n, b in (("fc_bias", fc_bias), ("proj_bias", proj_bias)))
-    check(mlp, mlp_reference, x, fc_weight, fc_bias, proj_weight, proj_bias, names=NAMES)
+    check(op, mlp_reference, x, fc_weight, fc_bias, proj_weight, proj_bias, names=NAMES)
 
 
 @pytest.mark.parametrize("what", ["sliced", "transposed", "expanded", "one row"])
@@ -59,8 +61,9 @@ def test_strides(what, device):
     check(mlp, mlp_reference, x, *tensors(1, 24, H=96, device=device)[1:], names=NAMES)
 
 
-@pytest.mark.parametrize("shape", ["scalar", "row", "transposed"])
-def test_strides_of_gradients(shape, device):
+def strided_gradient(shape: str):
+    """A gradient of the result (N, C) with the strides that `shape` names."""
+
     def upstream(y):
         like = dict(dtype=y.dtype, device=y.device)
         return {
@@ -69,39 +72,48 @@ def test_strides_of_gradients(shape, device):
             "transposed": torch.linspace(-1, 1, y.numel(), **like).view(y.shape[::-1]).t(),
         }[shape]
 
-    check(mlp, mlp_reference, *tensors(9, 24, H=96, device=device), names=NAMES, upstream=upstream)
+    return upstream
 
 
+@pytest.mark.parametrize("shape", ["scalar", "row", "transposed"])
+def test_strides_of_gradients(shape, device):
+    check(mlp, mlp_reference, *tensors(9, 24, H=96, device=device), names=NAMES, upstream=strided_gradient(shape))
+
+
+@both
 @pytest.mark.parametrize("shape", [(0, 24), (3, 0, 24)])
-def test_empty_batch(shape, device):
+def test_empty_batch(op, shape, device):
     inputs = [t.requires_grad_() for t in tensors(*shape, H=96, device=device)]
-    y = mlp(*inputs)
+    y = op(*inputs)
     grads = torch.autograd.grad(y.sum(), inputs)
     assert y.shape == shape and [g.shape for g in grads] == [t.shape for t in inputs]
     assert not any(g.any() for g in grads)
 
 
+@both
 @pytest.mark.parametrize("wanted", range(5))
-def test_one_gradient_alone(wanted, device):
+def test_one_gradient_alone(op, wanted, device):
     inputs = tensors(70, 12, H=40, device=device)
 
     def gradient(*needed):
         own = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        mlp(*own).square().sum().backward()
+        op(*own).square().sum().backward()
         return own[wanted].grad
 
     torch.testing.assert_close(gradient(wanted), gradient(*range(5)), rtol=0, atol=0)
 
 
-def test_gradcheck(device):
+@both
+def test_gradcheck(op, device):
     inputs = [t.requires_grad_() for t in tensors(3, 4, H=7, dtype=torch.float64, device=device)]
-    assert torch.autograd.gradcheck(mlp, inputs)
-    torch.testing.assert_close(mlp(*inputs), mlp_reference(*inputs), rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(op, inputs)
+    torch.testing.assert_close(op(*inputs), mlp_reference(*inputs), rtol=1e-13, atol=1e-13)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", ["autocast's", "float32"])
-def test_autocast(dtype, x_dtype, device):
+def test_autocast(op, dtype, x_dtype, device):
     """The rule under autocast: eager casts the same tensors, and fp32 weights get fp32 gradients."""
     x, *parameters = tensors(2, 5, 64, H=256, device=device)
     x = x.to(dtype) if x_dtype == "autocast's" else x
@@ -115,7 +127,7 @@ def test_autocast(dtype, x_dtype, device):
 
         return call
 
-    check(autocast(mlp), autocast(mlp_reference), x, *parameters, names=NAMES)
+    check(autocast(op), autocast(mlp_reference), x, *parameters, names=NAMES)
 
 
 def test_float64_under_autocast(device):
@@ -130,15 +142,16 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.fastgpt2.mlp_fwd.default, (*inputs[:2], None, inputs[3], None, True, False))
 
 
+@both
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compile_fullgraph(autocast, dynamic, device):
+def test_compile_fullgraph(op, autocast, dynamic, device):
     parameters = [t.requires_grad_() for t in tensors(1, 8, H=32, device=device)[1:]]
-    compiled = torch.compile(mlp, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for N in (3, 5) if dynamic else (3,):
         x = torch.randn(2, N, 8, device=device).requires_grad_()
         results = []
-        for function in (mlp, compiled):
+        for function in (op, compiled):
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 out = function(x, *parameters)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), (x, *parameters))])
