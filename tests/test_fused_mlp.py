@@ -18,7 +18,7 @@ from fastgpt2.kernels._configurations import GeluProduct, Key, Mlp
 from fastgpt2.kernels.mlp import fused_mlp, mlp, mlp_reference
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
-SMALL = GeluProduct(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP_M=2, PIECES=2, num_warps=4, num_stages=2)
+SMALL = GeluProduct(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP_M=4, PIECES=2, num_warps=4, num_stages=2)
 
 
 @pytest.fixture(params=["pointers", "descriptors"])

@@ -5,7 +5,8 @@
 
 Two things that the stock interpreter does again and again are done once or in NumPy: at each launch and at each call of
 a device function it exchanges the functions of triton.language for interpreted ones, and it checks each sum and product
-of int32 for overflow by ten interpreted operations. Tried with Triton 3.4 to 3.9.
+of int32 for overflow by ten interpreted operations. Tried with Triton 3.7 to 3.9; the interpreters of 3.4 to 3.6 do not
+run with the NumPy that was installed then, 2.4.
 """
 
 from __future__ import annotations
