@@ -39,10 +39,10 @@ class AttentionFwd(NamedTuple):
 
 
 class AttentionTmaFwd(NamedTuple):
-    """ON: 1 if this kernel computes what it can, 0 if AttentionFwd's does. A program computes BLOCK_M queries. BLOCK_N
+    """ON: whether this kernel computes what it can, or AttentionFwd's does. A program computes BLOCK_M queries. BLOCK_N
     must divide BLOCK_M."""
 
-    ON: int
+    ON: bool
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int

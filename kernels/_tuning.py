@@ -84,8 +84,8 @@ TABLE: Table = {
     },
     # Off, because nothing was measured: `fastgpt2 bench tune --op causal_attention` on a GPU decides.
     Key("attention_tma_fwd", bits=16, head_size=64): {
-        ANY: AttentionTmaFwd(ON=0, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        90: AttentionTmaFwd(ON=0, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
+        ANY: AttentionTmaFwd(ON=False, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        90: AttentionTmaFwd(ON=False, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=2),
     },
     Key("attention_delta", bits=16, head_size=64): {ANY: AttentionDelta(BLOCK_M=64, num_warps=4)},
     Key("attention_delta", bits=16, head_size=128): {ANY: AttentionDelta(BLOCK_M=32, num_warps=4)},

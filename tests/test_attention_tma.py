@@ -30,7 +30,7 @@ pytestmark = [
 
 def on(**numbers: int):
     """The kernel switched on, with these block sizes."""
-    return tiles(ON=1, **numbers)
+    return tiles(ON=True, **numbers)
 
 
 def small():

@@ -142,16 +142,15 @@ def test_what_is_not_a_speed_knob_stays():
     assert all(c["enable_fp_fusion"] is True and c["MIN_ROWS"] == config["MIN_ROWS"] for c in tune.neighbours(config))
 
 
-def test_a_kernel_that_is_off_is_offered_with_its_numbers_and_their_neighbours():
-    off = dict(ON=0, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
-    found = list(tune.neighbours(off))
-    assert {**off, "ON": 1} in found and {**off, "ON": 1, "BLOCK_N": 128} in found and all(c["ON"] for c in found)
-    assert off in tune.neighbours({**off, "ON": 1}), "and one that is on can be switched off"
-    times = {(0, 64): 1.0, (1, 64): 1.1, (1, 128): 0.7}
-    best = tune.descend(off, lambda c: times.get((c["ON"], c["BLOCK_N"]), 2.0) if c["num_warps"] == 8 else 2.0)
-    assert best == ({**off, "ON": 1, "BLOCK_N": 128}, 0.7, 1.0)
-    slower = tune.descend(off, lambda c: 1.0 + c["ON"])
-    assert slower == (off, 1.0, 1.0)
+def test_a_kernel_that_is_off_is_offered_in_several_designs():
+    off = dict(ON=False, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+    assert list(tune.neighbours(off)) == [{**off, "ON": True}], "what it would do with other numbers is not timed"
+    assert off in tune.neighbours({**off, "ON": True}), "one that is on can be switched off"
+    designs = [off | design for design in tune.DESIGNS["attention_tma_fwd"]]
+    times = {(False, 64): 1.0, (True, 64): 1.1, (True, 128): 0.7}
+    time_ms = lambda c: times.get((c["ON"], c["BLOCK_N"]), 2.0) if c["num_warps"] == 8 else 2.0  # noqa: E731
+    assert tune.descend(off, time_ms, designs) == ({**off, "ON": True, "BLOCK_N": 128}, 0.7, 1.0)
+    assert tune.descend(off, lambda c: 1.0 + c["ON"], designs) == (off, 1.0, 1.0)
 
 
 def test_attention_asks_for_the_row_that_switches_its_kernel_with_descriptors():

@@ -41,11 +41,15 @@ from fastgpt2.kernels._configurations import Key
 
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
-# Not chosen for speed: a limit on bytes, what is the same for all kernels, and what `neighbours` treats by itself.
-FIXED = ("MIN_ROWS", "enable_fp_fusion", "ON")
-# What differs from a row's present configuration, by op. Layer norm: rows in a pipeline. Cross-entropy: a row in
-# registers, which is read once.
+FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
+# What differs from a row's present configuration, by op. Attention: the kernel that reads by descriptors. Layer norm:
+# rows in a pipeline. Cross-entropy: a row in registers, which is read once.
 DESIGNS: dict[str, tuple[Config, ...]] = {
+    "attention_tma_fwd": (
+        dict(ON=True, BLOCK_N=64),
+        dict(ON=True, BLOCK_N=128),
+        dict(ON=True, BLOCK_N=64, num_stages=3),
+    ),
     "layer_norm_bwd": (
         dict(STAGES=3),
         dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=1),
@@ -72,13 +76,8 @@ def launched() -> Iterator[list]:
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """Configurations that differ in one number, or in a block size and the warps that share it. A kernel that is off is
-    switched on, with its present numbers and with each of their neighbours; one that is on is also switched off."""
-    if "ON" in config:
-        yield (other := {**config, "ON": 1 - config["ON"]})
-        if other["ON"]:
-            yield from (c for c in neighbours(other) if c["ON"])
-            return
+    """Configurations that differ in one number or choice, or in a block size and the warps that share it. Numbers of a
+    kernel that is off are left alone."""
     for key, value in config.items():
         if key in FIXED:
             continue
@@ -95,7 +94,7 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
     most = {"num_stages": 5, "STAGES": 5, "num_warps": 32}
-    yield from (c for c in configs if all(k == "ON" or 1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
+    yield from (c for c in configs if all(1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
 
 
 def descend(

@@ -87,7 +87,7 @@ def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
 def by_tma(H: int, qkv: Tensor) -> Tensor:
     """Attention by the kernel of _attention_tma.py, where the GPU can run it, whether or not the table has it on."""
     key = tuning_key("attention_tma_fwd", qkv.dtype, qkv.size(2) // (3 * H))
-    with overridden({key: {**_tuning.config(key, qkv.device), "ON": 1}}):
+    with overridden({key: {**_tuning.config(key, qkv.device), "ON": True}}):
         return causal_attention(qkv, H)
 
 
