@@ -335,6 +335,25 @@ def test_designs_of_the_tuner(design, x_dtype, residual_dtype, device, monkeypat
     assert "layer_norm_bwd" in used
 
 
+@pytest.mark.parametrize("design", DESIGNS["layer_norm_bwd"], ids=str)
+def test_designs_under_autocast(design, device, monkeypatch):
+    """The gradient of y in bf16 beside a sum in fp32: as by the table's configuration, but for the order of sums."""
+    x, residual = torch.randn(67, 768, device=device).bfloat16(), torch.randn(67, 768, device=device)
+    inputs = [t.requires_grad_() for t in (x, residual, *columns(768, 3, torch.float32, device))]
+
+    def gradients():
+        with torch.autocast(device.type, torch.bfloat16):
+            total, y = our_add_layer_norm(*inputs)
+        assert (total.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+        return torch.autograd.grad(y.float().square().sum() + total.sum(), inputs)
+
+    expected, config = gradients(), _tuning.config
+    changed = lambda key, *a: config(key, *a) | (design if key.op == "layer_norm_bwd" else {})  # noqa: E731
+    monkeypatch.setattr(_tuning, "config", changed)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("row_bytes", ROW_BYTES)
 def test_every_variant_of_the_table(row_bytes, device):
     """The widest row of each, and one column more than the one before it holds."""
