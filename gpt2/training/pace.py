@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastgpt2.gpt2 import hardware
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.training.train_config import TrainConfig
 
@@ -35,6 +36,7 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, float]:
 def step_seconds(config: TrainConfig) -> float:
     """The median duration, in seconds, of a step of one process on random tokens, measured for MEASURE_S and at least
     one step. If there are several, the first one is not counted, because it allocates memory."""
+    hardware.keep_freed_memory()  # as `Trainer` does
     model = GPT(config.model_config(VOCABULARY), kernels=config.kernels)
     optimizer = model.configure_optimizers(config.weight_decay, config.lr, (0.9, config.beta2), "cpu")
     idx = torch.randint(VOCABULARY, (config.batch_size, config.block_size))

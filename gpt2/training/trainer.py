@@ -52,6 +52,8 @@ class Trainer:
         self.ranks = ranks or Ranks(torch.device(config.device))
         self.device = self.ranks.device
         self.peak_flops = hardware.peak_flops(self.device)
+        if self.device.type == "cpu":
+            hardware.keep_freed_memory()
         self.grad_accum_steps = config.grad_accum_steps(self.ranks.size)
         self.captures = config.as_cuda_graph(self.ranks.size)
         if model is None:
