@@ -136,6 +136,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tune-nvidia-h200": lambda: kernels_table("tune-nvidia-h200"),
     "train-amd-epyc": lambda: train_table("train-amd-epyc"),
     "generate-amd-epyc": lambda: generate_table("generate-amd-epyc"),
+    "train-intel-xeon": lambda: train_table("train-intel-xeon"),
+    "generate-intel-xeon": lambda: generate_table("generate-intel-xeon"),
 }
 
 
