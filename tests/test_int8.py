@@ -191,6 +191,17 @@ def test_weights_that_float16_would_change_are_not_packed(wrong):
     assert pack_float16(weight) is None
 
 
+@pytest.mark.parametrize(
+    "avx512_bf16, amx, amd, onednn",
+    [(True, False, False, True), (True, True, False, False), (True, False, True, True), (False, False, False, False)],
+)
+def test_who_multiplies_bfloat16(monkeypatch, avx512_bf16, amx, amd, onednn):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(packed.linear, "ONEDNN_IS_FASTER", amd)
+    assert packed._by_onednn(torch.bfloat16) == onednn
+
+
 def test_bfloat16_text(monkeypatch):
     """A model in bfloat16 writes by FBGEMM; a layer that float16 cannot hold stays PyTorch's."""
     monkeypatch.setattr(packed, "_by_onednn", lambda dtype: False)
