@@ -79,11 +79,14 @@ def called(module: nn.Module, x: Tensor, context: Any) -> Tensor:
     return module(x, context) if _takes_two(kind) else module(x)
 
 
-@torch.compiler.assume_constant_result
 def _takes_two(kind: Any) -> bool:
     parameters = inspect.signature(kind.forward).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]  # self included
     return len(positional) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+
+# What `torch.compiler.assume_constant_result` sets, after it has imported all of Dynamo: half of the import of GPT.
+_takes_two._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_watched(module: nn.Module, but_forward_hooks: bool = False) -> bool:

@@ -255,7 +255,8 @@ def test_kernels_and_bench_are_namespaces():
 
 
 def test_importing_the_package_is_light():
-    code = f"import sys; from fastgpt2 import GPT; print([m for m in {sorted(LATE)} if m in sys.modules])"
+    late = sorted(LATE | {"torch._dynamo"})  # Dynamo takes as long as the rest of PyTorch
+    code = f"import sys; from fastgpt2 import GPT; print([m for m in {late} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
