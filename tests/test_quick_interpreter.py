@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,28 +17,31 @@ pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kern
 # The tests' own session is quickened as a whole: the stock interpreter needs another process.
 BOTH = """
 import torch, triton.language as tl
+from calls import CALLS
 from fastgpt2.bench.cases.interpreter import quickened
-from fastgpt2.kernels.attention import causal_attention
-from fastgpt2.kernels.layer_norm import layer_norm
 
 def results():
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(2, 40, 96, generator=generator)
-    return causal_attention(qkv, 2), layer_norm(qkv, qkv[0, 0], qkv[1, 0])
+    dtypes = (torch.float32, torch.float16)
+    every = [c.results(c.inputs(dtypes[i % 2], torch.device("cpu"))) for i, c in enumerate(CALLS)]
+    return [(call.name, r) for call, tensors in zip(CALLS, every) for r in tensors]
 
+torch.manual_seed(0)
 stock = results()
+torch.manual_seed(0)
 with quickened():
     with quickened():
         quick = results()
     assert not tl.core.is_builtin(tl.load), "the inner one ended the outer one"
 assert tl.core.is_builtin(tl.load), "the language was left exchanged"
-assert all(torch.equal(a, b) for a, b in zip(stock, quick, strict=True))
-assert all(torch.equal(a, b) for a, b in zip(stock, results(), strict=True))
+assert len(stock) > len(CALLS) and not any(r.isnan().any() for _, r in stock)
+different = [name for (name, a), (_, b) in zip(stock, quick, strict=True) if not torch.equal(a, b)]
+assert not different, different
 """
 
 
 def test_the_results_are_the_stock_interpreters():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -77,3 +81,27 @@ def test_the_largest_int32_is_no_overflow():
     x = torch.tensor([2**30, -(2**30)], dtype=torch.int32)
     _arithmetic_kernel[1,](x, torch.tensor([2**30 - 1, -(2**30)], dtype=torch.int32), "add")
     assert x.tolist() == [2**31 - 1, -(2**31)]
+
+
+@triton.jit
+def _quotient_kernel(x_ptr, y_ptr, quotient_ptr):
+    rows, columns = tl.arange(0, 2)[:, None], tl.arange(0, 4)[None, :]
+    tl.store(quotient_ptr + rows * 4 + columns, tl.load(x_ptr + rows) / tl.load(y_ptr + columns))
+
+
+def test_a_column_by_a_row_of_halves_is_divided_in_float32():
+    x, y = torch.tensor([1.0, 2.0]).half(), torch.tensor([3.0, 5.0, 7.0, 9.0]).half()
+    quotient = torch.empty(2, 4)
+    _quotient_kernel[1,](x, y, quotient)
+    assert torch.equal(quotient, x.float()[:, None] / y.float())
+
+
+@triton.jit
+def _misfit_kernel(x_ptr, N: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, 4), tl.arange(0, 4) + tl.arange(0, N))
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_blocks_that_do_not_fit_are_an_error(n):
+    with pytest.raises(Exception, match="incompatible dimensions at index 0: 4 and " + str(n)):
+        _misfit_kernel[1,](torch.zeros(4, dtype=torch.int32), n)
