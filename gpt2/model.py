@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, h: Tensor, context: Context) -> Tensor:
         """The heads' outputs before the projection c_proj: h (B, T, C) -> (B, T, C)."""
-        qkv = ops.linear(h, self.c_attn)  # (B, T, 3C)
+        qkv = ops.linear(h, self.c_attn, context.kernels.attention)  # (B, T, 3C)
         if context.cache is not None:
             return context.cache.attention(context.layer, qkv, self.n_head, self.scale, context.kernels)
         dropout_p = self.dropout if self.training else 0.0

@@ -31,6 +31,7 @@ from fastgpt2.gpt2.switches import launched_by_graph as launched_by_graph
 from fastgpt2.gpt2.switches import requested_kernels as requested_kernels
 
 if TRITON_INSTALLED:
+    from fastgpt2.kernels._linear import autocast_linear, gains
     from fastgpt2.kernels.adamw import Member as TritonAdamWMember  # noqa: F401
     from fastgpt2.kernels.adamw import Settings as TritonAdamWSettings  # noqa: F401
     from fastgpt2.kernels.adamw import Update as TritonAdamWUpdate  # noqa: F401
@@ -70,11 +71,22 @@ class Stream(NamedTuple):
     dropout_p: float = 0.0
 
 
-def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """The linear layer of x (..., K): (..., N)."""
+def linear(x: Tensor, layer: nn.Module, switch: str = "torch") -> Tensor:
+    """The linear layer of x (..., K): (..., N).
+
+    switch: the value of the switch of the region that the layer is in. Unless it is "torch", the product of an x in
+    autocast's 16 bits writes gradients of float32 parameters in float32, where PyTorch's writes 16 bits and converts.
+    """
     if not is_stock(layer, nn.Linear):
         return layer(x)
-    return weight_product(x, as_read(layer.weight), as_read(layer.bias))
+    return _linear(x, layer.weight, layer.bias, switch)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, switch: str) -> Tensor:
+    if switch != "torch" and x.dtype != weight.dtype and gains(x, weight):
+        bias_copy = None if bias is None else copy_as_read(bias)
+        return autocast_linear(x, weight, bias, copy_as_read(weight), bias_copy)
+    return weight_product(x, as_read(weight), None if bias is None else as_read(bias))
 
 
 def embedding(
@@ -206,7 +218,7 @@ def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Ten
     LayerNorm's; the linear layer's own backward would read the gradient a second time.
     """
     if kernels.layer_norm == "triton" and is_stock(c_proj, nn.Linear):
-        return weight_product(y, as_read(c_proj.weight)), c_proj.bias
+        return _linear(y, c_proj.weight, None, kernels.layer_norm), c_proj.bias
     return linear(y, c_proj), None
 
 
@@ -221,12 +233,12 @@ def mlp(
             act = linear_gelu(h, as_read(c_fc.weight), as_read(c_fc.bias))
         elif is_stock(c_proj, nn.Linear):
             function = triton_fused_mlp if kernels.mlp == "fused" else triton_mlp
-            fc_weight, proj_weight = as_read(c_fc.weight), as_read(c_proj.weight)
-            if kernels.layer_norm == "triton":
-                return function(h, fc_weight, c_fc.bias, proj_weight), c_proj.bias
-            return function(h, fc_weight, c_fc.bias, proj_weight, as_read(c_proj.bias)), None
+            copies = dict(fc_copy=copy_as_read(c_fc.weight), proj_copy=copy_as_read(c_proj.weight))
+            bias_here, bias_left = (None, c_proj.bias) if kernels.layer_norm == "triton" else (c_proj.bias, None)
+            bias_here = None if bias_here is None else as_read(bias_here)
+            return function(h, c_fc.weight, c_fc.bias, c_proj.weight, bias_here, **copies), bias_left
         else:
-            pre = weight_product(h, as_read(c_fc.weight))
+            pre = _linear(h, c_fc.weight, None, kernels.mlp)
             act = triton_gelu(pre) if c_fc.bias is None else triton_bias_gelu(pre, c_fc.bias)
     else:
         pre = c_fc(h)

@@ -13,9 +13,10 @@ place through `.data` (`p.data.mul_(2)`) or another tensor over the same memory:
 `torch.no_grad()`. Weights that are put in through `.data` for an evaluation and taken out again are right, because
 evaluation does not read shadows.
 
-Gradients are those of a cast: the product's, in 16 bits, converted to fp32. Passes without gradients (evaluation,
-generation), compiled code, functorch's transforms, views of parameters and captures of CUDA graphs by other code than
-`graphed` read the parameter itself.
+Gradients through `as_read` are those of a cast: the product's, in 16 bits, converted to fp32. Products that take the
+parameter and its `copy_as_read` write fp32 themselves (`ops.linear`, `ops.mlp`, `ops.head_loss`). Passes without
+gradients (evaluation, generation), compiled code, functorch's transforms, views of parameters and captures of CUDA
+graphs by other code than `graphed` read the parameter itself.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def as_read(weight: Tensor | None) -> Any:
 
 def copy_as_read(weight: Tensor) -> Tensor | None:
     """The values of `weight` in autocast's dtype, without a gradient; None if products are to read `weight` itself."""
-    if torch.compiler.is_compiling() or not _SHADOWS or not torch.is_grad_enabled() or not weight.requires_grad:
+    if not _SHADOWS or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not weight.requires_grad:
         return None
     kind = "cuda" if weight.is_cuda else weight.device.type
     if not torch.is_autocast_enabled(kind) or torch._C._are_functorch_transforms_active():

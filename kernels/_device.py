@@ -83,6 +83,7 @@ def has_tensor_descriptors(device: torch.device) -> bool:
     return isinstance(number, int) and number >= 90
 
 
+@functools.cache
 def mixed_matmul(device: torch.device) -> str:
     """PyTorch's product of 16-bit matrices with an fp32 result on this device: "addmm" (can also add to a matrix), "mm"
     (cannot add), or "" if there is none."""

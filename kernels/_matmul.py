@@ -1,4 +1,4 @@
-"""Products of 16-bit matrices with an fp32 result: out = a @ b, or out += a @ b.
+"""Products of 16-bit matrices with an fp32 result: a @ b, out = a @ b, or out += a @ b.
 
 Tensor cores accumulate in fp32. From version 2.8 on, PyTorch can return these fp32 sums on GPUs (out_dtype), and from
 2.11 on it can add them to an fp32 matrix. Where it has no such product, for example on a CPU, the operator
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _device
+from ._trace import is_traced
 
 PIECE = 4096  # rows of `out` that are computed at a time where a temporary result is needed
 
@@ -32,6 +33,26 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
             piece = torch.empty_like(out[m : m + PIECE])
             _widening_matmul(a[m : m + PIECE], b, piece)
             out[m : m + PIECE] += piece
+
+
+def matmul_keeps_float32(device: torch.device) -> bool:
+    """Whether `matmul` has the fp32 sums of 16-bit matrices here; also on a CPU whose traffic is that of a GPU."""
+    return _device.INTERPRETED or _device.mixed_matmul(device) != ""
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (M, K) @ b (K, N) -> (M, N) in `dtype`, in fp32 without a rounding to 16 bits where PyTorch has that product.
+
+    Code that torch.compile traces has a product and a conversion: older versions of Inductor cannot compile the other.
+    """
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    widens = dtype == torch.float32 and a.element_size() == 2
+    if not widens or is_traced() or a.numel() == 0 or not matmul_keeps_float32(a.device):
+        return torch.mm(a, b).to(dtype)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    _widening_matmul(a, b, out)
+    return out
 
 
 def _widening_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:

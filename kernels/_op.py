@@ -153,7 +153,7 @@ def op(
             torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
     if backward is None or setup_context is None:
-        transformed = transformed_function(name, registered, *refusing(_no_second_derivative(name, toggle)))
+        transformed = transformed_function(name, registered, *refusing(no_second_derivative(name, toggle)))
 
         def call(*args):
             tensors = _plain(args, tensor_places)
@@ -289,7 +289,7 @@ def gradients_wanted(*tensors: Tensor | None) -> bool:
     return _require_grad([t for t in tensors if t is not None])
 
 
-def _no_second_derivative(name: str, toggle: str) -> str:
+def no_second_derivative(name: str, toggle: str) -> str:
     return f"{name} has no second derivative, which create_graph=True asks for: use {toggle}='torch' for it"
 
 
@@ -301,7 +301,7 @@ def _once(name: str, toggle: str, gradient: Callable[..., Any]) -> Callable[...,
 
     def once(ctx, *grads):
         if torch.is_grad_enabled():  # here by create_graph=True alone
-            raise RuntimeError(_no_second_derivative(name, toggle))
+            raise RuntimeError(no_second_derivative(name, toggle))
         return gradient(ctx, *grads)
 
     return once

@@ -120,7 +120,7 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.fastgpt2.mlp_fwd.default, (*own, keep_pre, True))
     bwd = (torch.randn(6, 4, device=device), inputs[0].detach(), torch.randn(2, 3, 16, device=device))
     bwd += tuple(t.detach() for t in inputs[1:4])
-    torch.library.opcheck(torch.ops.fastgpt2.mlp_bwd.default, (*bwd, [True] * 5, True))
+    torch.library.opcheck(torch.ops.fastgpt2.mlp_bwd.default, (*bwd, [True] * 5, True, *(torch.float32,) * 2))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgpt2.bench.audit.traffic import Launches, count_launches
 
-MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
+MATMULS = {"mm", "bmm", "addmm", "baddbmm", "fastgpt2::upcast_matmul"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 OVERWRITES = {"copy_", "fill_", "zero_", "random_", "normal_", "uniform_"}  # do not read the tensor that they write
 GATHERS = {"embedding", "index_select", "gather"}  # read as many bytes of their table as they write
@@ -92,8 +92,10 @@ def _is_view(func) -> bool:
 
 def _operands(name: str, args: tuple, kwargs: dict, result) -> tuple[list[Tensor], list[Tensor]]:
     """-> (the distinct tensors that an operator reads, the tensors that it writes)."""
+    out = kwargs.get("out")
     written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]  # of an operator in place, the argument itself
-    overwritten = [kwargs.get("out"), args[0] if name in OVERWRITES else None]
+    written += [out] if isinstance(out, Tensor) and not written else []  # of our own operators, which return nothing
+    overwritten = [out, args[0] if name in OVERWRITES else None]
     read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not any(t is o for o in overwritten)]
     return list({(t.data_ptr(), t.shape, t.stride()): t for t in read}.values()), written
 

@@ -158,11 +158,11 @@ def no_device() -> Iterator[None]:
         check_device=_check_device,
         capability=lambda device: divmod(ARCHITECTURE, 10),
         sm_count=lambda device: MULTIPROCESSORS,
+        mixed_matmul=lambda device: "mm",
     )
     before = dict(vars(driver))  # not driver.active: reading it fails without a GPU
     driver.set_active(_driver())
-    # A CPU has no product of 16-bit matrices into fp32. A call of another product of PyTorch's takes its place, with a
-    # patch: `_device.mixed_matmul` can only choose between products that GPUs have and one that converts its operands.
+    # A CPU has no product of 16-bit matrices into fp32. A call of another product of PyTorch's takes its place.
     product = mock.patch.object(_matmul, "_widening_matmul", lambda a, b, out: torch.mm(a, b))
     try:
         with mock.patch.multiple(_device, **answers), product:

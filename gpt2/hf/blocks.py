@@ -83,7 +83,7 @@ class Block(StandIn):
     def attend(self, h: Tensor, context: Context) -> Tensor:
         """The heads' outputs before the projection: h (B, T, C) -> (B, T, C)."""
         attn, kernels = self.attn, context.kernels
-        qkv = ops.linear(h, weights(attn.c_attn, self.theirs))  # (B, T, 3C)
+        qkv = ops.linear(h, weights(attn.c_attn, self.theirs), kernels.attention)  # (B, T, 3C)
         H, D = attn.num_heads, attn.head_dim
         dropout_p = attn.attn_dropout.p if attn.training else 0.0
         if context.cache is not None:
