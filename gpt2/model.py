@@ -55,11 +55,13 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, h: Tensor, context: Context) -> Tensor:
         """The heads' outputs before the projection c_proj: h (B, T, C) -> (B, T, C)."""
-        qkv = ops.linear(h, self.c_attn, context.kernels.attention)  # (B, T, 3C)
+        kernels = context.kernels
         if context.cache is not None:
-            return context.cache.attention(context.layer, qkv, self.n_head, self.scale, context.kernels)
+            qkv = ops.linear(h, self.c_attn, kernels.attention)
+            return context.cache.attention(context.layer, qkv, self.n_head, self.scale, kernels)
+        qkv, bias = ops.packed_qkv(h, self.c_attn, kernels)  # (B, T, 3C)
         dropout_p = self.dropout if self.training else 0.0
-        return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, context.kernels, context.mask)
+        return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, kernels, context.mask, bias)
 
 
 @stock

@@ -89,6 +89,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, switch: str) -> Tens
     return weight_product(x, as_read(weight), None if bias is None else as_read(bias))
 
 
+def packed_qkv(h: Tensor, c_attn: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
+    """The linear layer of h (B, T, C): packed qkv (B, T, 3*C), and its bias if `causal_attention` is to compute the
+    bias's gradient, which it can without reading the gradient of qkv again."""
+    if kernels.attention == "triton" and is_stock(c_attn, nn.Linear):
+        bias = c_attn.bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            copy = copy_as_read(bias)
+            return _linear(h, c_attn.weight, bias.detach() if copy is None else copy, kernels.attention), bias
+    return linear(h, c_attn, kernels.attention), None
+
+
 def embedding(
     idx: Tensor,
     wte: nn.Module,
@@ -150,14 +161,21 @@ def document_mask(starts: Tensor, B: int, T: int, kernels: Kernels) -> Tensor:
 
 
 def causal_attention(
-    qkv: Tensor, n_head: int, scale: float, dropout_p: float, kernels: Kernels, mask: Tensor | None = None
+    qkv: Tensor,
+    n_head: int,
+    scale: float,
+    dropout_p: float,
+    kernels: Kernels,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Causal self-attention: packed qkv (B, T, 3*C) -> (B, T, C).
 
     mask: what `document_mask` returned for the same `kernels`; attention then stays inside each document.
+    bias: what `packed_qkv` returned with qkv.
     """
     if kernels.attention == "triton":
-        return triton_causal_attention(qkv, n_head, scale=scale, dropout_p=dropout_p, cu_seqlens=mask)
+        return triton_causal_attention(qkv, n_head, scale=scale, dropout_p=dropout_p, cu_seqlens=mask, bias=bias)
     if kernels.attention == "cudnn":
         return cudnn_causal_attention(qkv, n_head, scale, dropout_p, mask)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3

@@ -52,7 +52,7 @@ from ._attention_tma import tma_launch
 from ._descriptors import DescribedLaunch, describable
 from ._frozen import Launch, planned
 from ._online_softmax import LOWEST, _finish, _softmax
-from ._op import check_dtypes, check_once, op
+from ._op import check_dtypes, check_once, check_shape, op
 from .attention_backward import causal_attention_bwd_op
 
 OP = "causal_attention"
@@ -238,8 +238,9 @@ def causal_attention_fwd(
     cu_seqlens: Tensor | None,
     window: int | None,
     tf32: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """qkv (B, T, 3*C) -> out (B, T, C), lse (B, H, T)."""
+    """qkv (B, T, 3*C) -> out (B, T, C), lse (B, H, T). bias is not read: it has a gradient."""
     out, lse = _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32)
     B, T, C = out.shape
     if out.numel() == 0:
@@ -257,7 +258,7 @@ def causal_attention_fwd(
     return out, lse
 
 
-def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
+def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32, bias=None):
     B, T, C3 = qkv.shape
     statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     out = torch.empty(B, T, C3 // 3, dtype=qkv.dtype, device=qkv.device)
@@ -268,17 +269,21 @@ def _fwd_fake(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32 = inputs
+    qkv, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qkv, *output, seed, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, *_):
     if dout is None:
-        return (None,) * 8
+        return (None,) * 9
     qkv, out, lse, seed, cu_seqlens = ctx.saved_tensors
-    dqkv = causal_attention_bwd_op(dout, qkv, out, lse, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32)
-    return dqkv, *(None,) * 7
+    dbias_dtype = ctx.bias_dtype if ctx.needs_input_grad[-1] else None  # without a bias it may have been left out
+    dqkv, dbias = causal_attention_bwd_op(
+        dout, qkv, out, lse, *ctx.scalars, seed, cu_seqlens, ctx.window, ctx.tf32, dbias_dtype
+    )
+    return dqkv, *(None,) * 7, None if dbias_dtype is None else dbias
 
 
 def _flops(qkv, *_):
@@ -288,7 +293,7 @@ def _flops(qkv, *_):
 
 
 _causal_attention = op(
-    causal_attention_fwd, _fwd_fake, toggle=TOGGLE, strided=("qkv",), differentiable=1,
+    causal_attention_fwd, _fwd_fake, toggle=TOGGLE, strided=("qkv", "bias"), differentiable=1,
     setup_context=_setup_context, backward=_backward, flops=_flops,
 )  # fmt: skip
 
@@ -306,6 +311,7 @@ def causal_attention(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
     tf32: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Causal self-attention: qkv (B, T, 3*C) = [q | k | v] -> (B, T, C) in qkv's dtype, C = n_head * head size.
 
@@ -317,22 +323,25 @@ def causal_attention(
         of the last one. Tokens attend within their document and row; tokens outside all documents get 0.
     window: a token attends to itself and the window - 1 tokens before it.
     tf32: computes float32 products on tensor cores with 10 bits of mantissa.
+    bias: (3*C,), the bias of the linear layer that computed qkv, which has added it. It gets its gradient here, the sum
+        of qkv's, without a pass over that: give the layer the bias without its gradient (`bias.detach()`).
     Raises TypeError for an unsupported dtype, ValueError for an argument that is not allowed.
     """
-    _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window)
+    _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, bias)
     if dropout_p == 0.0:
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=qkv.device)
     if scale is None:
         scale = (qkv.shape[2] // (3 * n_head)) ** -0.5
-    return _causal_attention(qkv, n_head, float(scale), float(dropout_p), seed, cu_seqlens, window, tf32)[0]
+    return _causal_attention(qkv, n_head, float(scale), float(dropout_p), seed, cu_seqlens, window, tf32, bias)[0]
 
 
 @check_once
-def _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window):
-    check_dtypes(OP, TOGGLE, qkv=qkv)
+def _check(qkv, n_head, scale, dropout_p, seed, cu_seqlens, window, bias):
+    check_dtypes(OP, TOGGLE, qkv=qkv, bias=bias)
     check_heads(OP, TOGGLE, qkv, n_head, scale)
+    check_shape(OP, TOGGLE, "bias", bias, qkv.shape[2:])
     if not 0 <= dropout_p < 1:
         refuse(OP, TOGGLE, "dropout_p", dropout_p, "0 <= dropout_p < 1")
     if window is not None and window < 1:

@@ -4,12 +4,13 @@
     dv = (p * keep)^T dout      ds = p * (keep * dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
 
 dout, out (B, T, C), qkv (B, T, 3*C), lse (B, H, T) -> dqkv (B, T, 3*C), packed. dout and qkv may have any strides of B
-and T.
+and T. dbias (3*C,), where wanted, is the sum of dqkv over rows, before the rounding of dqkv.
 
 HBM traffic: out and dout are read once for delta; then qkv and dout are read once and dqkv is written once. Two
 launches: delta, and a grid in which each program computes either dk and dv of a tile of keys or dq of a tile of
 queries. Nothing is summed across programs, so there are no atomics and the result is bitwise reproducible. The price is
-that s and dp are computed twice.
+that s and dp are computed twice. For dbias each program also writes the sum of its tile's rows, and a third launch adds
+these up (_column_sum.py): it moves 4 bytes a column for each tile of 64 rows or so, where a sum of dqkv would read it.
 Numerics: as in forward. Masked elements of p are set to 0 *after* exp2, so that no inf or NaN of a masked score
 survives.
 
@@ -43,6 +44,7 @@ from ._attention_tiles import (
     rows_contiguous,
     tuning_key,
 )
+from ._column_sum import column_sum
 from ._frozen import Launch, planned
 from ._op import empty_like, op
 
@@ -91,6 +93,17 @@ def _load_vector(ptrs, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _store_sums(dbias_ptr, tile, first, T, C, D: tl.constexpr):
+    """Stores the sum of the rows of a tile (rows, BLOCK_D), which begins at token `first`, at dbias_ptr (tiles of the
+    batch, 3*C). Rows past T are 0. The place is computed here, so that it takes no registers before."""
+    n_tiles = tl.cdiv(T, tile.shape[0])
+    row, head = tl.program_id(0) // (2 * n_tiles), tl.program_id(1)  # there are as many tiles of keys as of queries
+    dbias_ptr += (row * n_tiles + first // tile.shape[0]).to(tl.int64) * (3 * C) + head * D
+    offs_d = tl.arange(0, tile.shape[1])
+    tl.store(dbias_ptr + offs_d, tl.sum(tile, axis=0), mask=offs_d < D)
+
+
+@triton.jit
 def _dkv_tile(
     tensors,
     first_key,
@@ -112,7 +125,7 @@ def _dkv_tile(
     tensors: pointers to one head of one row of the batch, and strides, as unpacked below. documents: as in
     `_first_keys`. dropout: as in `_keep`, or None.
     """
-    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot = tensors
+    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, dbias_ptr, stride_qt, stride_ot = tensors
     BOUNDED: tl.constexpr = documents is not None or window is not None
     ACC: tl.constexpr = scale.dtype
     offs_n = first_key + tl.arange(0, BLOCK_N)
@@ -172,6 +185,9 @@ def _dkv_tile(
     dk_ptrs = _rows(dqkv_ptr + C, first_key, 3 * C, BLOCK_N, BLOCK_D)
     _store_rows(dk_ptrs, dk, mask_n, D)
     _store_rows(dk_ptrs + C, dv, mask_n, D)
+    if dbias_ptr is not None:
+        _store_sums(dbias_ptr + C, dk, first_key, T, C, D)
+        _store_sums(dbias_ptr + 2 * C, dv, first_key, T, C, D)
 
 
 @triton.jit
@@ -192,7 +208,7 @@ def _dq_tile(
     BLOCK_N: tl.constexpr,
 ):
     """Computes dq of one tile of queries. Products are (queries, keys). Arguments as for `_dkv_tile`."""
-    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot = tensors
+    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, dbias_ptr, stride_qt, stride_ot = tensors
     BOUNDED: tl.constexpr = documents is not None or window is not None
     ACC: tl.constexpr = scale.dtype
     offs_m = first_query + tl.arange(0, BLOCK_M)
@@ -237,6 +253,8 @@ def _dq_tile(
     if documents is not None:
         dq = tl.where(sees[:, None], dq, 0.0)
     _store_rows(_rows(dqkv_ptr, first_query, 3 * C, BLOCK_M, BLOCK_D), dq, mask_m, D)
+    if dbias_ptr is not None:
+        _store_sums(dbias_ptr, dq, first_query, T, C, D)
 
 
 @triton.jit(do_not_specialize=["T", "n_documents", "window", "dropout_threshold"])
@@ -248,6 +266,7 @@ def _attention_bwd_kernel(
     cu_ptr,
     seed_ptr,
     dqkv_ptr,
+    dbias_ptr,
     stride_qb,
     stride_qt,
     stride_ob,
@@ -267,6 +286,7 @@ def _attention_bwd_kernel(
     DQ_BLOCK_M: tl.constexpr,
     DQ_BLOCK_N: tl.constexpr,
 ):
+    """dbias_ptr: where to write the sum of each tile's rows, (tile of the batch, 3*C), or None."""
     ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_dkv = tl.cdiv(T, DKV_BLOCK_N)
     n_dq = tl.cdiv(T, DQ_BLOCK_M)
@@ -281,7 +301,7 @@ def _attention_bwd_kernel(
     delta_ptr += (row * H + head) * T
     scale = tl.full((), scale, ACC)
     dropout_scale = tl.full((), dropout_scale, ACC)
-    tensors = (qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, stride_qt, stride_ot)
+    tensors = (qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, dbias_ptr, stride_qt, stride_ot)
     documents = None
     if cu_ptr is not None:
         documents = (cu_ptr, n_documents, row)
@@ -310,20 +330,22 @@ def _plans(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
     strides: tuple[int, int], dout_strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float,
     scale: float,
-) -> tuple[Launch, Launch]:  # fmt: skip
-    """The launches of delta and of the gradients."""
+) -> tuple[Launch, Launch, int | None]:  # fmt: skip
+    """The launches of delta and of the gradients, and how many tiles have the rows of queries and those of keys; None
+    where that is not the same number."""
     sizes = dict(D=D, BLOCK_D=block_d(D))
     config = _tuning.config(tuning_key("attention_delta", dtype, D), device)
     grid = (_tuning.cdiv(T, config["BLOCK_M"]) * B, n_head)
     delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
     bounded = n_documents > 0 or window is not None
     config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
-    tiles = _tuning.cdiv(T, config["DKV_BLOCK_N"]) + _tuning.cdiv(T, config["DQ_BLOCK_M"])
-    return delta, Launch(
-        _attention_bwd_kernel, (tiles * B, n_head),
+    n_dkv, n_dq = _tuning.cdiv(T, config["DKV_BLOCK_N"]), _tuning.cdiv(T, config["DQ_BLOCK_M"])
+    gradients = Launch(
+        _attention_bwd_kernel, ((n_dkv + n_dq) * B, n_head),
         *strides, *dout_strides, T, n_head, n_documents, window, *dropout_scalars(dropout_p), scale,
         **sizes, PRECISION="tf32" if tf32 else "ieee", **config,
     )  # fmt: skip
+    return delta, gradients, n_dq * B if n_dq == n_dkv else None
 
 
 def causal_attention_bwd(
@@ -338,26 +360,33 @@ def causal_attention_bwd(
     cu_seqlens: Tensor | None,
     window: int | None,
     tf32: bool,
-) -> Tensor:
-    """dout (B, T, C), qkv (B, T, 3*C), out (B, T, C), lse (B, H, T) -> dqkv (B, T, 3*C)."""
+    dbias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dout (B, T, C), qkv (B, T, 3*C), out (B, T, C), lse (B, H, T) -> dqkv (B, T, 3*C), and dbias (3*C,), or None if
+    dbias_dtype is None."""
     dqkv = empty_like(qkv, qkv.dtype)
     B, T, C = out.shape
     if out.numel() == 0:
-        return dqkv
+        return dqkv, None if dbias_dtype is None else dqkv.new_zeros(3 * C, dtype=dbias_dtype)
     qkv, dout = rows_contiguous(qkv), rows_contiguous(dout)
     n_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-    launch_delta, launch_bwd = _plans(
+    launch_delta, launch_bwd, tiles = _plans(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
         qkv.stride()[:2], dout.stride()[:2], n_documents, window, dropout_p, scale,
     )  # fmt: skip
     delta = torch.empty_like(lse)
     launch_delta(out, dout, delta)
-    launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv)
-    return dqkv
+    partials = None
+    if dbias_dtype is not None and tiles is not None:
+        partials = torch.empty(1, tiles, 3 * C, dtype=lse.dtype, device=lse.device)
+    launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv, partials)
+    if dbias_dtype is None:
+        return dqkv, None
+    return dqkv, dqkv.sum((0, 1), dtype=dbias_dtype) if partials is None else column_sum(partials, [dbias_dtype])[0]
 
 
-def _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32):
-    return qkv.new_empty(qkv.shape)
+def _bwd_fake(dout, qkv, out, lse, n_head, scale, dropout_p, seed, cu_seqlens, window, tf32, dbias_dtype=None):
+    return qkv.new_empty(qkv.shape), None if dbias_dtype is None else qkv.new_empty(qkv.shape[2], dtype=dbias_dtype)
 
 
 def _flops(dout, *_):

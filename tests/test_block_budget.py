@@ -90,22 +90,23 @@ def test_block_in_bfloat16(sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_block_under_autocast(sizes):
     block, elements = block_traffic(sizes, autocast=True)
-    assert block.bytes / elements <= 166, f"\n{block}"
+    assert block.bytes / elements <= 160.5, f"\n{block}"
 
 
 @pytest.mark.parametrize(
     ("sizes", "residual", "mlp", "allowed", "launches"),
     [
-        pytest.param(NARROW, "bfloat16", "triton", 115, 25, id="narrow-bfloat16"),
-        pytest.param(NARROW, "bfloat16", "fused", 91, 23, id="narrow-bfloat16-fused"),
-        pytest.param(NARROW, "float32", "triton", 139, 25, id="narrow-float32", marks=pytest.mark.slow),
-        pytest.param(FULL, "bfloat16", "triton", 115, 25, id="full-bfloat16", marks=pytest.mark.slow),
-        pytest.param(FULL, "bfloat16", "fused", 91, 23, id="full-bfloat16-fused", marks=pytest.mark.slow),
-        pytest.param(FULL, "float32", "triton", 139, 25, id="full-float32", marks=pytest.mark.slow),
+        pytest.param(NARROW, "bfloat16", "triton", 109.5, 25, id="narrow-bfloat16"),
+        pytest.param(NARROW, "bfloat16", "fused", 85.5, 23, id="narrow-bfloat16-fused"),
+        pytest.param(NARROW, "float32", "triton", 133.5, 25, id="narrow-float32", marks=pytest.mark.slow),
+        pytest.param(FULL, "bfloat16", "triton", 109.5, 25, id="full-bfloat16", marks=pytest.mark.slow),
+        pytest.param(FULL, "bfloat16", "fused", 85.5, 23, id="full-bfloat16-fused", marks=pytest.mark.slow),
+        pytest.param(FULL, "float32", "triton", 133.5, 25, id="full-float32", marks=pytest.mark.slow),
     ],
 )
 def test_block_in_a_whole_step(sizes, residual, mlp, allowed, launches):
-    """No weight is cast, and no gradient converted: the products write those of weights in fp32. Exact clipping reads
+    """No weight is cast, and no gradient converted or summed in a pass of its own: the products write those of weights
+    in fp32, kernels sum those of biases. Exact clipping reads
     fp32 gradients twice, so AdamW moves 32 bytes a parameter, and 34 with the copies that it writes."""
     (B, T, C), layers, kernels = sizes
     kernels = dataclasses.replace(Kernels.parse(kernels), mlp=mlp)
@@ -117,7 +118,7 @@ def test_block_in_a_whole_step(sizes, residual, mlp, allowed, launches):
     parameters = sum(p.numel() for p in GPT(GPTConfig(T, VOCAB, 1, C // HEAD_SIZE, C)).transformer.h.parameters())
     assert update / parameters <= 34.1, f"\n{block}"
     assert (block.bytes - update) / elements <= allowed, f"\n{block}"
-    assert block.calls["_to_copy"] == block.calls["copy_"] == 0, f"\n{block}"
+    assert block.calls["_to_copy"] == block.calls["copy_"] == block.calls["sum"] == 0, f"\n{block}"
     assert block.launches <= launches and block.syncs == 0, f"\n{block}"
 
 

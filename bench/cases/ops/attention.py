@@ -56,7 +56,7 @@ def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZ
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Documents, a window, dropout, heads of other sizes, and the kernel that reads by descriptors."""
+    """Documents, a window, dropout, heads of other sizes, c_attn's bias, and the kernel that reads by descriptors."""
     B, T = 4, rows // 4
     documents: dict[str, Callable] = dict(
         cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
@@ -75,9 +75,31 @@ def variants(rows: int) -> Iterator[Case]:
         plain = dataclasses.replace(plain, ours=functools.partial(_on_heads, WIDTHS[0] // D))
         for name, more in asked_for.items():
             yield asked(plain, name, **more)
+    for dtype, D in ((BF16, HEAD_SIZE), (BF16, 2 * HEAD_SIZE), (FP32, HEAD_SIZE)):
+        yield with_bias(attention_case(B, T, WIDTHS[0], dtype, D), WIDTHS[0] // D)
     plain = attention_case(B, T, WIDTHS[0], BF16)
     by_descriptors = functools.partial(by_tma, WIDTHS[0] // HEAD_SIZE)
     yield dataclasses.replace(plain, shape=f"{plain.shape} TMA", ours=by_descriptors)
+
+
+def with_bias(plain: Case, H: int) -> Case:
+    """The same, and the gradient of the bias that qkv has."""
+
+    def biased(function: Callable) -> Callable:
+        return lambda qkv, bias: function(qkv + (bias - bias.detach()))
+
+    def make_inputs(new: Callable) -> tuple:
+        (qkv,) = plain.make_inputs(new)
+        return qkv, new(qkv.size(-1))
+
+    return dataclasses.replace(
+        plain,
+        shape=f"{plain.shape} bias",
+        make_inputs=make_inputs,
+        ours=lambda qkv, bias: causal_attention(qkv, H, bias=bias),
+        reference=biased(plain.reference),
+        eager=biased(plain.eager),
+    )
 
 
 def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
