@@ -55,13 +55,11 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, h: Tensor, context: Context) -> Tensor:
         """The heads' outputs before the projection c_proj: h (B, T, C) -> (B, T, C)."""
-        kernels = context.kernels
+        qkv, bias = ops.packed_qkv(h, self.c_attn, context.kernels, context.cache)  # (B, T, 3C)
         if context.cache is not None:
-            qkv = ops.linear(h, self.c_attn, kernels.attention)
-            return context.cache.attention(context.layer, qkv, self.n_head, self.scale, kernels)
-        qkv, bias = ops.packed_qkv(h, self.c_attn, kernels)  # (B, T, 3C)
+            return context.cache.attention(context.layer, qkv, self.n_head, self.scale, context.kernels)
         dropout_p = self.dropout if self.training else 0.0
-        return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, kernels, context.mask, bias)
+        return ops.causal_attention(qkv, self.n_head, self.scale, dropout_p, context.kernels, context.mask, bias)
 
 
 @stock

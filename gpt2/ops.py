@@ -89,12 +89,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, switch: str) -> Tens
     return weight_product(x, as_read(weight), None if bias is None else as_read(bias))
 
 
-def packed_qkv(h: Tensor, c_attn: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
-    """The linear layer of h (B, T, C): packed qkv (B, T, 3*C), and its bias if `causal_attention` is to compute the
-    bias's gradient, which it can without reading the gradient of qkv again."""
-    if kernels.attention == "triton" and is_stock(c_attn, nn.Linear):
+def packed_qkv(h: Tensor, c_attn: nn.Module, kernels: Kernels, cache: object) -> tuple[Tensor, Tensor | None]:
+    """The linear layer of h (B, T, C): packed qkv (B, T, 3*C), and its bias if `causal_attention`, which follows where
+    there is no cache, is to compute the bias's gradient: it can without reading the gradient of qkv again."""
+    if kernels.attention == "triton" and cache is None and is_stock(c_attn, nn.Linear):
         bias = c_attn.bias
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        if bias is not None and bias.requires_grad:
             copy = copy_as_read(bias)
             return _linear(h, c_attn.weight, bias.detach() if copy is None else copy, kernels.attention), bias
     return linear(h, c_attn, kernels.attention), None

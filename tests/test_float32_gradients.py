@@ -165,6 +165,21 @@ def test_gradients_are_added_up(device, product):
     torch.testing.assert_close(seen[3], 2 * seen[1], rtol=0, atol=0)
 
 
+def test_ddp(device):
+    """Buckets get the same numbers."""
+    model, pair = new_model(device, "attention,layer_norm,mlp"), a_batch(device)
+    forward(model, pair).backward()
+    alone = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        forward(wrapped, pair).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), alone, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------ who is left out
 
 

@@ -83,7 +83,7 @@ class Block(StandIn):
     def attend(self, h: Tensor, context: Context) -> Tensor:
         """The heads' outputs before the projection: h (B, T, C) -> (B, T, C)."""
         attn, kernels = self.attn, context.kernels
-        qkv = ops.linear(h, weights(attn.c_attn, self.theirs), kernels.attention)  # (B, T, 3C)
+        qkv, bias = ops.packed_qkv(h, weights(attn.c_attn, self.theirs), kernels, context.cache)  # (B, T, 3C)
         H, D = attn.num_heads, attn.head_dim
         dropout_p = attn.attn_dropout.p if attn.training else 0.0
         if context.cache is not None:
@@ -93,7 +93,7 @@ class Block(StandIn):
                 return ops.cached_attention(qkv, keys, values, context.lengths, context.starts, H, attn.scaling)
             if not context.alone:
                 return attend(q, keys, values, context.seen, attn.scaling, dropout_p, kernels)
-        return ops.causal_attention(qkv, H, attn.scaling, dropout_p, kernels, context.documents)
+        return ops.causal_attention(qkv, H, attn.scaling, dropout_p, kernels, context.documents, bias)
 
     def add_mlp(self, stream: Stream, kernels: Kernels) -> Stream:
         """Adds the MLP branch to the stream."""

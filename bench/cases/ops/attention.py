@@ -140,6 +140,12 @@ def calls() -> Iterator[Call]:
     yield attention("head-size-128", 1, 70, 1, 128)
     yield Call(
         "causal_attention",
+        "bias",
+        lambda new: (new(2, 37, 96), new(96)),
+        lambda qkv, bias: causal_attention(qkv, 2, bias=bias),
+    )
+    yield Call(
+        "causal_attention",
         "documents",
         # Some tokens are before the first and after the last one; one document crosses the end of a row.
         lambda new: (new(2, 75, 96), new.values(3, 40, 41, 80, 147, dtype=torch.int32)),
