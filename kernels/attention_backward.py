@@ -9,7 +9,8 @@ and T.
 HBM traffic: out and dout are read once for delta; then qkv and dout are read once and dqkv is written once. Two
 launches: delta, and a grid in which each program computes either dk and dv of a tile of keys or dq of a tile of
 queries. Nothing is summed across programs, so there are no atomics and the result is bitwise reproducible. The price is
-that s and dp are computed twice.
+that s and dp are computed twice. _attention_tma_backward.py has a second kernel for the gradients without bounds and
+dropout, which the tuning table switches on.
 Numerics: as in forward. Masked elements of p are set to 0 *after* exp2, so that no inf or NaN of a masked score
 survives.
 
@@ -43,6 +44,8 @@ from ._attention_tiles import (
     rows_contiguous,
     tuning_key,
 )
+from ._attention_tma_backward import tma_bwd_launch
+from ._descriptors import DescribedLaunch, describable
 from ._frozen import Launch, planned
 from ._op import empty_like, op
 
@@ -309,7 +312,7 @@ def _attention_bwd_kernel(
 def _plans(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
     strides: tuple[int, int], dout_strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float,
-    scale: float,
+    scale: float, described: bool,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """The launches of delta and of the gradients."""
     sizes = dict(D=D, BLOCK_D=block_d(D))
@@ -317,6 +320,9 @@ def _plans(
     grid = (_tuning.cdiv(T, config["BLOCK_M"]) * B, n_head)
     delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
     bounded = n_documents > 0 or window is not None
+    if described and not (bounded or dropout):
+        if (launch := tma_bwd_launch(B, T, n_head, D, dtype, device, scale)) is not None:
+            return delta, launch
     config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
     tiles = _tuning.cdiv(T, config["DKV_BLOCK_N"]) + _tuning.cdiv(T, config["DQ_BLOCK_M"])
     return delta, Launch(
@@ -349,10 +355,14 @@ def causal_attention_bwd(
     launch_delta, launch_bwd = _plans(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
         qkv.stride()[:2], dout.stride()[:2], n_documents, window, dropout_p, scale,
+        qkv.dtype.itemsize == 2 and describable(qkv) and describable(dout),
     )  # fmt: skip
     delta = torch.empty_like(lse)
     launch_delta(out, dout, delta)
-    launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv)
+    if isinstance(launch_bwd, DescribedLaunch):
+        launch_bwd(qkv, dout, qkv, dout, lse, delta, dqkv)
+    else:
+        launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv)
     return dqkv
 
 
