@@ -15,8 +15,9 @@ down to the first key:
 
     s = q k^T;   dp = dout v^T;   dq += ds k of the step before;   p = exp2(s);   ds = p * (dp - delta)
 
-Tiles on the diagonal, the only ones with a mask, are unrolled: after two loops that add to the same sums, the machine
-code for sm_90 waits for every product of the kernel right after it.
+The assembler for sm_90 keeps products asynchronous only if sums that begin as zeros go through a single loop that is
+never skipped; otherwise it waits for every product of the kernel right after it (its message C7515). Therefore tiles on
+the diagonal, the only ones with a mask, are unrolled, and the last keys get a step with queries past T.
 
 HBM traffic: as attention_backward.py; tiles of q (for dk and dv) and of k (for dq) are read from L2 twice. Numerics: as
 there, in another order of the tiles. Nothing is summed across programs. One launch after delta's.
@@ -145,7 +146,7 @@ def _attention_tma_bwd_kernel(
         dv = tl.zeros((BLOCK, D), tl.float32)
         ds = tl.zeros((BLOCK, STEP), tl.float32)  # of the step before the first one, whose queries are past T
         inside = start + BLOCK
-        n_steps = tl.cdiv(tl.maximum(T - inside, 0), STEP)
+        n_steps = tl.maximum(tl.cdiv(T - inside, STEP), 1)  # at least one: see above
         for i in tl.range(0, n_steps, num_stages=STAGES):
             query = inside + (n_steps - 1 - i) * STEP
             dk, dv, ds = _dkv_step(

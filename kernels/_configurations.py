@@ -68,7 +68,7 @@ class AttentionBwd(NamedTuple):
 
 class AttentionTmaBwd(NamedTuple):
     """ON: whether this kernel computes what it can, or AttentionBwd's does. A program computes dk and dv of BLOCK keys
-    or dq of BLOCK queries, reading STEP rows at a time. STEP must divide BLOCK. STAGES: pipeline stages of the loops."""
+    or dq of BLOCK queries, reading STEP rows at a time. STEP must divide BLOCK. STAGES: stages of the pipelines."""
 
     ON: bool
     BLOCK: int

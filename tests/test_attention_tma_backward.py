@@ -13,6 +13,7 @@ from fastgpt2.kernels._attention_tiles import tuning_key
 from fastgpt2.kernels.attention import causal_attention, causal_attention_fwd
 from fastgpt2.kernels.attention_backward import causal_attention_bwd
 
+OPTIONS = (0.125, 0.0, None, None, None, False)  # scale, and all others off
 DELTA, PLAIN, TMA = "_attention_delta_kernel", "_attention_bwd_kernel", "_attention_tma_bwd_kernel"
 pytestmark = [
     pytest.mark.skipif(
@@ -28,8 +29,7 @@ def on(BLOCK: int = 32, STEP: int = 16):
 
 
 def backward(dout: torch.Tensor, qkv: torch.Tensor, H: int) -> torch.Tensor:
-    out, lse = causal_attention_fwd(qkv, H, 0.125, 0.0, None, None, None, False)
-    return causal_attention_bwd(dout, qkv, out, lse, H, 0.125, 0.0, None, None, None, False)
+    return causal_attention_bwd(dout, qkv, *causal_attention_fwd(qkv, H, *OPTIONS), H, *OPTIONS)
 
 
 def launched_by(run) -> list[str]:
@@ -170,12 +170,13 @@ def test_it_touches_strided_rows_and_nothing_around_them(device):
     """NaN around and between the rows: what lies past T is 0 by the descriptors, not what memory holds there."""
     qkv = torch.randn(2, 37, 392).to(device, torch.float16)[..., :384]
     dout = torch.randn(2, 37, 136).to(device, torch.float16)[..., :128]
+    out, lse = causal_attention_fwd(qkv, 2, *OPTIONS)
     with on():
-        plain = backward(dout, qkv, 2)
+        plain = causal_attention_bwd(dout, qkv, out, lse, 2, *OPTIONS)
         with red_zones() as zone:
-            x, y = zone(qkv), zone(dout)
-            assert launched_by(lambda: torch.equal(backward(y, x, 2), plain)) == [DELTA, TMA]
-            assert torch.equal(backward(y, x, 2), plain)
+            inside = [zone(x) for x in (dout, qkv, out, lse)]
+            assert launched_by(lambda: causal_attention_bwd(*inside, 2, *OPTIONS)) == [DELTA, TMA]
+            assert torch.equal(causal_attention_bwd(*inside, 2, *OPTIONS), plain)
 
 
 @interpreted

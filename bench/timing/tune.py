@@ -50,6 +50,11 @@ DESIGNS: dict[str, tuple[Config, ...]] = {
         dict(ON=True, BLOCK_N=128),
         dict(ON=True, BLOCK_N=64, num_stages=3),
     ),
+    # Tiles with which the assembler for sm_90 does not wait for every product right after it.
+    "attention_bwd": (
+        dict(DKV_BLOCK_M=64, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=64, num_warps=8, num_stages=2),
+        dict(DKV_BLOCK_M=32, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=32, num_warps=8, num_stages=2),
+    ),
     "attention_tma_bwd": (
         dict(ON=True, BLOCK=128, STEP=64, num_warps=8, STAGES=2),
         dict(ON=True, BLOCK=128, STEP=64, num_warps=8, STAGES=3),
