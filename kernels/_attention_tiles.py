@@ -193,6 +193,17 @@ def _store_rows(ptrs, value, mask_row, D: tl.constexpr):
     tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _store_sums(dbias_ptr, tile, first, T, C, D: tl.constexpr):
+    """Stores the sum of the rows of a tile (rows, BLOCK_D), which begins at token `first`, at dbias_ptr (tiles of the
+    batch, 3*C). Rows past T are 0. The place is computed here, so that it takes no registers before."""
+    n_tiles = tl.cdiv(T, tile.shape[0])
+    row, head = tl.program_id(0) // (2 * n_tiles), tl.program_id(1)  # there are as many tiles of keys as of queries
+    dbias_ptr += (row * n_tiles + first // tile.shape[0]).to(tl.int64) * (3 * C) + head * D
+    offs_d = tl.arange(0, tile.shape[1])
+    tl.store(dbias_ptr + offs_d, tl.sum(tile, axis=0), mask=offs_d < D)
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x (B, T, C) itself if the kernels can read it, else a contiguous copy. They need unit stride in a row and offsets
     inside a tile that fit in 32 bits."""

@@ -66,6 +66,17 @@ class AttentionBwd(NamedTuple):
     num_stages: int
 
 
+class AttentionTmaBwd(NamedTuple):
+    """ON: whether this kernel computes what it can, or AttentionBwd's does. A program computes dk and dv of BLOCK keys
+    or dq of BLOCK queries, reading STEP rows at a time. STEP must divide BLOCK. STAGES: stages of the pipelines."""
+
+    ON: bool
+    BLOCK: int
+    STEP: int
+    num_warps: int
+    STAGES: int
+
+
 class DecodeAttention(NamedTuple):
     """STAGES: pipeline stages of the loop over tiles. A cache of up to ONE_SPLIT positions is not split."""
 

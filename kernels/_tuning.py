@@ -15,6 +15,7 @@ from ._configurations import (
     AttentionBwd,
     AttentionDelta,
     AttentionFwd,
+    AttentionTmaBwd,
     AttentionTmaFwd,
     ColumnSum,
     CrossEntropy,
@@ -132,6 +133,12 @@ TABLE: Table = {
     },
     Key("attention_bwd", bits=64, head_size=128): {
         ANY: AttentionBwd(DKV_BLOCK_M=16, DKV_BLOCK_N=16, DQ_BLOCK_M=16, DQ_BLOCK_N=16, num_warps=4, num_stages=1),
+    },
+    # Off, because nothing was measured, as above.
+    Key("attention_tma_bwd", bits=16, head_size=64): {
+        ANY: AttentionTmaBwd(ON=False, BLOCK=64, STEP=64, num_warps=4, STAGES=2),
+        90: AttentionTmaBwd(ON=False, BLOCK=128, STEP=64, num_warps=8, STAGES=2),
+        120: AttentionTmaBwd(ON=False, BLOCK=64, STEP=16, num_warps=4, STAGES=2),
     },
     # A tile has 8 to 16 KiB of keys and as much of values. A cache of up to ONE_SPLIT positions is not split, because
     # merging would take longer than reading its few tiles one after another.

@@ -9,8 +9,10 @@ and T. dbias (3*C,), where wanted, is the sum of dqkv over rows, before the roun
 HBM traffic: out and dout are read once for delta; then qkv and dout are read once and dqkv is written once. Two
 launches: delta, and a grid in which each program computes either dk and dv of a tile of keys or dq of a tile of
 queries. Nothing is summed across programs, so there are no atomics and the result is bitwise reproducible. The price is
-that s and dp are computed twice. For dbias each program also writes the sum of its tile's rows, and a third launch adds
-these up (_column_sum.py): it moves 4 bytes a column for each tile of 64 rows or so, where a sum of dqkv would read it.
+that s and dp are computed twice. _attention_tma_backward.py has a second kernel for the gradients without bounds and
+dropout, which the tuning table switches on.
+For dbias each program also writes the sum of its tile's rows, and a third launch adds these up (_column_sum.py): it
+moves 4 bytes a column for each tile of 64 rows or so, where a sum of dqkv would read it.
 Numerics: as in forward. Masked elements of p are set to 0 *after* exp2, so that no inf or NaN of a masked score
 survives.
 
@@ -39,12 +41,15 @@ from ._attention_tiles import (
     _seen,
     _span,
     _store_rows,
+    _store_sums,
     block_d,
     dropout_scalars,
     rows_contiguous,
     tuning_key,
 )
+from ._attention_tma_backward import tma_bwd_launch
 from ._column_sum import column_sum
+from ._descriptors import DescribedLaunch, describable
 from ._frozen import Launch, planned
 from ._op import empty_like, op
 
@@ -90,17 +95,6 @@ def _load_vector(ptrs, mask, MASKED: tl.constexpr):
     else:
         vector = tl.load(ptrs)
     return vector
-
-
-@triton.jit
-def _store_sums(dbias_ptr, tile, first, T, C, D: tl.constexpr):
-    """Stores the sum of the rows of a tile (rows, BLOCK_D), which begins at token `first`, at dbias_ptr (tiles of the
-    batch, 3*C). Rows past T are 0. The place is computed here, so that it takes no registers before."""
-    n_tiles = tl.cdiv(T, tile.shape[0])
-    row, head = tl.program_id(0) // (2 * n_tiles), tl.program_id(1)  # there are as many tiles of keys as of queries
-    dbias_ptr += (row * n_tiles + first // tile.shape[0]).to(tl.int64) * (3 * C) + head * D
-    offs_d = tl.arange(0, tile.shape[1])
-    tl.store(dbias_ptr + offs_d, tl.sum(tile, axis=0), mask=offs_d < D)
 
 
 @triton.jit
@@ -329,15 +323,18 @@ def _attention_bwd_kernel(
 def _plans(
     B: int, T: int, n_head: int, D: int, dtype: torch.dtype, dropout: bool, tf32: bool, device: torch.device,
     strides: tuple[int, int], dout_strides: tuple[int, int], n_documents: int, window: int | None, dropout_p: float,
-    scale: float,
+    scale: float, described: bool,
 ) -> tuple[Launch, Launch, int | None]:  # fmt: skip
     """The launches of delta and of the gradients, and how many tiles have the rows of queries and those of keys; None
-    where that is not the same number."""
+    where that is not the same number, and for the kernel with descriptors, which leaves sums out."""
     sizes = dict(D=D, BLOCK_D=block_d(D))
     config = _tuning.config(tuning_key("attention_delta", dtype, D), device)
     grid = (_tuning.cdiv(T, config["BLOCK_M"]) * B, n_head)
     delta = Launch(_attention_delta_kernel, grid, *dout_strides, T, n_head, **sizes, **config)
     bounded = n_documents > 0 or window is not None
+    if described and not (bounded or dropout):
+        if (launch := tma_bwd_launch(B, T, n_head, D, dtype, device, scale)) is not None:
+            return delta, launch, None
     config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
     n_dkv, n_dq = _tuning.cdiv(T, config["DKV_BLOCK_N"]), _tuning.cdiv(T, config["DQ_BLOCK_M"])
     gradients = Launch(
@@ -373,13 +370,17 @@ def causal_attention_bwd(
     launch_delta, launch_bwd, tiles = _plans(
         B, T, n_head, C // n_head, qkv.dtype, seed is not None, tf32, qkv.device,
         qkv.stride()[:2], dout.stride()[:2], n_documents, window, dropout_p, scale,
+        qkv.dtype.itemsize == 2 and describable(qkv) and describable(dout),
     )  # fmt: skip
     delta = torch.empty_like(lse)
     launch_delta(out, dout, delta)
     partials = None
     if dbias_dtype is not None and tiles is not None:
         partials = torch.empty(1, tiles, 3 * C, dtype=lse.dtype, device=lse.device)
-    launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv, partials)
+    if isinstance(launch_bwd, DescribedLaunch):
+        launch_bwd(qkv, dout, qkv, dout, lse, delta, dqkv)
+    else:
+        launch_bwd(qkv, dout, lse, delta, cu_seqlens, seed, dqkv, partials)
     if dbias_dtype is None:
         return dqkv, None
     return dqkv, dqkv.sum((0, 1), dtype=dbias_dtype) if partials is None else column_sum(partials, [dbias_dtype])[0]

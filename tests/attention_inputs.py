@@ -1,6 +1,11 @@
 """What the attention tests share: inputs, small tiles, the 2x rule."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -66,3 +71,12 @@ def multiprocessors(n: int):
 
     with mock.patch.object(_device, "sm_count", lambda device: n), mock.patch.object(_tuning, "config", split):
         yield
+
+
+def compiled_loops(direction: str, folder: Path) -> dict:
+    """What the kernel with descriptors of a direction does on sm_90, by a process that compiles (tma_loop.py)."""
+    file = folder / "loops.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("tma_loop.py")), direction, str(file)]
+    subprocess.run(command, env=environment, check=True)
+    return json.loads(file.read_text())

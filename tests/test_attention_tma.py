@@ -1,14 +1,8 @@
 """Attention's forward by descriptors: numbers, which calls it serves, memory, and the order of its compiled loop."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from attention_inputs import interpreted, offsets, packed, rule, tiles
+from attention_inputs import compiled_loops, interpreted, offsets, packed, rule, tiles
 from interpreter import count_launches, far_apart, red_zones
 
 from fastgpt2.bench.cases.ops.attention import by_tma
@@ -200,22 +194,17 @@ def test_rows_past_32_bits(device):
 
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory) -> dict:
-    """What the inner loop for sm_90 does, in order, by a process that compiles."""
-    file = tmp_path_factory.mktemp("tma") / "loops.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("tma_loop.py")), str(file)]
-    subprocess.run(command, env=environment, check=True)
-    return json.loads(file.read_text())
+    return compiled_loops("forward", tmp_path_factory.mktemp("tma"))
 
 
 def test_the_softmax_of_a_tile_runs_under_a_product(loops):
     """After scores are waited for, nothing is waited for until the next ones: p v of the tile before runs meanwhile."""
-    assert loops["ttgir"] == ["product", "wait", "product", "exp2", "exp2"]
+    assert loops["ttgir"] == [["product", "wait", "product", "exp2", "exp2"]]
 
 
 def test_the_machine_code_has_it_in_that_order(loops):
     """In the SASS loop too: exponentials stand between the products that they do not depend on, one wait a step."""
-    sass = loops["sass"]
+    (sass,) = loops["sass"]
     assert sass.count("wait") == 1
     after = sass[sass.index("wait") + 1 :]
     products = [place for place, what in enumerate(after) if what == "HGMMA"]

@@ -16,7 +16,7 @@ from fastgpt2.bench.cases.registry import all_cases
 from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.timing import tune
 from fastgpt2.kernels import _tuning
-from fastgpt2.kernels._configurations import AttentionBwd, AttentionFwd, Elementwise, Key, LayerNormBwd
+from fastgpt2.kernels._configurations import AttentionBwd, AttentionFwd, AttentionTmaBwd, Elementwise, Key, LayerNormBwd
 
 SOURCE = Path(_tuning.__file__).read_text("utf-8")
 
@@ -153,15 +153,25 @@ def test_a_kernel_that_is_off_is_offered_in_several_designs():
     assert tune.descend(off, lambda c: 1.0 + c["ON"], designs) == (off, 1.0, 1.0)
 
 
-def test_attention_asks_for_the_row_that_switches_its_kernel_with_descriptors():
-    """So that `bench tune --op causal_attention` decides it."""
+@pytest.mark.parametrize("direction, block", [("fwd", dict(BLOCK_M=16, BLOCK_N=16)), ("bwd", dict(BLOCK=16, STEP=16))])
+def test_attention_asks_for_the_rows_that_switch_its_kernels_with_descriptors(direction, block):
+    """So that `bench tune --op causal_attention` decides them."""
     case = attention_case(1, 16, 64, torch.float16)
-    key = Key("attention_tma_fwd", bits=16, head_size=64)
+    key = Key(f"attention_tma_{direction}", bits=16, head_size=64)
     for on in (0, 1):
-        config = {**_tuning.config(key, torch.device("cpu")), "ON": on, "BLOCK_M": 16, "BLOCK_N": 16}
+        config = {**_tuning.config(key, torch.device("cpu")), **block, "ON": on}
+        inputs = case.inputs()
         with tune.overridden({key: config}) as asked, count_launches() as log:
-            case.forward(case.inputs())
-        assert key in asked and log[0].name == ("_attention_tma_fwd_kernel" if on else "_attention_fwd_kernel")
+            case.backward(inputs, case.forward(inputs))
+        names = [launch.name for launch in log]
+        assert key in asked and (f"_attention_tma_{direction}_kernel" in names) is bool(on)
+        assert (f"_attention_{direction}_kernel" in names) is not bool(on)
+
+
+def test_the_designs_of_attentions_gradient_are_ones_it_can_be():
+    for design in tune.DESIGNS["attention_tma_bwd"]:
+        assert design["ON"] and design["BLOCK"] % design["STEP"] == 0
+        assert set(design) == set(AttentionTmaBwd._fields)
 
 
 def test_the_command_saves_its_figures_and_leaves_the_table_in_a_dry_run(tmp_path, monkeypatch, capsys):

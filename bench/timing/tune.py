@@ -42,13 +42,24 @@ from fastgpt2.kernels._configurations import Key
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
 FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
-# What differs from a row's present configuration, by op. Attention: the kernel that reads by descriptors. Layer norm:
+# What differs from a row's present configuration, by op. Attention: the kernels that read by descriptors. Layer norm:
 # rows in a pipeline. Cross-entropy: a row in registers, which is read once.
 DESIGNS: dict[str, tuple[Config, ...]] = {
     "attention_tma_fwd": (
         dict(ON=True, BLOCK_N=64),
         dict(ON=True, BLOCK_N=128),
         dict(ON=True, BLOCK_N=64, num_stages=3),
+    ),
+    # Tiles with which the assembler for sm_90 does not wait for every product right after it.
+    "attention_bwd": (
+        dict(DKV_BLOCK_M=64, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=64, num_warps=8, num_stages=2),
+        dict(DKV_BLOCK_M=32, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=32, num_warps=8, num_stages=2),
+    ),
+    "attention_tma_bwd": (
+        dict(ON=True, BLOCK=128, STEP=64, num_warps=8, STAGES=2),
+        dict(ON=True, BLOCK=128, STEP=64, num_warps=8, STAGES=3),
+        dict(ON=True, BLOCK=64, STEP=64, num_warps=4, STAGES=2),
+        dict(ON=True, BLOCK=64, STEP=32, num_warps=4, STAGES=3),
     ),
     "layer_norm_bwd": (
         dict(STAGES=3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from fastgpt2.bench.cases.rows import overridden
 from fastgpt2.kernels import _tuning, attention
 from fastgpt2.kernels._attention_tiles import tuning_key
 from fastgpt2.kernels.attention import causal_attention
+from fastgpt2.kernels.attention_backward import causal_attention_bwd
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -56,7 +58,7 @@ def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZ
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Documents, a window, dropout, heads of other sizes, c_attn's bias, and the kernel that reads by descriptors."""
+    """Documents, a window, dropout, heads of other sizes, c_attn's bias, and the kernels that read by descriptors."""
     B, T = 4, rows // 4
     documents: dict[str, Callable] = dict(
         cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
@@ -107,10 +109,32 @@ def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
 
 
 def by_tma(H: int, qkv: Tensor) -> Tensor:
-    """Attention by the kernel of _attention_tma.py, where the GPU can run it, whether or not the table has it on."""
-    key = tuning_key("attention_tma_fwd", qkv.dtype, qkv.size(2) // (3 * H))
-    with overridden({key: {**_tuning.config(key, qkv.device), "ON": True}}):
-        return causal_attention(qkv, H)
+    """Attention by the kernels that read by descriptors (_attention_tma.py and _attention_tma_backward.py), where the
+    GPU can run them, whether or not the table has them on."""
+    return _ByTma.apply(qkv, H)
+
+
+class _ByTma(torch.autograd.Function):
+    """A function of its own, because backward runs later, when the table is as it was."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, H: int) -> Tensor:
+        ctx.options = H, (qkv.size(2) // (3 * H)) ** -0.5, 0.0, None, None, None, False
+        with _tma_on(qkv, H):
+            out, lse = attention.causal_attention_fwd(qkv, *ctx.options)
+        ctx.save_for_backward(qkv, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        qkv, out, lse = ctx.saved_tensors
+        with _tma_on(qkv, ctx.options[0]):
+            return causal_attention_bwd(dout, qkv, out, lse, *ctx.options), None
+
+
+def _tma_on(qkv: Tensor, H: int) -> contextlib.AbstractContextManager:
+    keys = [tuning_key(f"attention_tma_{what}", qkv.dtype, qkv.size(2) // (3 * H)) for what in ("fwd", "bwd")]
+    return overridden({key: {**_tuning.config(key, qkv.device), "ON": True} for key in keys})
 
 
 def huggingface_attention(qkv: Tensor) -> Tensor:
