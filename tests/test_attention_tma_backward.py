@@ -29,7 +29,7 @@ def on(BLOCK: int = 32, STEP: int = 16):
 
 
 def backward(dout: torch.Tensor, qkv: torch.Tensor, H: int) -> torch.Tensor:
-    return causal_attention_bwd(dout, qkv, *causal_attention_fwd(qkv, H, *OPTIONS), H, *OPTIONS)
+    return causal_attention_bwd(dout, qkv, *causal_attention_fwd(qkv, H, *OPTIONS), H, *OPTIONS)[0]
 
 
 def launched_by(run) -> list[str]:
@@ -172,11 +172,11 @@ def test_it_touches_strided_rows_and_nothing_around_them(device):
     dout = torch.randn(2, 37, 136).to(device, torch.float16)[..., :128]
     out, lse = causal_attention_fwd(qkv, 2, *OPTIONS)
     with on():
-        plain = causal_attention_bwd(dout, qkv, out, lse, 2, *OPTIONS)
+        plain, _ = causal_attention_bwd(dout, qkv, out, lse, 2, *OPTIONS)
         with red_zones() as zone:
             inside = [zone(x) for x in (dout, qkv, out, lse)]
             assert launched_by(lambda: causal_attention_bwd(*inside, 2, *OPTIONS)) == [DELTA, TMA]
-            assert torch.equal(causal_attention_bwd(*inside, 2, *OPTIONS), plain)
+            assert torch.equal(causal_attention_bwd(*inside, 2, *OPTIONS)[0], plain)
 
 
 @interpreted
@@ -214,3 +214,12 @@ def test_the_machine_code_has_them_in_that_order(loops):
 
 def test_it_reads_by_descriptors_and_spills_nothing(loops):
     assert loops["UTMALDG"] >= 7 and loops["spills"] == 0
+
+
+def test_the_bias_gets_the_sum_of_what_it_computes(device):
+    """c_attn's bias: this kernel leaves the sums of its tiles out."""
+    qkv, dout = packed(2, 40, 2, 64, torch.float16, device), torch.randn(2, 40, 128).to(device, torch.float16)
+    out, lse = causal_attention_fwd(qkv, 2, *OPTIONS)
+    with on():
+        dqkv, dbias = causal_attention_bwd(dout, qkv, out, lse, 2, *OPTIONS, torch.float32)
+    torch.testing.assert_close(dbias, dqkv.double().sum((0, 1)).float(), rtol=1e-6, atol=1e-6)

@@ -129,7 +129,7 @@ class _ByTma(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         qkv, out, lse = ctx.saved_tensors
         with _tma_on(qkv, ctx.options[0]):
-            return causal_attention_bwd(dout, qkv, out, lse, *ctx.options), None
+            return causal_attention_bwd(dout, qkv, out, lse, *ctx.options)[0], None
 
 
 def _tma_on(qkv: Tensor, H: int) -> contextlib.AbstractContextManager:
