@@ -154,6 +154,7 @@ def test_a_card_is_written_again_for_some_functions_alone():
     }
     after = audit.merged(card, found, ["gelu", "mlp"])
     assert after["passes"] == {"gelu forward": 4, "bias_gelu forward": 2, "mlp forward": 5}
+    assert list(after["passes"]) == ["gelu forward", "bias_gelu forward", "mlp forward"], "an op keeps its place"
     assert after["kernels"] == {"gelu[8x8-float32] forward k": 4, "bias_gelu[8x8-float32] forward k": 2}
     assert after["Liger's kernels"] == card["Liger's kernels"] and card["passes"]["gelu forward"] == 1
     with pytest.raises(ValueError, match="of Triton 3.9.0 and this one is 3.8.0: leave --op out"):

@@ -239,8 +239,8 @@ def committed() -> dict[str, Any]:
 
 
 def merged(card: dict[str, Any], found: dict[str, Any], ops: Sequence[str]) -> dict[str, Any]:
-    """`card` with the entries of `ops` taken from `found`. Raises ValueError for cards of different versions of
-    Triton."""
+    """`card` with the entries of `ops` taken from `found`, in their place. Raises ValueError for cards of different
+    versions of Triton."""
     if card["triton"] != found["triton"]:
         raise ValueError(
             f"bench audit: --op with --write, but the card is of Triton {card['triton']} and this one is "
@@ -248,10 +248,17 @@ def merged(card: dict[str, Any], found: dict[str, Any], ops: Sequence[str]) -> d
         )
     result = dict(card)
     for section in ("passes", "kernels", "Liger's kernels"):
-        others = {key: v for key, v in card.get(section, {}).items() if re.split(r"[ \[]", key)[0] not in ops}
+        before = card.get(section, {})
+        places = {op: i for i, op in enumerate(dict.fromkeys(map(_op_of, before)))}
+        others = {key: figures for key, figures in before.items() if _op_of(key) not in ops}
         if entries := others | found.get(section, {}):
-            result[section] = entries
+            result[section] = dict(sorted(entries.items(), key=lambda e: places.get(_op_of(e[0]), len(places))))
     return result
+
+
+def _op_of(key: str) -> str:
+    """The op of an entry of the card such as "gelu[514x3072-float16] forward _kernel"."""
+    return re.split(r"[ \[]", key)[0]
 
 
 def write_card(audit: Audit, ops: Sequence[str] = ()) -> None:
