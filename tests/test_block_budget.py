@@ -106,8 +106,8 @@ def test_block_under_autocast(sizes):
 )
 def test_block_in_a_whole_step(sizes, residual, mlp, allowed, launches):
     """No weight is cast, and no gradient converted or summed in a pass of its own: the products write those of weights
-    in fp32, kernels sum those of biases. Exact clipping reads
-    fp32 gradients twice, so AdamW moves 32 bytes a parameter, and 34 with the copies that it writes."""
+    in fp32, kernels sum those of biases. Exact clipping reads fp32 gradients twice, so AdamW moves 32 bytes a
+    parameter, and 34 with the copies that it writes."""
     (B, T, C), layers, kernels = sizes
     kernels = dataclasses.replace(Kernels.parse(kernels), mlp=mlp)
     more, less = (whole_step_traffic((B, T, C), n, kernels, residual) for n in layers)

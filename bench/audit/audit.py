@@ -250,8 +250,7 @@ def merged(card: dict[str, Any], found: dict[str, Any], ops: Sequence[str]) -> d
     for section in ("passes", "kernels", "Liger's kernels"):
         before = card.get(section, {})
         places = {op: i for i, op in enumerate(dict.fromkeys(map(_op_of, before)))}
-        others = {key: figures for key, figures in before.items() if _op_of(key) not in ops}
-        if entries := others | found.get(section, {}):
+        if entries := {k: v for k, v in before.items() if _op_of(k) not in ops} | found.get(section, {}):
             result[section] = dict(sorted(entries.items(), key=lambda e: places.get(_op_of(e[0]), len(places))))
     return result
 
