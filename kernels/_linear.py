@@ -1,6 +1,6 @@
 """A linear layer under autocast whose parameters get the gradients that the products' fp32 sums are.
 
-    y = x weight^T + bias,      dx = dy weight,      dweight = dy^T x,      dbias = sum_N(dy)
+    y = x weight^T + bias,      dx = dy weight,      dweight = dy^T x,      dbias = sum of dy's rows
 
 Autocast computes dweight and dbias in 16 bits and converts them to the parameter's fp32: 8 bytes an element where 4 are
 written, one launch more for each, and a rounding. Here the products write fp32 (_matmul.py).
@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         weight_dtype, bias_dtype = ctx.dtypes
-        dy = dy.reshape(-1, dy.shape[-1])  # (N, K')
+        dy = dy.reshape(-1, dy.shape[-1])  # (rows, N)
         return (
             torch.mm(dy, weight).view(x.shape) if needs_x else None,
             matmul(dy.t(), x.reshape(-1, x.shape[-1]), weight_dtype) if needs_weight else None,

@@ -9,10 +9,10 @@ and T. dbias (3*C,), where wanted, is the sum of dqkv over rows, before the roun
 HBM traffic: out and dout are read once for delta; then qkv and dout are read once and dqkv is written once. Two
 launches: delta, and a grid in which each program computes either dk and dv of a tile of keys or dq of a tile of
 queries. Nothing is summed across programs, so there are no atomics and the result is bitwise reproducible. The price is
-that s and dp are computed twice. _attention_tma_backward.py has a second kernel for the gradients without bounds and
-dropout, which the tuning table switches on.
-For dbias each program also writes the sum of its tile's rows, and a third launch adds these up (_column_sum.py): it
-moves 4 bytes a column for each tile of 64 rows or so, where a sum of dqkv would read it.
+that s and dp are computed twice. For dbias each program also writes the sum of its tile's rows, and a third launch adds
+these up (_column_sum.py): it moves 4 bytes a column for each tile of 64 rows or so, where a sum of dqkv would read it.
+_attention_tma_backward.py has a second kernel for the gradients without bounds and dropout, which the tuning table
+switches on.
 Numerics: as in forward. Masked elements of p are set to 0 *after* exp2, so that no inf or NaN of a masked score
 survives.
 

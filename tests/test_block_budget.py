@@ -99,6 +99,7 @@ def test_block_under_autocast(sizes):
         pytest.param(NARROW, "bfloat16", "triton", 109.5, 25, id="narrow-bfloat16"),
         pytest.param(NARROW, "bfloat16", "fused", 85.5, 23, id="narrow-bfloat16-fused"),
         pytest.param(NARROW, "float32", "triton", 133.5, 25, id="narrow-float32", marks=pytest.mark.slow),
+        pytest.param(NARROW, "float32", "fused", 109.5, 23, id="narrow-float32-fused", marks=pytest.mark.slow),
         pytest.param(FULL, "bfloat16", "triton", 109.5, 25, id="full-bfloat16", marks=pytest.mark.slow),
         pytest.param(FULL, "bfloat16", "fused", 85.5, 23, id="full-bfloat16-fused", marks=pytest.mark.slow),
         pytest.param(FULL, "float32", "triton", 133.5, 25, id="full-float32", marks=pytest.mark.slow),

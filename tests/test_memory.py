@@ -5,6 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from fastgpt2.gpt2 import hardware
+from fastgpt2.gpt2.data.tokenizer import ByteTokenizer
+from fastgpt2.gpt2.training.train_config import TrainConfig
+from fastgpt2.gpt2.training.trainer import Trainer
 
 FAULTS = """
 import resource, sys, torch
@@ -29,3 +35,12 @@ def test_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     returned, kept = map(int, done.stdout.split())
     assert kept * 10 < returned
+
+
+def test_training_on_a_cpu_keeps_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: asked.append(True))
+    sizes = dict(n_layer=1, n_head=1, n_embd=16, block_size=8, batch_size=2, total_batch_tokens=16)
+    tokens = torch.randint(256, (100,)).numpy()
+    Trainer(TrainConfig.from_preset("baby-smoke", device="cpu", **sizes), ByteTokenizer(), tokens, tokens)
+    assert asked
