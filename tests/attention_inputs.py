@@ -73,6 +73,28 @@ def multiprocessors(n: int):
         yield
 
 
+# What the kernels with descriptors do not serve.
+UNSERVED = ("documents", "window", "dropout", "float32", "head size 32", "head size 128", "address")
+
+
+def unserved(what: str, T: int, device: torch.device) -> tuple[Tensor, int, dict]:
+    """-> (qkv (2, T, 384), n_head, options) of a call that is one of UNSERVED."""
+    qkv, H, options = packed(2, T, 2, 64, torch.float16, device), 2, {}
+    if what == "documents":
+        options = dict(cu_seqlens=offsets(device, 0, 30, 2 * T))
+    elif what == "window":
+        options = dict(window=9)
+    elif what == "dropout":
+        options = dict(dropout_p=0.1)
+    elif what == "float32":
+        qkv = qkv.float()
+    elif what == "address":
+        qkv = torch.randn(2, T, 392).to(device, torch.float16)[..., 4:388]
+    else:
+        H = 128 // int(what.removeprefix("head size "))
+    return qkv, H, options
+
+
 def compiled_loops(direction: str, folder: Path) -> dict:
     """What the kernel with descriptors of a direction does on sm_90, by a process that compiles (tma_loop.py)."""
     file = folder / "loops.json"

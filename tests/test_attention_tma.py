@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_inputs import compiled_loops, interpreted, offsets, packed, rule, tiles
+from attention_inputs import UNSERVED, compiled_loops, interpreted, packed, rule, tiles, unserved
 from interpreter import count_launches, far_apart, red_zones
 
 from fastgpt2.bench.cases.ops.attention import by_tma
@@ -112,35 +112,19 @@ def test_on_it_computes_the_plain_case_in_one_launch_and_no_copy(device):
     assert [launch.name for launch in log] == [TMA, TMA]
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["documents", "window", "dropout", "float32", "head size 32", "head size 128", "address", "stride",
-     "expanded", "time first", "two rows one after the other in no grid"],
-)  # fmt: skip
+@pytest.mark.parametrize("what", [*UNSERVED, "stride", "expanded", "time first", "rows in no grid"])
 def test_all_others_go_the_plain_way_and_are_right(device, what):
-    H, dtype, options = 2, torch.float16, {}
-    qkv = packed(2, 40, H, 64, dtype, device)
-    C3 = qkv.size(2)
-    if what == "documents":
-        options = dict(cu_seqlens=offsets(device, 0, 30, 80))
-    elif what == "window":
-        options = dict(window=9)
-    elif what == "dropout":
-        options = dict(dropout_p=0.1)
-    elif what == "float32":
-        qkv = qkv.float()
-    elif what.startswith("head size"):
-        H = C3 // 3 // int(what.split()[-1])
-    elif what == "address":
-        qkv = torch.randn(2, 40, C3 + 8).to(device, dtype)[..., 4 : 4 + C3]
+    H, C3, options = 2, 384, {}
+    if what in UNSERVED:
+        qkv, H, options = unserved(what, 40, device)
     elif what == "stride":
-        qkv = torch.randn(2, 40, C3 + 4).to(device, dtype)[..., :C3]
+        qkv = torch.randn(2, 40, C3 + 4).to(device, torch.float16)[..., :C3]
     elif what == "expanded":
-        qkv = qkv[:1].expand(2, -1, -1)
+        qkv = packed(1, 40, 2, 64, torch.float16, device).expand(2, -1, -1)
     elif what == "time first":
-        qkv = torch.randn(40, 2, C3).to(device, dtype).transpose(0, 1)
+        qkv = torch.randn(40, 2, C3).to(device, torch.float16).transpose(0, 1)
     else:
-        qkv = torch.randn(2 * 41 * C3).to(device, dtype).as_strided((2, 40, C3), (40 * C3 + 8, C3, 1))
+        qkv = torch.randn(2 * 41 * C3).to(device, torch.float16).as_strided((2, 40, C3), (40 * C3 + 8, C3, 1))
     with small():
         assert served_by(lambda: causal_attention(qkv, H, **options)) == PLAIN
         if not options.get("dropout_p"):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_inputs import compiled_loops, interpreted, offsets, packed, rule, tiles
+from attention_inputs import UNSERVED, compiled_loops, interpreted, packed, rule, tiles, unserved
 from interpreter import count_launches, far_apart, red_zones
 
 from fastgpt2.bench.cases.ops.attention import by_tma
@@ -129,28 +129,18 @@ def test_two_launches_and_no_copy_when_it_is_on(device):
     assert gradient_launches(lambda x: by_tma(2, x), qkv) == [DELTA, TMA], "the bench's way to switch it on"
 
 
-@pytest.mark.parametrize(
-    "what", ["documents", "window", "dropout", "float32", "head size 32", "head size 128", "address", "traced"]
-)
-def test_all_others_go_the_plain_way(device, what, monkeypatch):
-    H, options = 2, {}
-    qkv = packed(2, 24, H, 64, torch.float16, device)
-    if what == "documents":
-        options = dict(cu_seqlens=offsets(device, 0, 30, 48))
-    elif what == "window":
-        options = dict(window=9)
-    elif what == "dropout":
-        options = dict(dropout_p=0.1)
-    elif what == "float32":
-        qkv = qkv.float()
-    elif what == "traced":
-        monkeypatch.setattr("fastgpt2.kernels._descriptors.is_traced", lambda: True)
-    elif what == "address":
-        qkv = torch.randn(2, 24, 392).to(device, torch.float16)[..., 4:388]
-    else:
-        H = 128 // int(what.split()[-1])
+@pytest.mark.parametrize("what", UNSERVED)
+def test_all_others_go_the_plain_way(device, what):
+    qkv, H, options = unserved(what, 24, device)
     with on():
         assert gradient_launches(lambda x: causal_attention(x, H, **options), qkv) == [DELTA, PLAIN]
+
+
+def test_traced_code_goes_the_plain_way(device, monkeypatch):
+    qkv = packed(2, 24, 2, 64, torch.float16, device)
+    monkeypatch.setattr("fastgpt2.kernels._descriptors.is_traced", lambda: True)
+    with on():
+        assert gradient_launches(lambda x: causal_attention(x, 2), qkv) == [DELTA, PLAIN]
 
 
 def test_a_gpu_without_descriptors_goes_the_plain_way(device, monkeypatch):
