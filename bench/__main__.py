@@ -14,14 +14,14 @@ if not TRITON_INSTALLED:
 
 from fastgpt2.bench.audit import audit  # noqa: E402
 from fastgpt2.bench.report import measured, report, roofline  # noqa: E402
-from fastgpt2.bench.timing import generate, host, ops, pace, train, tune  # noqa: E402
+from fastgpt2.bench.timing import generate, host, ops, pace, race, train, tune  # noqa: E402
 from fastgpt2.gpt2.cli.cli import in_a_process  # noqa: E402
 from fastgpt2.gpt2.command_line import choose, parse  # noqa: E402
 from fastgpt2.gpt2.options import Positional, Word  # noqa: E402
 from fastgpt2.gpt2.training.train_config import find_device  # noqa: E402
 
 PROG = "fastgpt2 bench"
-COMMANDS = (train, generate, ops, host, audit, tune, roofline, report)
+COMMANDS = (train, generate, ops, race, host, audit, tune, roofline, report)
 
 
 @dataclass(frozen=True, kw_only=True)

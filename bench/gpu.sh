@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command that needs no network: tests on the device, verify, ops, training, what
-# torch.compile makes of it, generation, tuning. Writes result files and a report to bench/results, to be committed.
+# torch.compile makes of it, loss against seconds, generation, tuning. Writes result files and a report to bench/results, to be committed.
 #
 #   bash bench/gpu.sh                         all of it
-#   bash bench/gpu.sh train compile           parts of it: tests verify ops train compile generate tune report
+#   bash bench/gpu.sh train compile           parts of it: tests verify ops train compile race generate tune report
 #   bash bench/gpu.sh --dry-run [PART...]     prints the commands and runs none
 #   NANOGPT=../nanoGPT/model.py bash bench/gpu.sh      compares with nanoGPT too
+#   RACE_S=300 DATA=shards bash bench/gpu.sh race      trains longer, on other text than Python's library
 #   OUT=elsewhere bash bench/gpu.sh           writes elsewhere
 #   LIMIT_S=0 bash bench/gpu.sh               lets a part take as long as it wants
 #
@@ -15,7 +16,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all=(tests verify ops train compile generate tune report)
+all=(tests verify ops train compile race generate tune report)
 dry_run=false
 parts=()
 for argument in "$@"; do
@@ -34,6 +35,8 @@ out=${OUT:-bench/results}
 limit_s=${LIMIT_S:-540} # 60 less than ten minutes: to start, and to write what there is
 nanogpt=()
 if [[ -n ${NANOGPT:-} ]]; then nanogpt=(--nanogpt "$NANOGPT"); fi
+data=()
+if [[ -n ${DATA:-} ]]; then data=(--data "$DATA"); fi
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 # Runs a command, or prints it. SIGTERM makes `fastgpt2 bench` write what it has measured.
@@ -65,12 +68,18 @@ run_compile() {
     step "$python" -m fastgpt2.gpt2 bench train --quick --road compile,reduce-overhead,max-autotune --out "$out" \
         ${nanogpt[@]+"${nanogpt[@]}"}
 }
+run_race() {
+    step "$python" -m fastgpt2.gpt2 bench race --seconds "${RACE_S:-150}" --out "$out" ${data[@]+"${data[@]}"} \
+        ${nanogpt[@]+"${nanogpt[@]}"}
+}
 run_generate() {
     step "$python" -m fastgpt2.gpt2 bench generate --quick --batch 1,8,32 --out "$out" ${nanogpt[@]+"${nanogpt[@]}"}
 }
 run_tune() { step "$python" -m fastgpt2.gpt2 bench tune --dry-run --seconds 120 --out "$out"; }
 run_report() {
-    local reports=("$out"/{train,ops,generate}-*.json)
+    shopt -s nullglob # a kind that was not measured has no file
+    local reports=("$out"/{train,ops,race,generate}-*.json)
+    shopt -u nullglob
     step "$python" -m fastgpt2.gpt2 bench report "${reports[@]}" --out "$out"
 }
 

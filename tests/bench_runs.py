@@ -1,4 +1,4 @@
-"""Runs of `bench train` that take seconds on a CPU: what its tests share."""
+"""Runs of `bench train` and `bench race` that take seconds on a CPU: what its tests share."""
 
 import torch
 
@@ -7,6 +7,26 @@ from fastgpt2.bench.report.record import Results
 from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import config
 
+# As far as `bench` sees of nanoGPT's model.py.
+NANOGPT_LIKE = """
+import dataclasses
+import fastgpt2
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(fastgpt2.GPT):
+    def __init__(self, config):
+        super().__init__(fastgpt2.GPTConfig(**dataclasses.asdict(config)), kernels="torch")
+        self.transformer.h[0].attn.flash = True
+"""
 TINY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
 
 

@@ -18,12 +18,14 @@ EVERY = {
     "train": bench_results.train_results,
     "ops": bench_results.ops_results,
     "generate": bench_results.generate_results,
+    "race": bench_results.race_results,
     "other": bench_results.other_results,
 }
 PICTURES = {
     "train": ["Tokens a second", "What each switch gives", "Memory against batch"],
     "ops": ["Roofline", "Time against sequence length"],
     "generate": ["Tokens a second"],
+    "race": ["Loss against seconds"],
     "other": [],
 }
 

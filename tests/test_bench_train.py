@@ -8,7 +8,7 @@ import subprocess
 import bench_runs
 import pytest
 import torch
-from bench_runs import TINY, read, run
+from bench_runs import NANOGPT_LIKE, TINY, read, run
 
 from fastgpt2.bench import __main__ as bench
 from fastgpt2.bench.cases import variants
@@ -33,25 +33,6 @@ from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import Kernels
 
 CPU = torch.device("cpu")
-NANOGPT_LIKE = """
-import dataclasses
-import fastgpt2
-
-@dataclasses.dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
-
-class GPT(fastgpt2.GPT):
-    def __init__(self, config):
-        super().__init__(fastgpt2.GPTConfig(**dataclasses.asdict(config)), kernels="torch")
-        self.transformer.h[0].attn.flash = True
-"""
 
 
 @pytest.fixture(autouse=True)

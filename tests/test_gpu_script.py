@@ -35,6 +35,7 @@ def test_it_runs_all_that_wants_a_gpu():
         "bench ops",
         "bench train",
         "bench train",
+        "bench race",
         "bench generate",
         "bench tune",
         "bench report",
@@ -48,8 +49,8 @@ def test_its_commands_take_what_they_are_given(monkeypatch):
     listed = [c[2:] for c in commands(NANOGPT="some/model.py", OUT="elsewhere") if c[1:2] == ["bench"]]
     for arguments in listed:
         assert bench.main(arguments) == 0
-    assert len(ran) == len(listed) == 6
-    assert [str(o.nanogpt) for o in ran if hasattr(o, "nanogpt")] == ["some/model.py"] * 3
+    assert len(ran) == len(listed) == 7
+    assert [str(o.nanogpt) for o in ran if hasattr(o, "nanogpt")] == ["some/model.py"] * 4
     assert {str(o.out) for o in ran if hasattr(o, "out")} == {"elsewhere"}
 
 
@@ -74,7 +75,7 @@ def test_unknown_arguments_are_refused(wrong):
     assert wrong[-1] in done.stderr and not done.stdout
 
 
-PARTS = ("tests", "verify", "ops", "train", "compile", "generate", "tune", "report")
+PARTS = ("tests", "verify", "ops", "train", "compile", "race", "generate", "tune", "report")
 
 
 def test_its_parts_are_the_whole_in_order():
@@ -108,6 +109,12 @@ def test_a_part_that_takes_too_long_is_cut_off_and_the_rest_runs(pretended):
     done = gpu_sh("train", "generate", **pretended)
     assert done.returncode == 124 and done.stderr.startswith("gpu.sh: took longer than 1 seconds")
     assert done.stderr.strip().endswith(": train") and "bench generate" in done.stdout
+
+
+def test_the_race_takes_text_and_time_from_outside():
+    (usual,), (asked,) = commands("race"), commands("race", RACE_S="300", DATA="some/shards")
+    assert "--data" not in usual and usual[usual.index("--seconds") + 1] == "150"
+    assert asked[asked.index("--data") + 1] == "some/shards" and asked[asked.index("--seconds") + 1] == "300"
 
 
 def test_nothing_runs_after_what_fails(pretended):

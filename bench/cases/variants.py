@@ -173,21 +173,24 @@ def with_naive_attention(model: GPT) -> GPT:
 
 
 class Backward:
-    """Computes every parameter's gradient on one batch. The first call compiles or captures."""
+    """Computes every parameter's gradient on one batch and returns the loss, (). The first call compiles or captures.
+    The next call may overwrite the loss."""
 
     def __init__(self, loss: Callable[[], Tensor], model: nn.Module, road: str):
         self.loss, self.model, self.road = loss, model, road
         self.graphs: StepGraphs | None = None
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor:
         if self.road == GRAPH:
             if self.graphs is None:
                 self.graphs = StepGraphs(lambda: (None, self.loss()), self.model, {})
-            self.graphs()[1].backward()
-            return
-        if self.road in CUDAGRAPH_TREES:  # the previous step's outputs may be overwritten
-            torch.compiler.cudagraph_mark_step_begin()
-        self.loss().backward()
+            loss = self.graphs()[1]
+        else:
+            if self.road in CUDAGRAPH_TREES:  # the previous step's outputs may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
+            loss = self.loss()
+        loss.backward()
+        return loss.detach()
 
     def held_bytes(self) -> int | None:
         """GPU memory that is kept between calls, without gradients. None for CUDA graph trees: they have one memory
@@ -255,14 +258,15 @@ class Family:
 
         return Backward(loss, self.model, variant.road)
 
-    def step(self, backward: Backward) -> Callable[[], None]:
-        """One optimizer step on one batch: forward, backward, clipping, fused AdamW."""
+    def step(self, backward: Backward) -> Callable[[], Tensor]:
+        """One optimizer step on one batch: forward, backward, clipping, fused AdamW. Returns the loss before it, ()."""
 
-        def step() -> None:
-            backward()
+        def step() -> Tensor:
+            loss = backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            return loss
 
         return step
 

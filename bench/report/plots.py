@@ -43,6 +43,7 @@ NO_GRAPHS = "each switch in a graph: not measured; fastgpt2 bench train --road g
 COLOURS = (
     ("Triton + compile", "#005a8c"),
     ("Triton", "#0072b2"),
+    ("fastgpt2", "#0072b2"),
     ("HuggingFace", "#cc79a7"),
     ("nanoGPT", "#009e73"),
     ("Liger", "#d55e00"),
@@ -66,6 +67,7 @@ def plots(results: Results) -> dict[str, Figure]:
         "train": {"Tokens a second": throughput, "What each switch gives": ladder, "Memory against batch": memory},
         "generate": {"Tokens a second": throughput},
         "ops": {"Roofline": roofline, "Time against sequence length": lengths},
+        "race": {"Loss against seconds": losses},
     }
     made = {title: maker(results) for title, maker in makers.get(results.kind, {}).items()}
     return {title: figure for title, figure in made.items() if figure is not None}
@@ -154,6 +156,32 @@ def memory(results: Results) -> Figure | None:
     axes.set(xlabel="sequences a step", ylabel="peak memory of a step, GiB")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return figure
+
+
+def losses(results: Results) -> Figure | None:
+    """Loss against seconds: thin lines for training batches, markers for held-out text."""
+    if not results.rows:
+        return None
+    figure = _figure(results, 9, 5)
+    axes = figure.subplots()
+    for marker, row in zip(MARKERS, results.rows, strict=False):
+        seconds, _, training = zip(*row["training"], strict=True)
+        axes.plot(seconds, training, color=colour(row["label"]), linewidth=0.8, alpha=0.35)
+        seconds, _, held_out = zip(*row["held_out"][1:], strict=True)  # before the first step all are alike
+        label = f"{row['label']}: {tables.quantity(row['tokens_per_s']['median'])} tokens/s"
+        axes.plot(seconds, held_out, marker=marker, markersize=5, color=colour(row["label"]), label=label)
+    lowest = min(loss for row in results.rows for *_, loss in row["training"] + row["held_out"])
+    highest = max(row["held_out"][1][2] for row in results.rows)
+    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.1 * (highest - lowest))
+    axes.set(
+        xlabel="seconds of training, compilation included",
+        ylabel="loss, nats a token",
+        title=f"{_setting(results.rows[0])}\nmarkers: held-out text; thin lines: training batches",
+    )
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
     return figure
 
 

@@ -19,7 +19,7 @@ from fastgpt2.gpt2.files import write_atomically
 from fastgpt2.gpt2.options import CommandOptions, Positional, Word, about
 from fastgpt2.gpt2.output import plain_console
 
-TITLES = {"train": "Training", "ops": "Ops", "generate": "Generation"}
+TITLES = {"train": "Training", "ops": "Ops", "generate": "Generation", "race": "The same training"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 2rem auto; max-width: 84rem;
        padding: 0 1rem; }

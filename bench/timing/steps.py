@@ -39,6 +39,7 @@ SHARE_FOR_STATE = 0.4  # of memory: families whose state needs more than this to
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.1}
 WHAT = "one optimizer step: forward, backward, clipping, fused AdamW"
 NO_MEMORY = "out of memory"
+NO_TARGET = -1  # what nanoGPT ignores; HuggingFace's loss has no target for a row's last token
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class Setting:
         return contextlib.nullcontext() if dtype == FP32 else torch.autocast(self.device.type, dtype)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """-> (random tokens, the next token of each); the last token of a row has the target -1."""
+        """-> (random tokens, the next token of each); the last token of a row has no target."""
         idx = torch.randint(self.config.vocab_size, (self.B, self.T), generator=torch.Generator().manual_seed(0))
-        targets = torch.cat([idx[:, 1:], torch.full((self.B, 1), -1)], dim=1)
+        targets = torch.cat([idx[:, 1:], torch.full((self.B, 1), NO_TARGET)], dim=1)
         return idx.to(self.device), targets.to(self.device)
 
 
@@ -94,7 +95,7 @@ class Prepared:
     family: Family
     label: str
     backward: Backward
-    step: Callable[[], None]
+    step: Callable[[], Tensor]
     first_s: float  # of that run, compilation included
 
     def peak_bytes(self, device: torch.device) -> int | None:
@@ -125,7 +126,7 @@ class TrainBench:
             if not timing.out_of_memory(error):
                 raise
             self.results.leave_out(setting.name, f"{NO_MEMORY} for PyTorch's gradient, with which all must agree")
-            _forget()
+            forget()
             return
         names = list(dict.fromkeys(v.family for v in self.variants))
         for group in [names] if _fit_together(setting, len(names)) else [[name] for name in names]:
@@ -196,7 +197,7 @@ class TrainBench:
                 raise
         finally:
             families, prepared, timed = {}, [], []  # timing trains a model: the next stage begins with new ones
-            _forget()
+            forget()
         if say:
             for variant in wanted:
                 self._add_row(setting, self._label(setting, variant, weights), variant, what=NO_MEMORY, alone=alone)
@@ -327,7 +328,7 @@ def _fit_together(setting: Setting, families: int) -> bool:
     return families * 16 * setting.config.num_params() < SHARE_FOR_STATE * memory
 
 
-def _forget() -> None:
+def forget() -> None:
     """Frees models and compiled code that nothing refers to."""
     torch._dynamo.reset()
     gc.collect()
