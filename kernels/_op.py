@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -44,19 +43,10 @@ TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
 
-# PyTorch caches compiled code on disk. The cache key holds the source of the kernels registered here for an operator,
-# and of the global strings that they name. One function that names the digest of this folder therefore stands for all
-# kernels, launchers, fakes and tuning numbers. If PyTorch has no such registry (None), operators stay opaque, because
-# otherwise code compiled from an older version of this folder could be taken from the cache.
-KERNELS_IN_KEYS: dict[str, list[object]] | None = getattr(torch._library.triton, "triton_ops_to_kernels", None)
+# PyTorch keeps compiled code on disk, by what its graph calls and not by what an operator does: without this tag, code
+# that an older version of this folder compiled would be taken from there, and would expect that version's outputs.
 SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
-
-
-def _sources():
-    SOURCES  # noqa: B018
-
-
-_SOURCES_KERNEL = triton.JITFunction(_sources)  # also a JITFunction where Triton interprets decorated kernels
+torch.compiler.config.cache_key_tag += f" fastgpt2 {SOURCES}"
 
 
 def op(
@@ -147,10 +137,8 @@ def op(
         torch.library.register_vmap(f"fastgpt2::{name}", functools.partial(one_by_one, registered), lib=_LIBRARY)
     if flops is not None:
         register_flops(getattr(torch.ops.fastgpt2, name), flops)
-    if KERNELS_IN_KEYS is not None:
-        KERNELS_IN_KEYS[f"fastgpt2::{name}"] = [_SOURCES_KERNEL]
-        if not (opaque or _device.INTERPRETED):
-            torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
+    if not (opaque or _device.INTERPRETED):
+        torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
     if backward is None or setup_context is None:
         transformed = transformed_function(name, registered, *refusing(no_second_derivative(name, toggle)))

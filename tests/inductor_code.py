@@ -31,7 +31,6 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._dynamo.utils import counters
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -360,15 +359,6 @@ def toggled() -> list[bool]:
     return seen
 
 
-def keyed_by() -> dict[str, str]:
-    """Operator -> what PyTorch's caches on disk have in their keys for it."""
-    found = {}
-    for name in ("gelu_fwd", "layer_norm_bwd", "mlp_bwd", "linear_cross_entropy_fwd", "decode_linear_fwd"):
-        (kernel,) = torch._library.triton.get_triton_kernels_for_op(f"fastgpt2::{name}")
-        found[name] = user_defined_triton_kernel_transitive_closure_source_code(kernel)
-    return found
-
-
 def main(file: str) -> None:
     batch = tokens()
     whole = dict(graph_partition=False)  # Inductor says why it would skip a graph, where else it would cut it
@@ -387,7 +377,7 @@ def main(file: str) -> None:
         found["fused"] = compile_model(tiny(FUSED), *batch)
         with opaque():
             found["opaque"] = compile_model(tiny(), *batch)
-    others = dict(exported=exported(), refusal=refusal(), toggled=toggled(), keyed_by=keyed_by())
+    others = dict(exported=exported(), refusal=refusal(), toggled=toggled())
     with open(file, "wb") as out:
         pickle.dump(found | others, out)
 
