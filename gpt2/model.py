@@ -93,28 +93,28 @@ class Block(nn.Module):
     def extend(self, stream: Stream, context: Context) -> Stream:
         """As `forward`, but with deferred sums: this block's first LayerNorm also computes the sum that the previous
         block left open, and the sum of this block's MLP branch is left open for the next LayerNorm."""
-        kernels = context.kernels
-        if context.cache is not None and is_stock(self.attn, CausalSelfAttention) and is_stock(self.mlp, MLP):
+        kernels, attn, mlp = context.kernels, self.attn, self.mlp  # read once: nn.Module.__getattr__ is slow
+        if context.cache is not None and is_stock(attn, CausalSelfAttention) and is_stock(mlp, MLP):
             if fused_decode.serves(self, stream, kernels):
                 return Stream(fused_decode.block(self, stream.x, context.cache, context.layer, kernels))
         x, h = ops.add_layer_norm(stream, self.ln_1, kernels)
-        stream = context.sum(*self._attn(h, context), x, self.dropout if self.attn.training else 0.0)
+        stream = context.sum(*_attn_branch(attn, h, context), x, self.dropout if attn.training else 0.0)
         x, h = ops.add_layer_norm(stream, self.ln_2, kernels)
-        return context.sum(*self._mlp(h, context), x, self.dropout if self.mlp.training else 0.0)
+        return context.sum(*_mlp_branch(mlp, h, context), x, self.dropout if mlp.training else 0.0)
 
-    def _attn(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """attn(h) (B, T, C) as a pair: either (attn(h), None), or attn(h) before c_proj's bias and that bias."""
-        attn = self.attn  # read once, because nn.Module.__getattr__ is slow
-        if is_stock(attn, CausalSelfAttention):
-            return ops.project(attn.attend(h, context), attn.c_proj, context.kernels)
-        return called(attn, h, context), None
 
-    def _mlp(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """mlp(h) (B, T, C) as a pair: either (mlp(h), None), or mlp(h) before c_proj's bias and that bias."""
-        mlp = self.mlp
-        if is_stock(mlp, MLP):
-            return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels, mlp.activation)
-        return called(mlp, h, context), None
+def _attn_branch(attn: nn.Module, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    """attn(h) (B, T, C) as a pair: either (attn(h), None), or attn(h) before c_proj's bias and that bias."""
+    if is_stock(attn, CausalSelfAttention):
+        return ops.project(attn.attend(h, context), attn.c_proj, context.kernels)
+    return called(attn, h, context), None
+
+
+def _mlp_branch(mlp: nn.Module, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    """mlp(h) (B, T, C) as a pair: either (mlp(h), None), or mlp(h) before c_proj's bias and that bias."""
+    if is_stock(mlp, MLP):
+        return ops.mlp(h, mlp.c_fc, mlp.c_proj, context.kernels, mlp.activation)
+    return called(mlp, h, context), None
 
 
 class Transformer(nn.Module):

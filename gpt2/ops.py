@@ -19,7 +19,7 @@ from fastgpt2.gpt2.cudnn_attention import why_not as why_not_cudnn  # noqa: F401
 from fastgpt2.gpt2.linear import linear as weight_product
 from fastgpt2.gpt2.linear import linear_gelu
 from fastgpt2.gpt2.shadow import as_read, copy_as_read
-from fastgpt2.gpt2.stock import is_stock
+from fastgpt2.gpt2.stock import is_stock, weight_and_bias
 from fastgpt2.gpt2.switches import ALL_TORCH as ALL_TORCH
 from fastgpt2.gpt2.switches import ALL_TRITON as ALL_TRITON
 from fastgpt2.gpt2.switches import TRITON_INSTALLED as TRITON_INSTALLED
@@ -79,7 +79,7 @@ def linear(x: Tensor, layer: nn.Module, switch: str = "torch") -> Tensor:
     """
     if not is_stock(layer, nn.Linear):
         return layer(x)
-    return _linear(x, layer.weight, layer.bias, switch)
+    return _linear(x, *weight_and_bias(layer), switch)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, switch: str) -> Tensor:
@@ -93,10 +93,10 @@ def packed_qkv(h: Tensor, c_attn: nn.Module, kernels: Kernels, cache: object) ->
     """The linear layer of h (B, T, C): packed qkv (B, T, 3*C), and its bias if `causal_attention`, which follows where
     there is no cache, is to compute the bias's gradient: it can without reading the gradient of qkv again."""
     if kernels.attention == "triton" and cache is None and is_stock(c_attn, nn.Linear):
-        bias = c_attn.bias
+        weight, bias = weight_and_bias(c_attn)
         if bias is not None and bias.requires_grad:
             copy = copy_as_read(bias)
-            return _linear(h, c_attn.weight, bias.detach() if copy is None else copy, kernels.attention), bias
+            return _linear(h, weight, bias.detach() if copy is None else copy, kernels.attention), bias
     return linear(h, c_attn, kernels.attention), None
 
 
@@ -138,9 +138,10 @@ def add_layer_norm(stream: Stream, norm: nn.Module, kernels: Kernels) -> tuple[T
     """Computes the sum of the stream and its LayerNorm: (x, norm(x)), both (B, T, C)."""
     if kernels.layer_norm == "triton" and is_stock(norm, nn.LayerNorm):
         x, x_bias, residual, dropout_p = stream
+        weight, bias = weight_and_bias(norm)
         if residual is None:
-            return x, triton_layer_norm(x, norm.weight, norm.bias, norm.eps)
-        return triton_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, x_bias=x_bias, dropout_p=dropout_p)
+            return x, triton_layer_norm(x, weight, bias, norm.eps)
+        return triton_add_layer_norm(x, residual, weight, bias, norm.eps, x_bias=x_bias, dropout_p=dropout_p)
     x = total(stream)
     return x, norm(x)
 
@@ -236,7 +237,8 @@ def project(y: Tensor, c_proj: nn.Module, kernels: Kernels) -> tuple[Tensor, Ten
     LayerNorm's; the linear layer's own backward would read the gradient a second time.
     """
     if kernels.layer_norm == "triton" and is_stock(c_proj, nn.Linear):
-        return _linear(y, c_proj.weight, None, kernels.layer_norm), c_proj.bias
+        weight, bias = weight_and_bias(c_proj)
+        return _linear(y, weight, None, kernels.layer_norm), bias
     return linear(y, c_proj), None
 
 
@@ -247,17 +249,19 @@ def mlp(
     if activation == "gelu_erf":  # no kernel has it
         return project(F.gelu(linear(h, c_fc)), c_proj, kernels)
     if is_stock(c_fc, nn.Linear):
+        weight, bias = weight_and_bias(c_fc)
         if kernels.mlp == "torch":
-            act = linear_gelu(h, as_read(c_fc.weight), as_read(c_fc.bias))
+            act = linear_gelu(h, as_read(weight), as_read(bias))
         elif is_stock(c_proj, nn.Linear):
             function = triton_fused_mlp if kernels.mlp == "fused" else triton_mlp
-            copies = dict(fc_copy=copy_as_read(c_fc.weight), proj_copy=copy_as_read(c_proj.weight))
-            bias_here, bias_left = (None, c_proj.bias) if kernels.layer_norm == "triton" else (c_proj.bias, None)
+            proj_weight, proj_bias = weight_and_bias(c_proj)
+            copies = dict(fc_copy=copy_as_read(weight), proj_copy=copy_as_read(proj_weight))
+            bias_here, bias_left = (None, proj_bias) if kernels.layer_norm == "triton" else (proj_bias, None)
             bias_here = None if bias_here is None else as_read(bias_here)
-            return function(h, c_fc.weight, c_fc.bias, c_proj.weight, bias_here, **copies), bias_left
+            return function(h, weight, bias, proj_weight, bias_here, **copies), bias_left
         else:
-            pre = _linear(h, c_fc.weight, None, kernels.mlp)
-            act = triton_gelu(pre) if c_fc.bias is None else triton_bias_gelu(pre, c_fc.bias)
+            pre = _linear(h, weight, None, kernels.mlp)
+            act = triton_gelu(pre) if bias is None else triton_bias_gelu(pre, bias)
     else:
         pre = c_fc(h)
         act = F.gelu(pre, approximate="tanh") if kernels.mlp == "torch" else triton_gelu(pre)

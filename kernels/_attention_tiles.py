@@ -207,7 +207,8 @@ def _store_sums(dbias_ptr, tile, first, T, C, D: tl.constexpr):
 def rows_contiguous(x: Tensor) -> Tensor:
     """x (B, T, C) itself if the kernels can read it, else a contiguous copy. They need unit stride in a row and offsets
     inside a tile that fit in 32 bits."""
-    return x if x.stride(2) == 1 and x.stride(1) < 2**31 // 128 else x.contiguous()
+    _, stride_t, stride_c = x.stride()
+    return x if stride_c == 1 and stride_t < 2**31 // 128 else x.contiguous()
 
 
 def tuning_key(

@@ -7,7 +7,6 @@ through this module, so that a test or a tool can replace them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -21,10 +20,15 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 def check_device(*tensors: Tensor, instead: str = "kernels='torch'") -> None:
     """Raises RuntimeError unless Triton can run on these tensors: all on one CUDA or ROCm device, or on the CPU while
     Triton interprets kernels. instead: what else the user may give."""
-    on_one_device(tensors)
-    if tensors[0].is_cuda:  # several times as fast as device.type
+    first = tensors[0]
+    index = first.get_device()  # numbers are compared much faster than devices
+    if index < 0 or any([t.get_device() != index for t in tensors]):  # -1 stands for both the CPU and meta
+        devices = {str(t.device) for t in tensors}
+        if len(devices) > 1:
+            raise RuntimeError(f"tensors are on several devices: {', '.join(sorted(devices))}")
+    if first.is_cuda:  # several times as fast as device.type
         return
-    device = tensors[0].device
+    device = first.device
     if not (device.type == "cpu" and INTERPRETED):
         raise RuntimeError(
             f"Triton kernels run on CUDA and ROCm devices, these tensors are on '{device}': use {instead}, or "
@@ -34,15 +38,6 @@ def check_device(*tensors: Tensor, instead: str = "kernels='torch'") -> None:
         raise RuntimeError(
             "Triton's interpreter computes garbage in bfloat16 (triton issue 11584): use float16 or float32, or a GPU"
         )
-
-
-def on_one_device(tensors: Sequence[Tensor]) -> None:
-    """Raises RuntimeError if the tensors are on more than one device."""
-    index = tensors[0].get_device()  # numbers are compared much faster than devices
-    if index < 0 or any([t.get_device() != index for t in tensors]):  # -1 stands for both the CPU and meta
-        devices = {str(t.device) for t in tensors}
-        if len(devices) > 1:
-            raise RuntimeError(f"tensors are on several devices: {', '.join(sorted(devices))}")
 
 
 def capability(device: torch.device) -> tuple[int, int]:

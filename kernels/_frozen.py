@@ -22,7 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from . import _device, _tuning
-from ._trace import is_traced, write_down
+from ._trace import thread, write_down
 
 # On ROCm, Triton specialises on the sizes of tensors too.
 TRIED = (3, 4) <= _device.TRITON_VERSION <= (3, 9) and not torch.version.hip
@@ -64,7 +64,7 @@ class Launch:
 
         tensors: a tensor or None for each pointer argument.
         """
-        if is_traced():
+        if thread.traced:
             write_down(self.kernel, self.grid, (*tensors, *self.numbers), dict(self.options))
             return
         kept, kernel = self.frozen, self.kernel
@@ -73,11 +73,17 @@ class Launch:
         if kept is None or changed or kernel.pre_run_hooks:
             kernel[self.grid](*tensors, *self.numbers, **self.options)
             return
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        dtypes = [None if t is None else t.dtype for t in tensors]
+        # One loop over lists that are there already: no other way to write this is as fast.
+        addresses: list[Any] = [*tensors]
+        dtypes: list[Any] = [*tensors]
         all_bits = 0
-        for address in addresses:
-            all_bits |= address
+        for place, tensor in enumerate(tensors):
+            if tensor is None:
+                addresses[place] = 0
+            else:
+                addresses[place] = address = tensor.data_ptr()
+                dtypes[place] = tensor.dtype
+                all_bits |= address
         active = driver.active
         device = active.get_current_device()
         aligned = all_bits & 15 == 0 or tuple([address & 15 == 0 for address in addresses])

@@ -23,7 +23,7 @@ import functools
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,6 +39,7 @@ from ._frozen import MOST_PLANS
 from ._trace import traced
 from ._watched import flops_are_counted, one_by_one, refusing, register_flops, transformed_function
 
+PLAIN = (Tensor, Parameter)  # neither sharded nor traced
 TRACED_TYPES = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY = torch.library.Library("fastgpt2", "FRAGMENT")
@@ -140,45 +141,40 @@ def op(
     if not (opaque or _device.INTERPRETED):
         torch.library.register_torch_dispatch(f"fastgpt2::{name}", FunctionalTensorMode, trace, lib=_LIBRARY)
 
+    apply = None
     if backward is None or setup_context is None:
-        transformed = transformed_function(name, registered, *refusing(no_second_derivative(name, toggle)))
+        in_transforms = transformed_function(name, registered, *refusing(no_second_derivative(name, toggle))).apply
+        in_transforms = registered if mutates else in_transforms
+    else:
 
-        def call(*args):
-            tensors = _plain(args, tensor_places)
-            if tensors is None or (torch._C._len_torch_dispatch_stack() and flops is not None and flops_are_counted()):
-                return registered(*args)
-            if torch._C._are_functorch_transforms_active():
-                return registered(*args) if mutates else transformed.apply(*args)
-            check_device(tensors)
-            return launch(*args)
+        def registered_context(ctx, inputs, output):
+            if differentiable is not None:
+                ctx.mark_non_differentiable(*output[differentiable:])
+            setup_context(ctx, inputs, output)
 
-        return call
+        torch.library.register_autograd(f"fastgpt2::{name}", backward, setup_context=registered_context, lib=_LIBRARY)
+        in_transforms = transformed_function(name, registered, registered_context, backward).apply
+        refusal = no_second_derivative(name, toggle)
+        function = _autograd_function(name, launch, setup_context, backward, differentiable, refusal)
+        # `Function.apply` without its search of all arguments for functorch's transforms.
+        apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def registered_context(ctx, inputs, output):
-        if differentiable is not None:
-            ctx.mark_non_differentiable(*output[differentiable:])
-        setup_context(ctx, inputs, output)
-
-    torch.library.register_autograd(f"fastgpt2::{name}", backward, setup_context=registered_context, lib=_LIBRARY)
-    function = _autograd_function(name, launch, setup_context, _once(name, toggle, backward), differentiable)
-    # `Function.apply` without its search of all arguments for functorch's transforms.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    transformed = transformed_function(name, registered, registered_context, backward)
-
-    def call_with_gradient(*args):
-        tensors = _plain(args, tensor_places)
-        if tensors is None or (torch._C._len_torch_dispatch_stack() and flops is not None and flops_are_counted()):
+    def call(*args):
+        if torch.compiler.is_compiling() or (flops and torch._C._len_torch_dispatch_stack() and flops_are_counted()):
             return registered(*args)
+        tensors = [args[place] for place in tensor_places if args[place] is not None]
+        for tensor in tensors:
+            if type(tensor) not in PLAIN:
+                return registered(*args)
         if torch._C._are_functorch_transforms_active():
-            return transformed.apply(*args)
+            return in_transforms(*args)
         check_device(tensors)
         # The Function raises for forward-mode derivatives, which are not implemented.
-        if _require_grad(tensors) or forward_ad._current_level >= 0:
+        if apply is not None and (_require_grad(tensors) or forward_ad._current_level >= 0):
             return apply(*args)
         return launch(*args)
 
-    return call_with_gradient
+    return call
 
 
 def _schema(launcher: Callable[..., Any], mutates: tuple[str, ...]) -> str:
@@ -208,8 +204,13 @@ def _autograd_function(
     setup_context: Callable[[Any, tuple, Any], None],
     gradient: Callable[..., Any],
     differentiable: int | None,
+    refusal: str,
 ) -> type[torch.autograd.Function]:
-    """A Function that calls the launcher and the gradient without going through the dispatcher."""
+    """A Function that calls the launcher and the gradient without going through the dispatcher.
+
+    It raises RuntimeError(refusal) if a second derivative is asked for. PyTorch's `once_differentiable` silently drops
+    that if the upstream gradient is a constant.
+    """
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -220,6 +221,8 @@ def _autograd_function(
 
         @staticmethod
         def backward(ctx, *grads):
+            if torch.is_grad_enabled():  # here by create_graph=True alone
+                raise RuntimeError(refusal)
             return gradient(ctx, *grads)
 
     Eager.__name__ = name
@@ -246,26 +249,10 @@ def _let_inductor_call(operator: str) -> None:
         called.add(operator)
 
 
-def _plain(args: tuple, tensor_places: list[int]) -> list[Tensor] | None:
-    """The tensors among `args`; None if the registered operator must be called: under torch.compile, or if a tensor is
-    not a plain Tensor or Parameter."""
-    if torch.compiler.is_compiling():
-        return None
-    tensors = []
-    for place in tensor_places:
-        tensor = args[place]
-        kind = type(tensor)
-        if kind is Tensor or kind is Parameter:
-            tensors.append(tensor)
-        elif tensor is not None:
-            return None
-    return tensors
-
-
-def _require_grad(tensors: list[Tensor]) -> bool:
+def _require_grad(tensors: Iterable[Tensor | None]) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:  # a loop, because any() takes three times as long
-            if tensor.requires_grad:
+            if tensor is not None and tensor.requires_grad:
                 return True
     return False
 
@@ -274,25 +261,11 @@ def gradients_wanted(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow. Inside a transform of torch.func, tensors do not say, so that it may."""
     if torch._C._are_functorch_transforms_active():
         return torch.is_grad_enabled()
-    return _require_grad([t for t in tensors if t is not None])
+    return _require_grad(tensors)
 
 
 def no_second_derivative(name: str, toggle: str) -> str:
     return f"{name} has no second derivative, which create_graph=True asks for: use {toggle}='torch' for it"
-
-
-def _once(name: str, toggle: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """`gradient`, but it raises RuntimeError if a second derivative is asked for.
-
-    PyTorch's `once_differentiable` silently drops the second derivative if the upstream gradient is a constant.
-    """
-
-    def once(ctx, *grads):
-        if torch.is_grad_enabled():  # here by create_graph=True alone
-            raise RuntimeError(no_second_derivative(name, toggle))
-        return gradient(ctx, *grads)
-
-    return once
 
 
 def check_dtypes(op_name: str, toggle: str, **tensors: Tensor | None) -> None:
@@ -350,10 +323,8 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of x's shape. Several times as fast as `new_empty` if x is contiguous and of `dtype`."""
-    if x.dtype == dtype and x.is_contiguous():
-        return torch.empty_like(x)
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    """A contiguous tensor of x's shape, in half of the time of `torch.empty` and `new_empty`."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -363,8 +334,10 @@ def check_once(check: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args):
         if torch.compiler.is_compiling():
             return check(*args)
-        # None is asked for first, because a call of isinstance takes longer than the rest of this line.
-        key = tuple([a if a is None else (a.shape, a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        key = tuple([
+            a if a is None else (a.shape, a.dtype) if type(a) in PLAIN or isinstance(a, Tensor) else (type(a), a)
+            for a in args
+        ])  # fmt: skip
         try:
             return passed[key]
         except KeyError:

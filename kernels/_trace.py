@@ -14,23 +14,23 @@ class _Thread(threading.local):
     traced = False  # the value in a new thread
 
 
-_thread = _Thread()
+thread = _Thread()  # read directly where each call counts
 
 
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
     """Inside, launches of this thread become nodes of the graph that PyTorch is tracing."""
     before = is_traced()
-    _thread.traced = True
+    thread.traced = True
     try:
         yield
     finally:
-        _thread.traced = before
+        thread.traced = before
 
 
 def is_traced() -> bool:
     """Whether launches are recorded in a graph. Tensors are then fake, and sizes may be symbolic."""
-    return _thread.traced
+    return thread.traced
 
 
 def write_down(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:

@@ -118,10 +118,11 @@ def _fwd_plan(N: int, C: int, itemsize: int, stride_xn: int, device: torch.devic
 def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     """-> gelu(x + bias) (..., C) in the dtype of x."""
     y = empty_like(x, x.dtype)
-    if y.numel() == 0:
+    size = x.numel()
+    if size == 0:
         return y
     C = x.shape[-1] if x.dim() else 1
-    N = x.numel() // C
+    N = size // C
     x, stride_xn = rows(x)
     _fwd_plan(N, C, x.element_size(), stride_xn, x.device)(x, bias, y)
     return y
@@ -154,9 +155,10 @@ def launch_gelu_bwd(
     -> dbias (C,), or None if dbias_dtype is None.
     """
     C = x.shape[-1] if x.dim() else 1
-    if dx.numel() == 0:
+    size = x.numel()
+    if size == 0:
         return None if dbias_dtype is None else dx.new_zeros(C, dtype=dbias_dtype)
-    N = x.numel() // C
+    N = size // C
     dy, stride_dyn = rows(dy)
     x, stride_xn = rows(x)
     strides = (stride_dyn, stride_xn)
