@@ -84,5 +84,12 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.size(-1)).contiguous()
         dx = (linear(rows, weight.t()) if FASTER_BACKWARD else rows @ weight).view_as(x) if needs_x else None
-        dweight = rows.t() @ x.reshape(-1, x.size(-1)) if needs_weight else None
+        dweight = _weight_gradient(rows, x.reshape(-1, x.size(-1)), weight) if needs_weight else None
         return dx, dweight, rows.sum(0) if needs_bias else None
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """dy^T x (N, K), laid out as the transpose of a contiguous matrix if weight is one: as in kernels/_matmul.py."""
+    if weight.is_contiguous() or not weight.t().is_contiguous():
+        return dy.t() @ x
+    return (x.t() @ dy).t()

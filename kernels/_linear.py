@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from . import _op
-from ._matmul import matmul, matmul_keeps_float32
+from ._matmul import matmul_keeps_float32, weight_gradient
 
 NAME = "a linear layer under autocast"
-PLAIN = (Tensor, Parameter)  # neither sharded nor traced
 
 
 def gains(x: Tensor, weight: Tensor) -> bool:
@@ -32,8 +30,8 @@ def gains(x: Tensor, weight: Tensor) -> bool:
         weight.requires_grad
         and weight.dtype == torch.float32
         and x.dtype.itemsize == 2
-        and type(x) in PLAIN
-        and type(weight) in PLAIN
+        and type(x) in _op.PLAIN
+        and type(weight) in _op.PLAIN
         and forward_ad._current_level < 0
         and torch.is_grad_enabled()
         and torch.is_autocast_enabled(kind)
@@ -52,15 +50,15 @@ def autocast_linear(
     weight_copy, bias_copy: weight and bias in that dtype, if the caller has them; otherwise they are cast here. Raises
     RuntimeError for a second derivative.
     """
-    weight_copy = weight.detach().to(x.dtype) if weight_copy is None else weight_copy
-    if bias is not None and bias_copy is None:
-        bias_copy = bias.detach().to(x.dtype)
     return _apply(x, weight, bias, weight_copy, bias_copy)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_copy, bias_copy):  # type: ignore[override]
+        weight_copy = weight.to(x.dtype) if weight_copy is None else weight_copy
+        if bias is not None and bias_copy is None:
+            bias_copy = bias.to(x.dtype)
         ctx.save_for_backward(x, weight_copy)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return F.linear(x, weight_copy, bias_copy)
@@ -75,7 +73,7 @@ class _Linear(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1])  # (rows, N)
         return (
             torch.mm(dy, weight).view(x.shape) if needs_x else None,
-            matmul(dy.t(), x.reshape(-1, x.shape[-1]), weight_dtype) if needs_weight else None,
+            weight_gradient(dy, x.reshape(-1, x.shape[-1]), weight, weight_dtype) if needs_weight else None,
             dy.sum(0, dtype=bias_dtype) if needs_bias else None,
             None,
             None,

@@ -8,11 +8,13 @@ traffic counted on a CPU is what a GPU would move.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import _device
-from ._trace import is_traced
+from ._trace import thread
 
 PIECE = 4096  # rows of `out` that are computed at a time where a temporary result is needed
 
@@ -47,12 +49,35 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == a.dtype:
         return torch.mm(a, b)
-    widens = dtype == torch.float32 and a.element_size() == 2
-    if not widens or is_traced() or a.numel() == 0 or not matmul_keeps_float32(a.device):
-        return torch.mm(a, b).to(dtype)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
-    _widening_matmul(a, b, out)
-    return out
+    if dtype == torch.float32 and a.dtype.itemsize == 2 and not thread.traced and a.numel() > 0:
+        if _device.mixed_matmul(a.device):
+            return _float32_mm(a, b)
+        if _device.INTERPRETED:
+            out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+            torch.ops.fastgpt2.upcast_matmul(a, b, out=out)
+            return out
+    return torch.mm(a, b).to(dtype)
+
+
+_float32_mm = functools.partial(torch.mm, out_dtype=torch.float32)  # what bench/timing/no_device.py replaces
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T x, the gradient of weight (N, K) in y = x weight^T: dy (rows, N), x (rows, K) -> (N, K) in `dtype`.
+
+    The gradient of the transpose of a contiguous matrix, such as the weight of transformers' Conv1D, is laid out as
+    that. Autograd would copy any other one into the layout of the parameter.
+    """
+    if weight.is_contiguous() or not weight.t().is_contiguous():
+        return matmul(dy.t(), x, dtype)
+    return matmul(x.t(), dy, dtype).t()
+
+
+def weight_gradient_fake(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor as `weight_gradient` returns it."""
+    if weight.is_contiguous() or not weight.t().is_contiguous():
+        return weight.new_empty(weight.shape, dtype=dtype)
+    return weight.new_empty(weight.shape[::-1], dtype=dtype).t()
 
 
 def _widening_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:

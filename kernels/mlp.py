@@ -28,7 +28,7 @@ from torch import Tensor
 from . import _op, _tuning
 from ._frozen import planned
 from ._gelu_product import gelu_product_bwd, gelu_product_fwd
-from ._matmul import matmul
+from ._matmul import weight_gradient, weight_gradient_fake
 from .gelu import bias_gelu_reference, gelu_fwd, gelu_reference, launch_gelu_bwd
 
 
@@ -115,9 +115,9 @@ def mlp_bwd(
         dfc_bias = launch_gelu_bwd(dpre, pre, fc_bias, act, dpre, dfc_bias_dtype)
     return (
         torch.mm(dpre, fc_weight).view(x.shape) if need_x else None,
-        matmul(dpre.t(), x.reshape(-1, x.shape[-1]), dfc_weight_dtype) if need_fc_weight else None,
+        weight_gradient(dpre, x.reshape(-1, x.shape[-1]), fc_weight, dfc_weight_dtype) if need_fc_weight else None,
         dfc_bias,
-        None if act is None else matmul(dout.t(), act, dproj_weight_dtype),
+        None if act is None else weight_gradient(dout, act, proj_weight, dproj_weight_dtype),
         dout.sum(0) if need_proj_bias else None,
     )
 
@@ -128,9 +128,9 @@ def _mlp_bwd_fake(
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     return (
         x.new_empty(x.shape) if need_x else None,
-        fc_weight.new_empty(fc_weight.shape, dtype=dfc_weight_dtype) if need_fc_weight else None,
+        weight_gradient_fake(fc_weight, dfc_weight_dtype) if need_fc_weight else None,
         fc_bias.new_empty(fc_bias.shape) if fc_bias is not None and need_fc_bias else None,
-        proj_weight.new_empty(proj_weight.shape, dtype=dproj_weight_dtype) if need_proj_weight else None,
+        weight_gradient_fake(proj_weight, dproj_weight_dtype) if need_proj_weight else None,
         dout.new_empty(dout.shape[-1]) if need_proj_bias else None,
     )
 

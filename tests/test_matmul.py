@@ -11,7 +11,11 @@ from fastgpt2.kernels import _device, _matmul
 
 @contextlib.contextmanager
 def widening_products_on_the_cpu():
-    """aten::mm.dtype_out and aten::addmm.dtype_out as GPUs have them: calls are checked against the schema."""
+    """aten::mm.dtype, mm.dtype_out and addmm.dtype_out as GPUs have them: calls are checked against the schemas."""
+
+    def new_mm(a, b, out_dtype):
+        assert a.dtype == b.dtype != out_dtype
+        return a.to(out_dtype) @ b.to(out_dtype)
 
     def mm(a, b, out_dtype, *, out):
         assert a.dtype != out_dtype == out.dtype
@@ -22,6 +26,7 @@ def widening_products_on_the_cpu():
         return out.copy_(c + a.to(out_dtype) @ b.to(out_dtype))
 
     with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("mm.dtype", new_mm, "CPU")
         library.impl("mm.dtype_out", mm, "CPU")
         library.impl("addmm.dtype_out", addmm, "CPU")
         yield

@@ -148,6 +148,12 @@ def _check_device(*tensors: Tensor, instead: str = "") -> None:
     any([t.get_device() != index for t in tensors])
 
 
+def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
+    """A CPU has no product of 16-bit matrices into fp32. A call of another product of PyTorch's takes its place."""
+    torch.mm(a, b)
+    return torch.empty(a.shape[0], b.shape[1])
+
+
 @contextlib.contextmanager
 def no_device() -> Iterator[None]:
     """Inside, kernels launched on CPU tensors compute nothing. Raises RuntimeError under TRITON_INTERPRET."""
@@ -162,10 +168,9 @@ def no_device() -> Iterator[None]:
     )
     before = dict(vars(driver))  # not driver.active: reading it fails without a GPU
     driver.set_active(_driver())
-    # A CPU has no product of 16-bit matrices into fp32. A call of another product of PyTorch's takes its place.
-    product = mock.patch.object(_matmul, "_widening_matmul", lambda a, b, out: torch.mm(a, b))
+    products: dict[str, Any] = dict(_float32_mm=_float32_mm, _widening_matmul=lambda a, b, out: torch.mm(a, b))
     try:
-        with mock.patch.multiple(_device, **answers), product:
+        with mock.patch.multiple(_device, **answers), mock.patch.multiple(_matmul, **products):
             yield
     finally:
         vars(driver).update(before)

@@ -2,7 +2,7 @@
 
 As everywhere in this package, a module that has hooks or is not exactly a class of transformers or PyTorch is called,
 and the rest of its block stays fused. Conv1D keeps its weight (in, out); the kernels and PyTorch read its transpose by
-strides.
+strides, and compute its gradient in that layout, so that autograd keeps it without a copy.
 The kernel `decode_linear` is not used: its programs read whole rows of (out, in), and Conv1D's layout would cost a copy
 of every weight for each token. So the linear layers of a new token are PyTorch's.
 """
