@@ -143,7 +143,8 @@ def pytest_run(folder: Path, test: str, keyword: str, modules: set[str], limit_s
     if process.exitcode < 0:
         return "failed", f"{test}: killed by signal {-process.exitcode}"
     output = (folder / OUTPUT).read_text(encoding="utf-8")
-    first = re.search(r"^FAILED tests/(.*)$", output, re.MULTILINE)
+    # A fixture that fails is an error of its tests. Errors of collection name no test, and have another exit code.
+    first = re.search(r"^(?:FAILED|ERROR) tests/(.*::.*)$", output, re.MULTILINE)
     if process.exitcode != 1 or not first:
         return "did not run", output.strip()[-2000:]
     return "failed", first[1]
