@@ -33,6 +33,7 @@ from torch import Tensor
 from . import _device, _op, _tuning
 from ._column_sum import column_sum
 from ._frozen import Launch, planned
+from ._layer_norm_tiles import dropout_scale, load_tile, store_tile, sum_columns, sum_rows
 from ._op import empty_like, rows
 
 ROW_BYTES = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)  # the widths in the tuning table
@@ -65,13 +66,6 @@ def add_layer_norm_reference(
 # every lane, so that 768 columns cost three quarters of 1024.
 
 
-@triton.jit
-def _dropout_scale(seed_ptr, rows, offs_c, C, dropout_p: tl.constexpr):
-    """0 where (row, column) is dropped, 1 / (1 - p) elsewhere, in fp32."""
-    u = tl.rand(tl.load(seed_ptr), rows * C + offs_c)
-    return tl.where(u >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
-
-
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, total_ptr, y_ptr, statistics_ptr,
@@ -95,7 +89,7 @@ def _layer_norm_fwd_kernel(
             if x_bias_ptr is not None:
                 total = tl.where(mask, total + x_bias, 0.0)
             if dropout_p > 0.0:
-                total *= _dropout_scale(seed_ptr, row, offs_c, C, dropout_p)
+                total *= dropout_scale(seed_ptr, row, offs_c, C, dropout_p)
             stored = (residual + total).to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + row * C + offs_c, stored, mask=mask)
             total = stored.to(ACC)
@@ -112,61 +106,6 @@ def _layer_norm_fwd_kernel(
         tl.store(y_ptr + row * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(statistics_ptr + row * 2, mean + shift)
         tl.store(statistics_ptr + row * 2 + 1, rstd)
-
-
-# Tiles of backward are (CHUNKS, ROWS, SPAN): a row has CHUNKS * SPAN columns, and its lanes load a SPAN with one
-# 128-bit access each. Loads and stores use one dimension CHUNKS * ROWS, which Triton distributes so that warps differ
-# in ROWS and a thread holds all CHUNKS. With two dimensions the distribution would depend on Triton's version.
-#
-# With more than one stage, the loads of the next rows are under way, into shared memory, while these rows are summed
-# and stored. Shared memory can be read in any distribution, so each tensor is copied in the one that is best for its
-# dtype. Triton however gives all tensors of one shape the distribution of the narrowest dtype, in which a lane's 128
-# bits of a wider one are not next to its neighbour's. Tensors of another dtype than `total` therefore get one more
-# dimension, of size 1: BITS is the width of total's elements, or 0 with one stage, where all have the same shape.
-
-
-@triton.jit
-def _load_tile(
-    ptr, stride, rows, offs_c, mask,
-    BITS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """Loads (CHUNKS * ROWS, SPAN) and returns it as (CHUNKS, ROWS, SPAN)."""
-    offs = rows * stride + offs_c
-    if BITS == 0 or ptr.dtype.element_ty.primitive_bitwidth == BITS:
-        tile = tl.load(ptr + offs, mask=mask, other=0.0)
-    else:
-        tile = tl.load(ptr + tl.expand_dims(offs, 1), mask=tl.expand_dims(mask, 1), other=0.0)
-    return tl.reshape(tile, (CHUNKS, ROWS, SPAN))
-
-
-@triton.jit
-def _store_tile(
-    ptr, stride, rows, offs_c, mask, tile,
-    BITS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    tile = tl.reshape(tile.to(ptr.dtype.element_ty), (CHUNKS * ROWS, SPAN))
-    offs = rows * stride + offs_c
-    if BITS == 0 or ptr.dtype.element_ty.primitive_bitwidth == BITS:
-        tl.store(ptr + offs, tile, mask=mask)
-    else:
-        tl.store(ptr + tl.expand_dims(offs, 1), tl.expand_dims(tile, 1), mask=tl.expand_dims(mask, 1))
-
-
-@triton.jit
-def _sum_rows(tile):
-    """The sum of each row: (CHUNKS, ROWS, SPAN) -> (1, ROWS, 1)."""
-    return tl.sum(tl.sum(tile, axis=0), axis=1)[None, :, None]
-
-
-@triton.jit
-def _sum_columns(tile, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-    """(CHUNKS, ROWS, SPAN) -> (CHUNKS, 1, SPAN). Adding halves takes a third of the instructions of tl.sum here."""
-    rows = tl.permute(tile, (0, 2, 1))
-    for i in tl.static_range(6):
-        if ROWS >> i > 1:
-            even, odd = tl.split(tl.reshape(rows, (CHUNKS, SPAN, ROWS >> (i + 1), 2)))
-            rows = even + odd
-    return tl.permute(rows, (0, 2, 1))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -188,7 +127,7 @@ def _layer_norm_bwd_kernel(
     flat = tl.arange(0, CHUNKS * ROWS)[:, None]
     flat_c = flat // ROWS * SPAN + tl.arange(0, SPAN)[None, :]
     if STAGES > 1:  # in the distribution of the rows
-        weight = _load_tile(weight_ptr, 0, flat % ROWS, flat_c, flat_c < C, BITS, CHUNKS, ROWS, SPAN).to(ACC)
+        weight = load_tile(weight_ptr, 0, flat % ROWS, flat_c, flat_c < C, BITS, CHUNKS, ROWS, SPAN).to(ACC)
     else:
         weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
 
@@ -199,27 +138,27 @@ def _layer_norm_bwd_kernel(
         offs_n = start + tl.arange(0, ROWS)[None, :, None]
         mask_n = offs_n < N
 
-        total = _load_tile(total_ptr, stride_tn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
-        dy = _load_tile(dy_ptr, stride_dyn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
+        total = load_tile(total_ptr, stride_tn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
+        dy = load_tile(dy_ptr, stride_dyn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
         if dtotal_ptr is not None:
-            from_total = _load_tile(dtotal_ptr, stride_dtn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
+            from_total = load_tile(dtotal_ptr, stride_dtn, rows, flat_c, mask, BITS, CHUNKS, ROWS, SPAN).to(ACC)
         mean = tl.load(statistics_ptr + offs_n.to(tl.int64) * 2, mask=mask_n, other=0.0)
         rstd = tl.load(statistics_ptr + offs_n.to(tl.int64) * 2 + 1, mask=mask_n, other=0.0)
 
         dy = tl.where(mask_c, dy, 0.0)
         xhat = tl.where(mask_c, (total - mean) * rstd, 0.0)
         wdy = tl.where(mask_c, dy * weight, 0.0)
-        c1, c2 = _sum_rows(wdy) / C, _sum_rows(wdy * xhat) / C
+        c1, c2 = sum_rows(wdy) / C, sum_rows(wdy * xhat) / C
         dtotal = wdy * rstd - (c1 * rstd + xhat * (c2 * rstd))
         if dtotal_ptr is not None:
             dtotal += from_total
         dtotal = tl.where(mask_c, dtotal, 0.0)
         if dresidual_ptr is not None:
-            _store_tile(dresidual_ptr, C, rows, flat_c, mask, dtotal, BITS, CHUNKS, ROWS, SPAN)
+            store_tile(dresidual_ptr, C, rows, flat_c, mask, dtotal, BITS, CHUNKS, ROWS, SPAN)
         dx = dtotal
         if dropout_p > 0.0:
-            dx *= _dropout_scale(seed_ptr, offs_n.to(tl.int64), offs_c, C, dropout_p)
-        _store_tile(dx_ptr, C, rows, flat_c, mask, dx, BITS, CHUNKS, ROWS, SPAN)
+            dx *= dropout_scale(seed_ptr, offs_n.to(tl.int64), offs_c, C, dropout_p)
+        store_tile(dx_ptr, C, rows, flat_c, mask, dx, BITS, CHUNKS, ROWS, SPAN)
 
         dweight += dy * xhat
         dbias += dy
@@ -228,13 +167,13 @@ def _layer_norm_bwd_kernel(
     partial = pid.to(tl.int64) * C + offs_c
     next_partial = tl.num_programs(0).to(tl.int64) * C
     if DWEIGHT:
-        tl.store(partials_ptr + partial, _sum_columns(dweight, CHUNKS, ROWS, SPAN), mask=mask_c)
+        tl.store(partials_ptr + partial, sum_columns(dweight, CHUNKS, ROWS, SPAN), mask=mask_c)
         partial += next_partial
     if DBIAS:
-        tl.store(partials_ptr + partial, _sum_columns(dbias, CHUNKS, ROWS, SPAN), mask=mask_c)
+        tl.store(partials_ptr + partial, sum_columns(dbias, CHUNKS, ROWS, SPAN), mask=mask_c)
         partial += next_partial
     if DX_BIAS:
-        tl.store(partials_ptr + partial, _sum_columns(dx_bias, CHUNKS, ROWS, SPAN), mask=mask_c)
+        tl.store(partials_ptr + partial, sum_columns(dx_bias, CHUNKS, ROWS, SPAN), mask=mask_c)
 
 
 def _options(op: str, C: int, itemsize: int, dropout: bool, device: torch.device) -> dict[str, int]:
