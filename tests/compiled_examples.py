@@ -51,6 +51,24 @@ def _atomic_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _tickets_kernel(x_ptr, tickets_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    """The last program to take a ticket does something. The fault is x's offsets, whose names are used again later."""
+    for n in range(tl.program_id(0), N, tl.num_programs(0)):
+        offs = n * stride_xn + tl.arange(0, BLOCK)
+        tl.store(x_ptr + offs, tl.zeros((BLOCK,), x_ptr.dtype.element_ty))
+    if tl.atomic_add(tickets_ptr, 1) == tl.num_programs(0) - 1:
+        for start in range(0, C, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            tl.store(tickets_ptr + offs, tl.zeros((BLOCK,), tl.int32), mask=offs < C)
+
+
+@triton.jit
+def _block_of_tickets_kernel(x_ptr, tickets_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
+    """Adds up data under another name."""
+    tl.atomic_add(tickets_ptr + tl.arange(0, BLOCK), 1)
+
+
+@triton.jit
 def _narrow_accesses_kernel(x_ptr, y_ptr, stride_xn, N, C, BLOCK: tl.constexpr):
     offs_c = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
@@ -82,6 +100,8 @@ def main(file: str) -> None:
         "int32_offsets": (_int32_offsets_kernel, {}),
         "int32_pointer": (_int32_pointer_kernel, {}),
         "atomic": (_atomic_kernel, {}),
+        "tickets": (_tickets_kernel, {}),
+        "block_of_tickets": (_block_of_tickets_kernel, {}),
         "narrow_accesses": (_narrow_accesses_kernel, {}),
         "dot": (_dot_kernel, {}),
         "plain_dot": (_plain_dot_kernel, {}),
@@ -93,6 +113,7 @@ def main(file: str) -> None:
                 continue
             x = torch.empty(ROWS_TO_COMPILE, 1024, dtype=torch.bfloat16)
             y = torch.empty(1024) if name == "atomic" else torch.empty_like(x)
+            y = torch.empty(1024, dtype=torch.int32) if "tickets" in name else y
             with recording(architecture) as launches:
                 kernel[(64,)](x, y, x.stride(0), ROWS_TO_COMPILE, 1024, BLOCK=1024, num_warps=4, **options)
             figures = dataclasses.asdict(launches[0].figures(ROWS_TO_COMPILE))

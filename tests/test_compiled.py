@@ -57,6 +57,7 @@ def test_a_good_kernel_is_good(examples):
         ("int32_offsets", "narrow", lambda narrow: narrow == ["x_ptr"]),
         ("int32_pointer", "narrow", lambda narrow: narrow == ["x_ptr"]),
         ("atomic", "atomics", lambda count: count > 0),
+        ("block_of_tickets", "atomics", lambda count: count > 0),
         ("narrow_accesses", "vector_share", lambda share: share < audit.VECTOR_SHARE),
         ("spill", "spills", lambda count: count > 0),
         ("spill", "stack", lambda size: size > 0),
@@ -64,6 +65,11 @@ def test_a_good_kernel_is_good(examples):
 )
 def test_each_fault_is_seen(examples, name, figure, seen):
     assert seen(examples[f"{name} 80"][figure])
+
+
+def test_tickets_are_not_data(examples):
+    """Nor are values of one name in two regions the same value."""
+    assert (examples["tickets 80"]["atomics"], examples["tickets 80"]["narrow"]) == (0, ["x_ptr"])
 
 
 def test_tensor_cores_are_named(examples):

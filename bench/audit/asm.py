@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,8 +136,9 @@ def tensor_core(ptx: str) -> str:
     return "+".join(sorted(_TENSOR_CORE[name] for name in made))
 
 
-def atomics(ptx: str) -> int:
-    return len(_ATOMIC.findall(re.sub(r"//.*", "", ptx)))
+def atomics(ptx: str, tickets: int = 0) -> int:
+    """The number of atomic operations on data. tickets: how many of them only count programs (`on_tickets`)."""
+    return len(_ATOMIC.findall(re.sub(r"//.*", "", ptx))) - tickets
 
 
 def access_widths(ptx: str) -> dict[str, dict[int, int]]:
@@ -207,7 +209,7 @@ def narrow_pointers(ttir: str, arguments: list[str]) -> list[str]:
     least one such part is computed (or loaded) as int64: the row. Its narrow parts are columns inside that row.
     arguments: names of the function's parameters, in order.
     """
-    ops, accesses = _parse(ttir, arguments)
+    ops, accesses, _ = _parse(ttir, arguments)
     narrow = set()
     for pointer in accesses:
         bases, offsets = _chain(pointer, ops)
@@ -215,6 +217,27 @@ def narrow_pointers(ttir: str, arguments: list[str]) -> list[str]:
         if kinds == {"narrow"}:
             narrow |= bases
     return sorted(narrow)
+
+
+def on_tickets(ttir: str, arguments: list[str]) -> int:
+    """The number of atomic operations on single elements of an argument `tickets_ptr`, from which a program learns that
+    it is the last one (kernels/_column_sum.py). All others would add up data in the order in which programs end."""
+    ops, _, atomic = _parse(ttir, arguments)
+    return sum(_chain(pointer, ops)[0] == {"tickets_ptr"} and "tensor" not in ops[pointer].type for pointer in atomic)
+
+
+def _unique_names(ttir: str) -> Iterator[str]:
+    """The lines with a name of its own for each value, because regions that follow one another use the same names."""
+    times: Counter[str] = Counter()
+    names: dict[str, str] = {}
+    for line in ttir.splitlines():
+        defined = re.findall(r"(%[\w$.-]+)(?::\d+)? = ", line)
+        if "tt.func" in line or line.lstrip().startswith("^bb"):
+            defined += re.findall(r"(%[\w$.-]+): ", line)
+        for name in defined:
+            names[name] = f"{name}.{times[name]}" if times[name] else name
+            times[name] += 1
+        yield re.sub(r"%[\w$.-]+", lambda found: names.get(found[0], found[0]), line)
 
 
 @dataclass
@@ -226,17 +249,18 @@ class _Region:
     condition: list[str] = field(default_factory=list)
 
 
-def _parse(ttir: str, arguments: list[str]) -> tuple[dict[str, _Op], list[str]]:
-    """-> (value -> its operation, the pointers that are loaded from or stored to)."""
+def _parse(ttir: str, arguments: list[str]) -> tuple[dict[str, _Op], list[str], list[str]]:
+    """-> (value -> its operation, the pointers that are loaded from or stored to, those of them by atomics)."""
     ops: dict[str, _Op] = {}
     accesses: list[str] = []
+    atomic: list[str] = []
     regions: list[_Region] = []
 
     def feed(targets: list[str], values: list[str]) -> None:
         for target, value in zip(targets, values, strict=True):
             ops[target].operands.append(value)
 
-    for line in ttir.splitlines():
+    for line in _unique_names(ttir):
         code = re.sub(r" loc\((?!.*\{).*\)$", "", line).strip()
         if "tt.func" in code:
             parameters = re.findall(r"(%[\w$.-]+): ", code)
@@ -260,9 +284,10 @@ def _parse(ttir: str, arguments: list[str]) -> tuple[dict[str, _Op], list[str]]:
             ops[name] = _Op(op, _VALUE.findall(rest), kind)
         if re.search(r"\btt\.(load|store|atomic_rmw|atomic_cas)\b", code):
             accesses.append(_VALUE.findall(definition[3] if definition else code)[0])
+            atomic += accesses[-1:] * ("tt.atomic" in code)
         if code.endswith("{") and not code.startswith("}"):
             regions.append(_region(code, definition[1] if definition else "", ops))
-    return ops, accesses
+    return ops, accesses, atomic
 
 
 def _region(code: str, name: str, ops: dict[str, _Op]) -> _Region:

@@ -5,9 +5,9 @@
     result.worse_than(committed())       # figures worse than in bench/results/kernel_card.json
 
 Limits, called gates, for every launch of every case: no spills (SASS: STL + LDL; AMD: VGPR spills) and no stack, shared
-memory within the block's limit, no atomics, tensor cores for every product of 16-bit matrices, int64 for every offset
-into a tensor that grows with the batch. For every pass of a 16-bit case: 95% of its global bytes in accesses of 128
-bits.
+memory within the block's limit, no atomics but on tickets, which count programs, tensor cores for every product of
+16-bit matrices, int64 for every offset into a tensor that grows with the batch. For every pass of a 16-bit case: 95% of
+its global bytes in accesses of 128 bits.
 
 The card has one entry for each launch and architecture with registers, shared memory, spills, occupancy (the share of a
 multiprocessor's warps that can be resident), tensor-core instruction and 128-bit share, and one for each pass with

@@ -69,7 +69,7 @@ class Figures:
     tensor_core: str
     widths: dict[str, dict[int, int]]  # source line -> {width in bits: number of global accesses}; empty on AMD
     narrow: tuple[str, ...]  # arguments that grow with the batch and are addressed with int32 offsets only
-    atomics: int | None
+    atomics: int | None  # on data; those on tickets add nothing up
     occupancy: float | None
 
 
@@ -110,7 +110,7 @@ class Recorded:
             spills=code.spills,
             tensor_core=asm.tensor_core(texts["ptx"]),
             widths=asm.access_widths(texts["ptx"]),
-            atomics=asm.atomics(texts["ptx"]),
+            atomics=asm.atomics(texts["ptx"], asm.on_tickets(texts["ttir"], arguments)),
             occupancy=asm.occupancy(self.architecture, code.registers, shared, metadata.num_warps),
             **common,
         )

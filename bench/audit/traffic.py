@@ -139,6 +139,7 @@ def _record_interpreted(log: Launches, patches: contextlib.ExitStack) -> None:
 
     call, set_dim = GridExecutor.__call__, InterpreterBuilder.set_grid_dim
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic = InterpreterBuilder.create_atomic_rmw
 
     def recorded_call(self, *args, **kwargs):
         log.append(Launch(self.fn.__name__))
@@ -164,9 +165,17 @@ def _record_interpreted(log: Launches, patches: contextlib.ExitStack) -> None:
         log[-1]._count(log[-1]._written, pointers.data, mask.data, itemsize(pointers))
         return store(self, pointers, value, mask, *rest)
 
+    def recorded_atomic(self, operation, pointers, value, mask, *rest):
+        for sectors in (log[-1]._read, log[-1]._written):
+            log[-1]._count(sectors, pointers.data, mask.data, itemsize(pointers))
+        return atomic(self, operation, pointers, value, mask, *rest)
+
     patches.enter_context(mock.patch.object(GridExecutor, "__call__", recorded_call))
     for name, method in dict(
-        set_grid_dim=recorded_dim, create_masked_load=recorded_load, create_masked_store=recorded_store
+        set_grid_dim=recorded_dim,
+        create_masked_load=recorded_load,
+        create_masked_store=recorded_store,
+        create_atomic_rmw=recorded_atomic,
     ).items():
         patches.enter_context(mock.patch.object(InterpreterBuilder, name, method))
 
