@@ -51,8 +51,8 @@ if ! $dry_run && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_a
 fi
 
 run_tests() {
-    local tests=(attention_masks cases column_sum decode_model decode_operator decoder graphed graphed_changes
-        graphed_training layer_norm_dropout matmul parity timing train whole_model)
+    local tests=(attention_masks cases column_sum decode_model decode_operator decoder fold_columns
+        folded_sums graphed graphed_changes graphed_training layer_norm_dropout matmul parity timing train whole_model)
     local op # each has its description in bench/cases/ops/ and its tests
     for op in bench/cases/ops/*.py; do tests+=("$(basename "$op" .py)"); done
     tests=("${tests[@]/#/tests/test_}")

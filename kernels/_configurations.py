@@ -110,7 +110,8 @@ class LayerNormFwd(NamedTuple):
 
 class LayerNormBwd(NamedTuple):
     """SPAN_BYTES: bytes that the warps of one row load at once. MIN_ROWS: the fewest rows of a program, if there are
-    that many. STAGES: pipeline stages of the loop over rows."""
+    that many. STAGES: pipeline stages of the loop over rows. FOLD: whether the last program adds up all programs' sums,
+    or a second launch does."""
 
     ROWS: int
     SPAN_BYTES: int
@@ -118,6 +119,7 @@ class LayerNormBwd(NamedTuple):
     PROGRAMS_PER_SM: int
     MIN_ROWS: int
     STAGES: int = 1
+    FOLD: bool = False
 
 
 class Elementwise(NamedTuple):

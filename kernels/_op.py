@@ -59,6 +59,7 @@ def op(
     opaque: bool = False,
     strided: tuple[str, ...] = (),
     differentiable: int | None = None,
+    eager_only: int = 0,
     setup_context: Callable[[Any, tuple, Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
@@ -75,6 +76,7 @@ def op(
     strided: names of the tensor arguments that the launcher accepts with any strides. The others are made contiguous.
     differentiable: the number of outputs, from the first on, that have gradients; all by default. The other outputs are
         for backward only, and eager calls with gradients do not return them.
+    eager_only: the number of outputs, from the last on, that are None for the operator and its fake.
     setup_context, backward: as in `torch.library.register_autograd`. Give both or neither.
     flops: takes the same arguments with shapes in the place of tensors and returns the floating-point operations of
         matrix products inside the kernels. `torch.utils.flop_counter` counts PyTorch's own products itself.
@@ -121,7 +123,7 @@ def op(
 
     def dispatched(*args):
         check_device([a for a in args if isinstance(a, Tensor)])
-        return _all_there(launch(*args), args)
+        return _all_there(launch(*args), args, eager_only)
 
     # Inputs must have the strides that they would have in eager mode, as for an operator without a tag.
     _LIBRARY.define(name + _schema(launcher, mutates), tags=(torch.Tag.needs_exact_strides,))
@@ -190,11 +192,13 @@ def _schema(launcher: Callable[..., Any], mutates: tuple[str, ...]) -> str:
     return torch.library.infer_schema(prototype, mutates_args=mutates)
 
 
-def _all_there(output: Any, args: tuple) -> Any:
-    """The launcher's output with an empty tensor (0,) for each None, because operators return tensors only."""
+def _all_there(output: Any, args: tuple, left_out: int = 0) -> Any:
+    """The launcher's output with an empty tensor (0,) for each None and for the last `left_out`, because operators
+    return tensors only."""
     if not isinstance(output, tuple):
         return output
     tensor = next(a for a in args if isinstance(a, Tensor))
+    output = (*output[: len(output) - left_out], *(None,) * left_out)
     return tuple(tensor.new_empty(0) if t is None else t for t in output)
 
 

@@ -12,10 +12,11 @@ x_bias (C,); mean and rstd (N,), stored as one tensor (N, 2). Saved for backward
 HBM traffic per element of 2 bytes: forward 4 bytes (8 with a residual: 2 reads, 2 writes) in 1 launch. Backward 6 bytes
 (8 with a residual: reads of total, dy and the gradient of total, one write of dx, which is also dresidual) in 2
 launches: the first keeps partial sums of parameter gradients in registers over 64 or more rows and adds less than 5%.
+Where the tuning table has FOLD, the first one adds them up too, by tickets that forward has set to 0.
 
 Numerics: statistics in fp32 (fp64 for fp64 tensors): first the mean, then mean and squares of the centred row, so that
 a large mean does not cancel. They are computed from `total` rounded to its dtype, so that y is bitwise equal to
-layer_norm(total). Dropout is Philox at (seed, row * C + column), recomputed in backward. No atomics.
+layer_norm(total). Dropout is Philox at (seed, row * C + column), recomputed in backward. No atomics on data.
 
 Sources: Ba, Kiros, Hinton 2016 (arXiv 1607.06450); the two-stage reduction of Triton's layer-norm tutorial.
 """
@@ -31,10 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _device, _op, _tuning
-from ._column_sum import column_sum
+from ._column_sum import column_sum, fold_columns, fold_groups, fold_options, fold_tickets
 from ._frozen import Launch, planned
 from ._layer_norm_tiles import dropout_scale, load_tile, store_tile, sum_columns, sum_rows
 from ._op import empty_like, rows
+from ._trace import is_traced
 
 ROW_BYTES = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)  # the widths in the tuning table
 
@@ -68,10 +70,14 @@ def add_layer_norm_reference(
 
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, total_ptr, y_ptr, statistics_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, total_ptr, y_ptr, statistics_ptr, tickets_ptr,
     stride_xn, stride_rn, N, C: tl.constexpr, eps: tl.constexpr, dropout_p: tl.constexpr, BLOCK_C: tl.constexpr,
+    TICKETS: tl.constexpr,
 ):  # fmt: skip
     """Computes one row at a time. At GPT-2's widths one warp computes a row, so that sums need no barrier."""
+    if tickets_ptr is not None:  # for backward
+        if tl.program_id(0) == 0:
+            tl.store(tickets_ptr + tl.arange(0, TICKETS), tl.zeros((TICKETS,), tl.int32))
     ACC = statistics_ptr.dtype.element_ty
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_c < C
@@ -111,11 +117,13 @@ def _layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_bwd_kernel(
     dy_ptr, dtotal_ptr, total_ptr, weight_ptr, statistics_ptr, seed_ptr, dx_ptr, dresidual_ptr, partials_ptr,
+    tickets_ptr, out0_ptr, out1_ptr, out2_ptr,
     stride_dyn, stride_dtn, stride_tn, N, C: tl.constexpr, dropout_p: tl.constexpr, DWEIGHT: tl.constexpr,
     DBIAS: tl.constexpr, DX_BIAS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partials (K, P, C): each program's sums for the K of dweight, dbias and dx_bias that are needed."""
+    """partials (K, P, C): each program's sums for the K of dweight, dbias and dx_bias that are needed. With tickets,
+    the last program adds them up: out0, out1, out2 (C,) are these K."""
     ACC = statistics_ptr.dtype.element_ty
     pid = tl.program_id(0)
     BITS: tl.constexpr = total_ptr.dtype.element_ty.primitive_bitwidth if STAGES > 1 else 0
@@ -174,6 +182,9 @@ def _layer_norm_bwd_kernel(
         partial += next_partial
     if DX_BIAS:
         tl.store(partials_ptr + partial, sum_columns(dx_bias, CHUNKS, ROWS, SPAN), mask=mask_c)
+    if tickets_ptr is not None:
+        K: tl.constexpr = DWEIGHT + DBIAS + DX_BIAS
+        fold_columns(partials_ptr, tickets_ptr, out0_ptr, out1_ptr, out2_ptr, K, C, GROUP, BLOCK_P, BLOCK_C)
 
 
 def _options(op: str, C: int, itemsize: int, dropout: bool, device: torch.device) -> dict[str, int]:
@@ -184,12 +195,17 @@ def _options(op: str, C: int, itemsize: int, dropout: bool, device: torch.device
 
 @planned
 def _fwd_plan(
-    N: int, C: int, itemsize: int, strides: tuple[int, int], eps: float, dropout_p: float, device: torch.device
-) -> Launch:
-    options = _options("layer_norm_fwd", C, itemsize, dropout_p > 0.0, device)
-    programs = min(N, _device.sm_count(device) * options.pop("PROGRAMS_PER_SM"))
-    block_c = _tuning.next_power_of_2(C)
-    return Launch(_layer_norm_fwd_kernel, (programs,), *strides, N, C, eps, dropout_p, BLOCK_C=block_c, **options)
+    N: int, C: int, itemsizes: tuple[int, int], strides: tuple[int, int], eps: float, dropout_p: float,
+    device: torch.device,
+) -> tuple[int, Launch]:  # fmt: skip
+    """The number of tickets that backward needs, and the launch. itemsizes: of x and total."""
+    options = _options("layer_norm_fwd", C, itemsizes[0], dropout_p > 0.0, device)
+    backward = _options("layer_norm_bwd", C, itemsizes[1], dropout_p > 0.0, device)
+    sm_count = _device.sm_count(device)
+    tickets = fold_tickets(sm_count * backward["PROGRAMS_PER_SM"], device) if backward["FOLD"] else 0
+    programs = min(N, sm_count * options.pop("PROGRAMS_PER_SM"))
+    options |= dict(BLOCK_C=_tuning.next_power_of_2(C), TICKETS=tickets)
+    return tickets, Launch(_layer_norm_fwd_kernel, (programs,), *strides, N, C, eps, dropout_p, **options)
 
 
 def layer_norm_fwd(
@@ -202,17 +218,21 @@ def layer_norm_fwd(
     eps: float,
     dropout_p: float,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """-> total (..., C), None without a residual; y (..., C) in `dtype`; statistics (N, 2), mean and rstd."""
-    total, y, statistics = _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype)
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """-> total (..., C), None without a residual; y (..., C) in `dtype`; statistics (N, 2), mean and rstd; tickets,
+    None unless backward folds its sums: int32 zeros, which it leaves as they are."""
+    total, y, statistics, tickets = _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype)
     N, C = statistics.shape[0], x.shape[-1]
     if N == 0:
-        return total, y, statistics
+        return total, y, statistics, tickets
+    itemsizes = x.dtype.itemsize, (x if total is None else total).dtype.itemsize
     x, stride_xn = rows(x)
     residual, stride_rn = (None, 0) if residual is None else rows(residual)
-    launch = _fwd_plan(N, C, x.element_size(), (stride_xn, stride_rn), eps, dropout_p, x.device)
-    launch(x, residual, weight, bias, x_bias, seed, total, y, statistics)
-    return total, y, statistics
+    n_tickets, launch = _fwd_plan(N, C, itemsizes, (stride_xn, stride_rn), eps, dropout_p, x.device)
+    if n_tickets and not is_traced():  # Inductor would copy what backward saved and writes to
+        tickets = torch.empty(n_tickets, dtype=torch.int32, device=x.device)
+    launch(x, residual, weight, bias, x_bias, seed, total, y, statistics, tickets)
+    return total, y, statistics, tickets
 
 
 def _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p, dtype):
@@ -222,19 +242,22 @@ def _layer_norm_fwd_fake(x, residual, weight, bias, x_bias, seed, eps, dropout_p
         total = empty_like(x, total_dtype)
     accumulator = torch.float64 if total_dtype == torch.float64 else torch.float32
     statistics = torch.empty(x.numel() // x.shape[-1], 2, dtype=accumulator, device=x.device)
-    return total, empty_like(x, dtype), statistics
+    return total, empty_like(x, dtype), statistics, None
 
 
 @planned
 def _bwd_plan(
-    N: int, C: int, itemsize: int, strides: tuple[int, ...], dropout_p: float, wanted: tuple, device: torch.device
-) -> tuple[int, Launch]:
-    """The number of programs, and the launch. wanted: whether dweight, dbias and dx_bias are needed."""
-    options = _options("layer_norm_bwd", C, itemsize, dropout_p > 0.0, device)
-    span = options.pop("SPAN_BYTES") // itemsize
+    N: int, C: int, itemsizes: tuple[int, int], strides: tuple[int, ...], dropout_p: float, wanted: tuple,
+    device: torch.device,
+) -> tuple[int, Launch]:  # fmt: skip
+    """The number of programs, and the launch. itemsizes: of total, statistics. wanted: dweight, dbias, dx_bias."""
+    options = _options("layer_norm_bwd", C, itemsizes[0], dropout_p > 0.0, device)
+    del options["FOLD"]
+    span = options.pop("SPAN_BYTES") // itemsizes[0]
     programs = _device.sm_count(device) * options.pop("PROGRAMS_PER_SM")
     programs = min(programs, _tuning.cdiv(N, options.pop("MIN_ROWS")))
     options |= dict(CHUNKS=_tuning.next_power_of_2(_tuning.cdiv(C, span)), SPAN=span)
+    options |= fold_options(C, itemsizes[1], options["num_warps"])
     return programs, Launch(_layer_norm_bwd_kernel, (programs,), *strides, N, C, dropout_p, *wanted, **options)
 
 
@@ -245,6 +268,7 @@ def layer_norm_bwd(
     weight: Tensor,
     statistics: Tensor,
     seed: Tensor | None,
+    tickets: Tensor | None,
     dropout_p: float,
     dx_dtype: torch.dtype,
     dresidual_dtype: torch.dtype | None,
@@ -263,16 +287,26 @@ def layer_norm_bwd(
     dtotal, stride_dtn = (None, 0) if dtotal is None else rows(dtotal)
     total, stride_tn = rows(total)
     strides, wanted = (stride_dyn, stride_dtn, stride_tn), tuple([t is not None for t in dtypes])
-    programs, launch = _bwd_plan(N, C, total.element_size(), strides, dropout_p, wanted, total.device)
-    partials = torch.empty(sum(wanted), programs, C, dtype=statistics.dtype, device=total.device)
-    launch(dy, dtotal, total, weight, statistics, seed, dx, dresidual, partials)
-    sums = iter(column_sum(partials, [t for t in dtypes if t is not None]))
+    itemsizes = total.dtype.itemsize, statistics.dtype.itemsize
+    programs, launch = _bwd_plan(N, C, itemsizes, strides, dropout_p, wanted, total.device)
+    some = [t for t in dtypes if t is not None]
+    fold = tickets is not None and some and tickets.numel() >= fold_tickets(programs, total.device)
+    n_rows = programs + fold_groups(programs) if fold else programs
+    partials = torch.empty(len(some), n_rows, C, dtype=statistics.dtype, device=total.device)
+    tensors = (dy, dtotal, total, weight, statistics, seed, dx, dresidual, partials)
+    if fold:
+        outs = [partials.new_empty(C, dtype=t) for t in some]
+        launch(*tensors, tickets, *outs, *(None,) * (3 - len(outs)))
+    else:
+        launch(*tensors, None, None, None, None)
+        outs = column_sum(partials, some)
+    sums = iter(outs)
     dweight, dbias, dx_bias = [None if t is None else next(sums) for t in dtypes]
     return dx, dresidual, dweight, dbias, dx_bias
 
 
 def _layer_norm_bwd_fake(
-    dy, dtotal, total, weight, statistics, seed, dropout_p,
+    dy, dtotal, total, weight, statistics, seed, tickets, dropout_p,
     dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype,
 ):  # fmt: skip
     C, dtypes = total.shape[-1], (dweight_dtype, dbias_dtype, dx_bias_dtype)
@@ -282,15 +316,16 @@ def _layer_norm_bwd_fake(
 
 def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, x_bias, seed, _, dropout_p, _ = inputs
-    total, _, statistics = output
+    total, _, statistics, tickets = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if residual is None else total, weight, statistics, seed)
+    tickets = tickets if tickets is not None and tickets.numel() else None  # the operator returns none
+    ctx.save_for_backward(x if residual is None else total, weight, statistics, seed, tickets)
     ctx.dropout_p = dropout_p
     ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias)]
 
 
 def _backward(ctx, dtotal, dy, *_):
-    total, weight, statistics, seed = ctx.saved_tensors
+    total, weight, statistics, seed, tickets = ctx.saved_tensors
     x_dtype, residual_dtype, *dtypes = ctx.dtypes
     dtotal = None if residual_dtype is None else dtotal  # without a residual, forward returned no total
     if dy is None and dtotal is None:
@@ -302,7 +337,7 @@ def _backward(ctx, dtotal, dy, *_):
     shared = residual_dtype == x_dtype and ctx.dropout_p == 0.0
     wanted = [t if need else None for t, need in zip(dtypes, needs[2:5])]  # noqa: B905 (strict=True is slower)
     dx, dresidual, *parameters = _layer_norm_bwd(
-        dy, dtotal, total, weight, statistics, seed, ctx.dropout_p,
+        dy, dtotal, total, weight, statistics, seed, tickets, ctx.dropout_p,
         x_dtype, residual_dtype if needs[1] and not shared else None, *wanted,
     )  # fmt: skip
     grads = (dx, dx if shared else dresidual, *parameters)
@@ -312,7 +347,7 @@ def _backward(ctx, dtotal, dy, *_):
 _layer_norm_bwd = _op.op(layer_norm_bwd, _layer_norm_bwd_fake, toggle="layer_norm", strided=("dy", "dtotal", "total"))
 _layer_norm_fwd = _op.op(
     layer_norm_fwd, _layer_norm_fwd_fake, toggle="layer_norm", strided=("x", "residual"),
-    differentiable=2, setup_context=_setup_context, backward=_backward,
+    differentiable=2, eager_only=1, setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
 
 

@@ -168,6 +168,31 @@ def test_attention_asks_for_the_rows_that_switch_its_kernels_with_descriptors(di
         assert (f"_attention_{direction}_kernel" in names) is not bool(on)
 
 
+def test_a_part_that_is_off_leaves_the_other_numbers_to_be_tuned():
+    config = dict(ROWS=4, num_warps=8, FOLD=False)
+    found = list(tune.neighbours(config))
+    assert {**config, "FOLD": True} in found and {**config, "ROWS": 8} in found and {**config, "num_warps": 4} in found
+    assert {"FOLD": True} in tune.DESIGNS["layer_norm_bwd"]
+
+
+def test_backwards_row_is_tuned_by_backwards_time():
+    """Although forward asks for it too, and with sums in a second launch where that is slower. Time: launches."""
+    case = next(c for c in all_cases(rows=8, widths=(16,)) if c.op == "add_layer_norm" and c.dtype == torch.float32)
+    tried = []
+
+    def time_ms(run):
+        with count_launches() as log:
+            run()
+        tried.append(len(log))
+        return float(len(log))
+
+    tuned = tune.tune_case(case, {}, time_ms, torch.device("cpu"))
+    found = {row.op: figures for row, *figures in tuned}
+    assert found.keys() == {"layer_norm_fwd", "layer_norm_bwd", "column_sum"}
+    best, ms, before = found["layer_norm_bwd"]
+    assert best["FOLD"] is True and (ms, before) == (2.0, 3.0) and set(tried) == {1, 2, 3}
+
+
 def test_the_designs_of_attentions_gradient_are_ones_it_can_be():
     for design in tune.DESIGNS["attention_tma_bwd"]:
         assert design["ON"] and design["BLOCK"] % design["STEP"] == 0

@@ -42,8 +42,9 @@ from fastgpt2.kernels._configurations import Key
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
 FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
+PARTS = ("FOLD",)  # of a kernel that runs with or without them
 # What differs from a row's present configuration, by op. Attention: the kernels that read by descriptors. Layer norm:
-# rows in a pipeline. Cross-entropy: a row in registers, which is read once.
+# rows in a pipeline, and backward in one launch. Cross-entropy: a row in registers, which is read once.
 DESIGNS: dict[str, tuple[Config, ...]] = {
     "attention_tma_fwd": (
         dict(ON=True, BLOCK_N=64),
@@ -65,6 +66,8 @@ DESIGNS: dict[str, tuple[Config, ...]] = {
         dict(STAGES=3),
         dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=1),
         dict(STAGES=3, ROWS=4, SPAN_BYTES=1024, num_warps=8, PROGRAMS_PER_SM=2),
+        dict(FOLD=True),
+        dict(STAGES=3, FOLD=True),
     ),
     "cross_entropy_row": (dict(COLUMNS=65536, num_warps=8),),
 }
@@ -105,7 +108,9 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
     most = {"num_stages": 5, "STAGES": 5, "num_warps": 32}
-    yield from (c for c in configs if all(1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
+    for config in configs:
+        if all(1 <= v <= most.get(k, 1 << 14) for k, v in config.items() if k not in PARTS):
+            yield config
 
 
 def descend(
@@ -146,7 +151,7 @@ def tune_case(case: Case, found: dict[Key, Config], time_ms: Callable[[Callable]
         with overridden(found) as asked:
             expected = run()
         for row in dict.fromkeys(asked):
-            if row in found:
+            if row in found or (run is forward and row.op.endswith("_bwd")):  # asked for what backward will need
                 continue
 
             def timed(config: Config, row: Key = row, run: Callable = run, expected: tuple = expected) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,10 @@ from torch import Tensor
 from fastgpt2.bench.cases.call import Call
 from fastgpt2.bench.cases.case import BF16, FP16, FP32, WIDTHS, Case, asked, dropout_of
 from fastgpt2.bench.cases.description import Description, Size, Sizes
+from fastgpt2.bench.cases.rows import overridden
 from fastgpt2.gpt2.config import LAYER_NORM_EPS
-from fastgpt2.kernels import layer_norm
+from fastgpt2.kernels import _tuning, layer_norm
+from fastgpt2.kernels._configurations import Key
 from fastgpt2.kernels.layer_norm import add_layer_norm
 
 
@@ -67,12 +72,27 @@ def layer_norm_cases(N: int, C: int, dtype: torch.dtype, autocast: bool = False)
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """With the bias of the preceding projection, and dropout."""
+    """With the bias of the preceding projection, and dropout; of these, some whose backward is one launch."""
     for C in WIDTHS:
         for autocast in (False, True):
             _, plain = layer_norm_cases(rows, C, BF16, autocast)
             bias = functools.partial(_column, FP32 if autocast else BF16)
             yield asked(plain, "bias, dropout", x_bias=bias, **dropout_of(0.1))
+            if C in (WIDTHS[0], WIDTHS[-1]):
+                plain = dataclasses.replace(plain, ours=folded_add_layer_norm)
+                yield asked(plain, "bias, dropout, one launch", x_bias=bias, **dropout_of(0.1))
+
+
+def folded_add_layer_norm(x: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` whose backward adds up the gradients of parameters in its one launch, where the GPU can, whether
+    or not the table says so."""
+    with folded(x.device):  # while forward makes the tickets; backward folds where there are some
+        return add_layer_norm(x, *rest, **more)
+
+
+def folded(device: torch.device) -> contextlib.AbstractContextManager:
+    keys = [Key("layer_norm_bwd", row_bytes=b, dropout=p) for b in layer_norm.ROW_BYTES for p in (False, True)]
+    return overridden({key: {**_tuning.config(key, device), "FOLD": True} for key in keys})
 
 
 def _column(dtype: torch.dtype, x: Tensor) -> Tensor:
