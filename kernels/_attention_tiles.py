@@ -1,4 +1,5 @@
-"""Shared by attention's forward and backward: which keys a query sees, the tiles this needs, dropout's mask, loads.
+"""Shared by attention's forward and backward: which keys a query sees, the tiles this needs, dropout's mask, loads and
+stores, a product.
 
 Query t of a row sees keys first(t) ... t with first(t) = max(0, t - window + 1, start of t's document), which never
 decreases in t. Conversely, key j is seen by queries j ... last(j), and last(j) never decreases either. Therefore the
@@ -182,6 +183,22 @@ def _load_rows(ptrs, mask_row, D: tl.constexpr, MASKED: tl.constexpr):
     else:
         mask = None
     return tl.load(ptrs, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def _load_vector(ptrs, mask, MASKED: tl.constexpr):
+    if MASKED:
+        vector = tl.load(ptrs, mask=mask, other=0.0)
+    else:
+        vector = tl.load(ptrs)
+    return vector
+
+
+@triton.jit
+def _dot_minus(a, b, c, PRECISION: tl.constexpr):
+    """a b^T - c. The accumulator starts at -c, which saves a subtraction."""
+    start = tl.broadcast_to(-c, (a.shape[0], b.shape[0]))
+    return tl.dot(a, tl.trans(b), start, input_precision=PRECISION, out_dtype=start.dtype)
 
 
 @triton.jit

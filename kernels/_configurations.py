@@ -56,7 +56,8 @@ class AttentionDelta(NamedTuple):
 
 class AttentionBwd(NamedTuple):
     """A program computes either dk and dv of DKV_BLOCK_N keys, reading DKV_BLOCK_M queries at a time, or dq of
-    DQ_BLOCK_M queries, reading DQ_BLOCK_N keys at a time."""
+    DQ_BLOCK_M queries, reading DQ_BLOCK_N keys at a time. DIAGONAL_FIRST: dq begins on the diagonal, as dk and dv do,
+    where nothing bounds attention. Otherwise the assembler for sm_90 waits for each product with some tiles."""
 
     DKV_BLOCK_M: int
     DKV_BLOCK_N: int
@@ -64,6 +65,7 @@ class AttentionBwd(NamedTuple):
     DQ_BLOCK_N: int
     num_warps: int
     num_stages: int
+    DIAGONAL_FIRST: bool = False
 
 
 class AttentionTmaBwd(NamedTuple):

@@ -31,11 +31,13 @@ from ._attention_tiles import (
     DIAGONAL,
     FAR_END,
     INSIDE,
+    _dot_minus,
     _first_keys,
     _keep,
     _key_tiles,
     _last_queries,
     _load_rows,
+    _load_vector,
     _query_tiles,
     _rows,
     _seen,
@@ -79,22 +81,6 @@ def _attention_delta_kernel(
     out = _load_rows(out_ptrs, mask_m, D, True).to(ACC)
     dout = _load_rows(dout_ptrs, mask_m, D, True).to(ACC)
     tl.store(delta_ptr + (row * H + head) * T + offs_m, tl.sum(out * dout, 1), mask=mask_m)
-
-
-@triton.jit
-def _dot_minus(a, b, c, PRECISION: tl.constexpr):
-    """a b^T - c. The accumulator starts at -c, which saves a subtraction."""
-    start = tl.broadcast_to(-c, (a.shape[0], b.shape[0]))
-    return tl.dot(a, tl.trans(b), start, input_precision=PRECISION, out_dtype=start.dtype)
-
-
-@triton.jit
-def _load_vector(ptrs, mask, MASKED: tl.constexpr):
-    if MASKED:
-        vector = tl.load(ptrs, mask=mask, other=0.0)
-    else:
-        vector = tl.load(ptrs)
-    return vector
 
 
 @triton.jit
@@ -200,6 +186,7 @@ def _dq_tile(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DIAGONAL_FIRST: tl.constexpr,
 ):
     """Computes dq of one tile of queries. Products are (queries, keys). Arguments as for `_dkv_tile`."""
     qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, dbias_ptr, stride_qt, stride_ot = tensors
@@ -220,13 +207,17 @@ def _dq_tile(
     sees, nearest, farthest, stop = _span(offs_m, first_keys, first_query + BLOCK_M, T)
     # There is only one tile of queries, so its DIAGONAL extends to the last key tile.
     first, inside, diagonal, _, last = _key_tiles(first_query, first_query + BLOCK_M, stop, nearest, farthest, BLOCK_N)
-    cuts = (first, inside, diagonal, last)
+    cuts = (first, inside, diagonal, tl.maximum(last, diagonal + 1) if DIAGONAL_FIRST else last)
 
     scale_log2 = scale * 1.4426950408889634
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     k_ptr = qkv_ptr + C + (first * BLOCK_N).to(tl.int64) * stride_qt
     offsets = tl.arange(0, BLOCK_N)[:, None] * stride_qt + tl.arange(0, BLOCK_D)[None, :]
-    for part in tl.static_range(FAR_END if BOUNDED else INSIDE, DIAGONAL + 1):
+    FIRST_PART: tl.constexpr = DIAGONAL if DIAGONAL_FIRST else (FAR_END if BOUNDED else INSIDE)
+    AFTER_LAST: tl.constexpr = INSIDE - 1 if DIAGONAL_FIRST else DIAGONAL + 1
+    for part in tl.static_range(FIRST_PART, AFTER_LAST, -1 if DIAGONAL_FIRST else 1):
+        if DIAGONAL_FIRST:
+            k_ptr = qkv_ptr + C + (cuts[part] * BLOCK_N).to(tl.int64) * stride_qt
         for tile in range(cuts[part], cuts[part + 1]):
             offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             k = _load_rows(k_ptr + offsets, offs_n < T, D, part == DIAGONAL)
@@ -279,8 +270,11 @@ def _attention_bwd_kernel(
     DKV_BLOCK_N: tl.constexpr,
     DQ_BLOCK_M: tl.constexpr,
     DQ_BLOCK_N: tl.constexpr,
+    DIAGONAL_FIRST: tl.constexpr,
 ):
-    """dbias_ptr: where to write the sum of each tile's rows, (tile of the batch, 3*C), or None."""
+    """dbias_ptr: where to write the sum of each tile's rows, (tile of the batch, 3*C), or None. DIAGONAL_FIRST: dq
+    begins on the diagonal, as dk and dv do, with which sm_90's assembler keeps products asynchronous; and the compiler
+    sees that the loop there is never skipped, without which sm_120 spills. Not with bounds: it may be empty then."""
     ACC: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
     n_dkv = tl.cdiv(T, DKV_BLOCK_N)
     n_dq = tl.cdiv(T, DQ_BLOCK_M)
@@ -312,7 +306,7 @@ def _attention_bwd_kernel(
         first_query = (n_dkv + n_dq - 1 - tile) * DQ_BLOCK_M
         _dq_tile(
             tensors, first_query, T, C, scale, documents, window, dropout, dropout_scale,
-            D, BLOCK_D, PRECISION, DQ_BLOCK_M, DQ_BLOCK_N,
+            D, BLOCK_D, PRECISION, DQ_BLOCK_M, DQ_BLOCK_N, DIAGONAL_FIRST,
         )  # fmt: skip
 
 
@@ -336,6 +330,7 @@ def _plans(
         if (launch := tma_bwd_launch(B, T, n_head, D, dtype, device, scale)) is not None:
             return delta, launch, None
     config = _tuning.config(tuning_key("attention_bwd", dtype, D, bounded, dropout), device)
+    config["DIAGONAL_FIRST"] &= not bounded  # a tile outside all documents has an empty diagonal
     n_dkv, n_dq = _tuning.cdiv(T, config["DKV_BLOCK_N"]), _tuning.cdiv(T, config["DQ_BLOCK_M"])
     gradients = Launch(
         _attention_bwd_kernel, ((n_dkv + n_dq) * B, n_head),

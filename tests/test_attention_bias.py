@@ -47,6 +47,12 @@ def test_many_tiles_and_rows(device):
         rule(packed(3, 150, 2, 16, torch.float32, device), 2)
 
 
+@pytest.mark.parametrize("shape", [(3, 150, 2, 48), (2, 13, 3, 64)], ids=str)
+def test_from_the_diagonal_on(shape, device):
+    with tiles(DIAGONAL_FIRST=True, DKV_BLOCK_M=16, DKV_BLOCK_N=32, DQ_BLOCK_M=32, DQ_BLOCK_N=16):
+        rule(packed(*shape, torch.bfloat16, device), shape[2])
+
+
 def test_tiles_of_keys_and_queries_of_other_sizes(device):
     """Their numbers differ, and the sum is PyTorch's."""
     with tiles(DKV_BLOCK_M=16, DKV_BLOCK_N=16, DQ_BLOCK_M=32, DQ_BLOCK_N=16):

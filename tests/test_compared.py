@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastgpt2.bench.audit import audit, peer_traffic
+from fastgpt2.bench.audit.card_table import LABELS
 from fastgpt2.bench.cases.registry import sized_cases
 
 CASES = {case.op: case for case in sized_cases(16, 64, torch.float16)}
@@ -45,7 +46,7 @@ def test_liger_is_counted_where_it_is_installed(tmp_path):
     command = [sys.executable, "-m", "fastgpt2.bench.audit.peer_traffic", "--json", str(file), "--op", "layer_norm"]
     subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
     found = {(e["label"], e["direction"]): e for e in json.loads(file.read_text())}
-    assert {label for label, _ in found} == set(audit.LABELS)
+    assert {label for label, _ in found} == set(LABELS)
     assert found["Liger", "forward"]["launches"] == 1
     assert found["Liger", "forward"]["bytes_over_minimum"] == pytest.approx(1.0, abs=0.01)
 

@@ -16,6 +16,8 @@ import pytest
 
 from fastgpt2.bench.__main__ import main as bench
 from fastgpt2.bench.audit import asm, audit
+from fastgpt2.bench.audit.cases_to_compile import cases_to_compile
+from fastgpt2.bench.audit.compiled import ROWS_TO_COMPILE
 from fastgpt2.bench.cases.registry import all_cases
 
 HERE = Path(__file__).parent
@@ -75,6 +77,9 @@ def test_tickets_are_not_data(examples):
 def test_tensor_cores_are_named(examples):
     assert [examples[f"dot {architecture}"]["tensor_core"] for architecture in ("80", "90")] == ["HMMA", "HGMMA"]
     assert examples["good 80"]["tensor_core"] == ""
+    counts = [(examples[name]["hgmma"], examples[name]["waits"]) for name in ("dot 80", "good 90", "dot gfx942")]
+    assert counts == [(None, None)] * 3
+    assert examples["dot 90"]["hgmma"] >= examples["dot 90"]["waits"] > 0
     for architecture in (
         "80",
         "90",
@@ -103,8 +108,9 @@ def test_widths_are_weighted_with_the_bytes_that_ran():
 GOOD = dict(
     case="op[1]", op="op", itemsize=2, direction="forward", kernel="k", architecture="80", num_warps=4, num_stages=2,
     registers=32, shared=0, stack=0, spills=0, dots=1, plain_dots=0, tensor_core="HMMA", narrow=[], atomics=0,
-    occupancy=1.0, bytes=100, vector_share=1.0,
+    occupancy=1.0, bytes=100, vector_share=1.0, hgmma=None, waits=None, asynchronous=False,
 )  # fmt: skip
+HOPPER = dict(architecture="90", tensor_core="HGMMA", hgmma=60)
 PASSES = {("op", "forward"): dict(case="op[1]", launches=1, bytes_over_minimum=1.0)}
 
 
@@ -117,6 +123,7 @@ PASSES = {("op", "forward"): dict(case="op[1]", launches=1, bytes_over_minimum=1
         (dict(atomics=1), "1 atomics"),
         (dict(tensor_core=""), "1 of 1 products of matrices without tensor cores"),
         (dict(dots=3, plain_dots=2), "2 of 3 products of matrices without tensor cores"),
+        (HOPPER | dict(waits=60, asynchronous=True), "60 waits for 60 asynchronous products"),
         (dict(narrow=["x_ptr"]), "int32 offsets into x_ptr"),
         (dict(vector_share=0.9), "90.0% of bytes in 128-bit accesses"),
     ],
@@ -125,6 +132,14 @@ def test_each_gate_can_fail(fault, message):
     assert audit.Audit("3.9.0", [GOOD], PASSES).failures() == []
     (failure,) = audit.Audit("3.9.0", [GOOD | fault], PASSES).failures()
     assert failure.startswith("op[1] forward") and message in failure
+
+
+def test_waits_are_held_where_the_case_is_written_for_few_and_shown_everywhere():
+    for known in (dict(waits=60, asynchronous=False), dict(waits=59, asynchronous=True)):
+        found = audit.Audit("3.9.0", [GOOD | HOPPER | known], PASSES)
+        assert found.failures() == [] and f", HGMMA 60/{known['waits']} |" in audit.table(found.card())
+    (worse,) = audit.Audit("3.9.0", [GOOD | HOPPER | dict(waits=60)], PASSES).worse_than(found.card())
+    assert worse.endswith("on 90: waits was 59, is 60")
 
 
 def test_what_got_worse_is_named():
@@ -194,6 +209,9 @@ def test_every_case_is_compiled_for_every_architecture(result):
     ops = {case.op for case in all_cases()}
     assert compiled == {(op, architecture) for op in ops for architecture in audit.ARCHITECTURES}
     assert {op for op, _ in result.passes} == ops
+    written_for_it = {case.name for case in cases_to_compile(ROWS_TO_COMPILE) if case.asynchronous}
+    assert {launch["case"] for launch in result.launches if launch["asynchronous"]} == written_for_it
+    assert len(written_for_it) == 2, "attention by descriptors, and with dq from the diagonal on"
 
 
 @pytest.mark.parametrize("architecture", audit.ARCHITECTURES)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2.bench.cases.call import Call
 from fastgpt2.bench.cases.case import Case
+from fastgpt2.bench.cases.ops.attention import diagonal_first
 from fastgpt2.bench.cases.registry import all_cases
 from fastgpt2.kernels._cross_entropy import cross_entropy_
 from fastgpt2.kernels.attention import causal_attention
@@ -169,6 +170,7 @@ OFFSETS = {
     "attention rows": (lambda qkv: causal_attention(qkv[None], 1), (3, 48)),
     "attention batch": (lambda qkv: causal_attention(qkv, 1), (3, 2, 48)),
     "attention over many tiles": (lambda qkv: causal_attention(qkv[None], 1), (300, 48)),
+    "attention over many tiles, the diagonal first": (lambda qkv: diagonal_first(1, qkv[None]), (300, 48)),
     "attention in a window far from the first token": (lambda qkv: causal_attention(qkv[None], 1, window=7), (300, 48)),
     "attention of documents": (
         lambda qkv: causal_attention(qkv, 1, cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32)),

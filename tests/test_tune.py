@@ -83,10 +83,16 @@ def test_what_is_rewritten_is_formatted(tmp_path):
     if ruff is None:
         pytest.skip("needs ruff")
     best = {key: next(iter(rows.values()))._asdict() for key, rows in _tuning.TABLE.items()}
+    wide = Key("attention_bwd", bits=16, head_size=128)
+    best[wide] |= tune.DESIGNS["attention_bwd"][-1]  # more than a line has room for
     file = tmp_path / "_tuning.py"
     file.write_text(tune.rewrite(SOURCE, best, 90, "Some GPU, 2026-01-01"), encoding="utf-8")
     config = Path(__file__).parents[1] / "pyproject.toml"
-    subprocess.run([ruff, "format", "--check", "--config", config, file], check=True)
+    for command in (("format", "--check"), ("check",)):
+        subprocess.run([ruff, *command, "--config", config, file], check=True)
+    written = file.read_text(encoding="utf-8")
+    assert reloaded(written).TABLE[wide][90] == AttentionBwd(**best[wide])
+    assert written.count("DIAGONAL_FIRST") == 1, "a default is not written"
 
 
 def test_unknown_rows_are_refused():
@@ -151,6 +157,18 @@ def test_a_kernel_that_is_off_is_offered_in_several_designs():
     time_ms = lambda c: times.get((c["ON"], c["BLOCK_N"]), 2.0) if c["num_warps"] == 8 else 2.0  # noqa: E731
     assert tune.descend(off, time_ms, designs) == ({**off, "ON": True, "BLOCK_N": 128}, 0.7, 1.0)
     assert tune.descend(off, lambda c: 1.0 + c["ON"], designs) == (off, 1.0, 1.0)
+
+
+def test_another_order_is_tried_besides_other_tiles():
+    """A choice that is not a kernel's being off leaves its numbers open."""
+    present = AttentionBwd(32, 64, 64, 64, 4, 3)._asdict()
+    tried = list(tune.neighbours(present))
+    assert {**present, "DIAGONAL_FIRST": True} in tried and {**present, "DKV_BLOCK_M": 64} in tried
+    ordered = {**present, "DIAGONAL_FIRST": True}
+    assert present in tune.neighbours(ordered) and {**ordered, "num_stages": 2} in tune.neighbours(ordered)
+    designs = [present | design for design in tune.DESIGNS["attention_bwd"]]
+    assert ordered in designs and all(set(design) == set(AttentionBwd._fields) for design in designs)
+    assert {bool(design["DIAGONAL_FIRST"]) for design in designs if design["DKV_BLOCK_N"] == 128} == {False, True}
 
 
 @pytest.mark.parametrize("direction, block", [("fwd", dict(BLOCK_M=16, BLOCK_N=16)), ("bwd", dict(BLOCK=16, STEP=16))])

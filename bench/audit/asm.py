@@ -1,6 +1,6 @@
 """Figures of compiled code, read from the texts of Triton's compilation stages.
 
-- SASS (the machine code, by the cuobjdump in Triton's wheel): resource usage; spills.
+- SASS (the machine code, by the cuobjdump in Triton's wheel): resource usage; spills; on sm_90 products and waits.
 - PTX: how wide the global accesses of each source line are; atomics; tensor-core instructions.
 - TTIR: pointers whose offsets grow with the batch and are computed in int32 alone.
 - Occupancy, from registers, shared memory and warps.
@@ -42,6 +42,7 @@ LIMITS = {
     "100": Limits(232448, 233472, 64, 32),
     "120": Limits(101376, 102400, 48, 24),
 }
+ARCHITECTURES = (*LIMITS, "gfx942")
 
 
 def occupancy(architecture: str, registers: int, shared: int, warps: int) -> float:
@@ -71,12 +72,17 @@ class MachineCode:
     stack: int
     static_shared: int
     spills: int  # STL and LDL: stores to and loads from local memory
+    hgmma: int | None = None  # asynchronous products of Hopper
+    waits: int | None = None  # waits for them: as many as products if the assembler lets none run beside anything
 
 
 @functools.cache
-def machine_code(cubin: bytes) -> MachineCode:
+def machine_code(cubin: bytes, hgmma: bool = False) -> MachineCode:
     """Reads a cubin with the tools in Triton's wheel. Without local memory, which spills would need, it is not
-    disassembled: that takes as long as compiling it."""
+    disassembled: that takes as long as compiling it.
+
+    hgmma: whether to count these and the waits for them, which needs disassembly.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -89,13 +95,15 @@ def machine_code(cubin: bytes) -> MachineCode:
         registers, stack, shared, local = (
             _number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "SHARED", "LOCAL")
         )
-        if not stack and not local:
+        if not (stack or local or hgmma):
             return MachineCode(registers, stack, shared, spills=0)
         sass = dump("-sass")
     opcodes = Counter(_OPCODE.findall(sass))
     if not opcodes:
         raise RuntimeError(f"no instruction found in the SASS: {sass[:200]!r}")
-    return MachineCode(registers, stack, shared, opcodes["STL"] + opcodes["LDL"])
+    spills = opcodes["STL"] + opcodes["LDL"]
+    counts = (opcodes["HGMMA"], sass.count("WARPGROUP.DEPBAR")) if hgmma else (None, None)
+    return MachineCode(registers, stack, shared, spills, *counts)
 
 
 def amd_code(amdgcn: str) -> tuple[int, int]:

@@ -6,12 +6,13 @@
 
 Limits, called gates, for every launch of every case: no spills (SASS: STL + LDL; AMD: VGPR spills) and no stack, shared
 memory within the block's limit, no atomics but on tickets, which count programs, tensor cores for every product of
-16-bit matrices, int64 for every offset into a tensor that grows with the batch. For every pass of a 16-bit case: 95% of
+16-bit matrices, int64 for every offset into a tensor that grows with the batch, and on sm_90, for cases that are
+written for it (`Case.asynchronous`), fewer waits for products than products. For every pass of a 16-bit case: 95% of
 its global bytes in accesses of 128 bits.
 
 The card has one entry for each launch and architecture with registers, shared memory, spills, occupancy (the share of a
-multiprocessor's warps that can be resident), tensor-core instruction and 128-bit share, and one for each pass with
-launches and bytes over minimum bytes.
+multiprocessor's warps that can be resident), tensor-core instruction, on sm_90 the numbers of these and of waits for
+them, and 128-bit share, and one for each pass with launches and bytes over minimum bytes.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastgpt2.bench.audit import asm
+from fastgpt2.bench.audit.asm import ARCHITECTURES
+from fastgpt2.bench.audit.card_table import table
 from fastgpt2.bench.cases.registry import chosen_operations
 from fastgpt2.bench.report import roofline
 from fastgpt2.gpt2.options import CommandOptions, File, Names, Word, about
 
-ARCHITECTURES = (*asm.LIMITS, "gfx942")
 AMD_SHARED_PER_BLOCK = 65536
 VECTOR_SHARE = 0.95
-LABELS = ("ours", "PyTorch", "Liger")  # as peer_traffic.py writes them
 CARD = Path(__file__).parents[1] / "results" / "kernel_card.json"
 HOST = CARD.with_name("host.md")
 
 # Figures of the card that may not get worse, each with the difference that is allowed. Negative: less is worse.
-LAUNCH_LIMITS = {"registers": 0, "shared": 0, "spills": 0, "stack": 0, "occupancy": -0.001, "vector_share": -0.005}
+LAUNCH_LIMITS = dict(registers=0, shared=0, spills=0, stack=0, waits=0, occupancy=-0.001, vector_share=-0.005)
 PASS_LIMITS = {"launches": 0, "bytes_over_minimum": 0.005}
 
 
@@ -92,7 +93,8 @@ class Audit:
         names = ("num_warps", "num_stages", "registers", "shared", "stack", "spills", "occupancy", "vector_share")
         for launch in launches:
             key = f"{launch['case']} {launch['direction']} {launch['kernel']}"
-            figures = {n: launch[n] for n in (*names, "tensor_core") if launch.get(n) not in (None, "")}
+            products = ("tensor_core", "hgmma", "waits")
+            figures = {n: launch[n] for n in (*names, *products) if launch.get(n) not in (None, "")}
             entry = {name: round(v, 4) if isinstance(v, float) else v for name, v in figures.items()}
             architecture = launch["architecture"]
             while architecture in kernels.get(key, {}):
@@ -131,6 +133,8 @@ def _broken_gates(launch: dict[str, Any]) -> Iterable[str]:
         if launch["plain_dots"] or not launch["tensor_core"]:
             plain = launch["plain_dots"] or launch["dots"]
             yield f"{plain} of {launch['dots']} products of matrices without tensor cores"
+    if launch["asynchronous"] and launch["hgmma"] and launch["waits"] >= launch["hgmma"]:
+        yield f"{launch['waits']} waits for {launch['hgmma']} asynchronous products: each runs alone"
     if launch["narrow"]:
         yield f"int32 offsets into {', '.join(launch['narrow'])}"
 
@@ -286,61 +290,6 @@ def _json(value: Any, depth: int = 0) -> str:
     pad = " " * (depth + 1)
     entries = (f"{pad}{json.dumps(key)}: {_json(entry, depth + 1)}" for key, entry in value.items())
     return "{\n" + ",\n".join(entries) + "\n" + " " * depth + "}"
-
-
-def table(card: dict[str, Any]) -> str:
-    """The card as Markdown."""
-    lines = [
-        "# Kernel card",
-        "",
-        f"Written by `fastgpt2 bench audit --write` from code compiled by Triton {card['triton']}, without a GPU: no",
-        "figure here is a speed. Bytes are counted in Triton's interpreter, each 32-byte sector once per launch, and",
-        "divided by the least that the pass must move; matrix products by PyTorch are left out.",
-        "",
-        "Beside our kernels: all that a pass asks of the device, PyTorch's operators included, for ours, for eager",
-        "PyTorch (whose operators count as one launch each, a lower bound) and for Liger where it has the op.",
-        "",
-        "| pass | counted on | kernels | bytes / minimum | " + " | ".join(f"all, {label}" for label in LABELS) + " |",
-        "|---" * (4 + len(LABELS)) + "|",
-    ]
-    for key, figures in card["passes"].items():
-        cells = [_peer_cell(figures, label) for label in LABELS]
-        cells = [f"`{figures['case']}`", str(figures["launches"]), f"{figures['bytes_over_minimum']:.3f}", *cells]
-        lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Each cell: registers a thread, shared memory in KiB, spills, occupancy, share of bytes in 128-bit accesses,",
-        "and the tensor-core instruction where matrices are multiplied.",
-        "",
-        *_launches(card["kernels"]),
-    ]
-    if "Liger's kernels" in card:
-        lines += ["", "The same of Liger's kernels where it has the op, compiled the same way:", ""]
-        lines += _launches(card["Liger's kernels"])
-    return "\n".join(lines) + "\n"
-
-
-def _launches(kernels: dict[str, dict[str, Any]]) -> Iterable[str]:
-    architectures = [a for a in ARCHITECTURES if any(a in found for found in kernels.values())]
-    yield "| launch | " + " | ".join(f"sm_{a}" if a.isdigit() else a for a in architectures) + " |"
-    yield "|---" * (1 + len(architectures)) + "|"
-    for key, found in kernels.items():
-        cells = [_cell(found[a]) if a in found else "" for a in architectures]
-        yield f"| {key} | " + " | ".join(cells) + " |"
-
-
-def _peer_cell(figures: dict[str, Any], label: str) -> str:
-    """Launches and bytes over minimum of one implementation of a pass; empty where it was not counted."""
-    if f"{label} launches" not in figures:
-        return ""
-    return f"{figures[f'{label} launches']} launches, {figures[f'{label} bytes_over_minimum']:.3f}"
-
-
-def _cell(figures: dict[str, Any]) -> str:
-    parts = [f"{figures['registers']} r", f"{figures['shared'] / 1024:.3g} K", f"{figures['spills']} s"]
-    parts += [f"{figures['occupancy']:.0%} occ"] if "occupancy" in figures else []
-    parts += [f"{figures['vector_share']:.1%} wide"] if "vector_share" in figures else []
-    return ", ".join(parts + [figures.get("tensor_core", "")] * ("tensor_core" in figures))
 
 
 # --------------------------------------------------------------------------------------------------------- command

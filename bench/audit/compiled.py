@@ -50,6 +50,7 @@ SM_COUNT = {"80": 108, "86": 84, "89": 128, "90": 132, "100": 148, "120": 170, "
 # 16 * 257 rows: divisible by 16 as 4096 is, and 257 divides no size of the model, so that every tensor whose size is
 # divisible by 257 grows with the batch.
 ROWS_TO_COMPILE = 16 * 257
+NOT_ON_AMD = ("hgmma", "waits", "atomics", "occupancy")  # figures
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Figures:
     dots: int  # matrix products in the code
     plain_dots: int  # those of them that do not use tensor cores
     tensor_core: str
+    hgmma: int | None  # how many of these instructions the code has, and waits for them; None for other instructions
+    waits: int | None
     widths: dict[str, dict[int, int]]  # source line -> {width in bits: number of global accesses}; empty on AMD
     narrow: tuple[str, ...]  # arguments that grow with the batch and are addressed with int32 offsets only
     atomics: int | None  # on data; those on tickets add nothing up
@@ -99,16 +102,19 @@ class Recorded:
         )
         if "cubin" not in texts:
             registers, spills = asm.amd_code(texts["amdgcn"])
-            rest: dict[str, Any] = dict(stack=0, tensor_core="", widths={}, atomics=None, occupancy=None)
+            rest: dict[str, Any] = dict(stack=0, tensor_core="", widths={}, **dict.fromkeys(NOT_ON_AMD))
             return Figures(registers=registers, shared=metadata.shared, spills=spills, **rest, **common)
-        code = asm.machine_code(texts["cubin"])
+        tensor_core = asm.tensor_core(texts["ptx"])
+        code = asm.machine_code(texts["cubin"], tensor_core == "HGMMA")
         shared = metadata.shared + code.static_shared
         return Figures(
             registers=code.registers,
             shared=shared,
             stack=code.stack,
             spills=code.spills,
-            tensor_core=asm.tensor_core(texts["ptx"]),
+            tensor_core=tensor_core,
+            hgmma=code.hgmma,
+            waits=code.waits,
             widths=asm.access_widths(texts["ptx"]),
             atomics=asm.atomics(texts["ptx"], asm.on_tickets(texts["ttir"], arguments)),
             occupancy=asm.occupancy(self.architecture, code.registers, shared, metadata.num_warps),
@@ -231,6 +237,7 @@ def audit_case(case: Case, architecture: str, function: Callable | None = None) 
             op=case.op,
             itemsize=case.dtype.itemsize,
             direction="forward" if i < forward else "backward",
+            asynchronous=case.asynchronous,
             grid=launch.grid,
         )
         results.append(place | dataclasses.asdict(launch.figures(case.rows)))

@@ -41,6 +41,7 @@ class Case:
     forward_flops: int = 0
     backward_flops: int = 0
     autocast: bool = False  # parameters and residual in fp32, run under autocast to `dtype`
+    asynchronous: bool = False  # written so that sm_90 need not wait for each product of matrices right after it
 
     @property
     def name(self) -> str:

@@ -41,8 +41,12 @@ from fastgpt2.kernels._configurations import Key
 
 BUDGET_S = 0.1  # to time one configuration
 WORTH_IT = 0.98  # a configuration replaces another one if it takes at most this fraction of its time
+COLUMNS = 120  # of a line of the table
 FIXED = ("MIN_ROWS", "enable_fp_fusion")  # not chosen for speed: a limit on bytes, and the same for all kernels
-PARTS = ("FOLD",)  # of a kernel that runs with or without them
+LARGE_TILES: tuple[Config, ...] = (
+    dict(DKV_BLOCK_M=64, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=64, num_warps=8, num_stages=2),
+    dict(DKV_BLOCK_M=32, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=32, num_warps=8, num_stages=2),
+)
 # What differs from a row's present configuration, by op. Attention: the kernels that read by descriptors. Layer norm:
 # rows in a pipeline, and backward in one launch. Cross-entropy: a row in registers, which is read once.
 DESIGNS: dict[str, tuple[Config, ...]] = {
@@ -51,10 +55,11 @@ DESIGNS: dict[str, tuple[Config, ...]] = {
         dict(ON=True, BLOCK_N=128),
         dict(ON=True, BLOCK_N=64, num_stages=3),
     ),
-    # Tiles with which the assembler for sm_90 does not wait for every product right after it.
+    # What keeps the assembler for sm_90 from waiting for every product right after it: the order, larger tiles, both.
     "attention_bwd": (
-        dict(DKV_BLOCK_M=64, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=64, num_warps=8, num_stages=2),
-        dict(DKV_BLOCK_M=32, DKV_BLOCK_N=128, DQ_BLOCK_M=128, DQ_BLOCK_N=32, num_warps=8, num_stages=2),
+        dict(DIAGONAL_FIRST=True),
+        *LARGE_TILES,
+        *(tiles | dict(DIAGONAL_FIRST=True) for tiles in LARGE_TILES),
     ),
     "attention_tma_bwd": (
         dict(ON=True, BLOCK=128, STEP=64, num_warps=8, STAGES=2),
@@ -108,9 +113,8 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 def _allowed(configs: Iterable[Config]) -> Iterator[Config]:
     most = {"num_stages": 5, "STAGES": 5, "num_warps": 32}
-    for config in configs:
-        if all(1 <= v <= most.get(k, 1 << 14) for k, v in config.items() if k not in PARTS):
-            yield config
+    on = (c for c in configs if c.get("ON", True))
+    yield from (c for c in on if all(isinstance(v, bool) or 1 <= v <= most.get(k, 1 << 14) for k, v in c.items()))
 
 
 def descend(
@@ -208,7 +212,7 @@ def rewrite(source: str, best: dict[Key, Config], architecture: int | str, tuned
         first, last = lines[node.lineno - 1], lines[node.end_lineno - 1]
         indent = first[: len(first) - len(first.lstrip())]
         comments = "".join(c for c in lines[node.lineno : node.end_lineno - 1] if c.lstrip().startswith("#"))
-        written = "".join(f"{indent}    {_source(key)}: {_source(row)},\n" for key, row in value.items())
+        written = "".join(_entry(indent + "    ", key, row) for key, row in value.items())
         text = first[: node.col_offset] + "{\n" + comments + written + indent + "}" + last[node.end_col_offset :]
         lines[node.lineno - 1 : node.end_lineno] = [text]
     return "".join(lines)
@@ -227,9 +231,23 @@ def _value(node: ast.expr) -> Any:
     return eval(compile(ast.Expression(node), _tuning.__file__, "eval"), vars(_tuning))
 
 
+def _entry(indent: str, key: object, value: object) -> str:
+    """Source code of an entry of the table or of TUNED, on as many lines as ruff gives it. Fields that have their
+    default are left out."""
+    start = f"{indent}{'ANY' if key == _tuning.ANY else _source(key)}: "
+    if not isinstance(value, tuple):
+        return f"{start}{_source(value)},\n"
+    names, defaults = value._fields, value._field_defaults  # type: ignore[attr-defined]
+    fields = [f"{n}={x!r}" for n, x in zip(names, value, strict=True) if n not in defaults or x != defaults[n]]
+    start += f"{type(value).__name__}("
+    line = start + ", ".join(fields) + "),"
+    if len(line) > COLUMNS:
+        line = "\n".join([start, *(f"{indent}    {field}," for field in fields), f"{indent}),"])
+    return line + "\n"
+
+
 def _source(value: object) -> str:
-    """Source code of a key or value of the table."""
-    return "ANY" if value == _tuning.ANY else json.dumps(value) if isinstance(value, str) else repr(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 # ------------------------------------------------------------------------------------------------------- command

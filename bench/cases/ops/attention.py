@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgpt2.bench.cases.call import Call
 from fastgpt2.bench.cases.case import BF16, FP32, HEAD_SIZE, WIDTHS, Case, asked, dropout_of
 from fastgpt2.bench.cases.description import Description, Size, Sizes
-from fastgpt2.bench.cases.rows import overridden
+from fastgpt2.bench.cases.rows import Config, overridden
 from fastgpt2.kernels import _tuning, attention
 from fastgpt2.kernels._attention_tiles import tuning_key
 from fastgpt2.kernels.attention import causal_attention
@@ -58,7 +58,8 @@ def attention_case(B: int, T: int, C: int, dtype: torch.dtype, D: int = HEAD_SIZ
 
 
 def variants(rows: int) -> Iterator[Case]:
-    """Documents, a window, dropout, heads of other sizes, c_attn's bias, and the kernels that read by descriptors."""
+    """Documents, a window, dropout, heads of other sizes, c_attn's bias, and what the table has off: the kernels that
+    read by descriptors, and dq from the diagonal on."""
     B, T = 4, rows // 4
     documents: dict[str, Callable] = dict(
         cu_seqlens=lambda qkv: torch.tensor([0, T // 3, B * T], dtype=torch.int32, device=qkv.device)
@@ -80,8 +81,9 @@ def variants(rows: int) -> Iterator[Case]:
     for dtype, D in ((BF16, HEAD_SIZE), (BF16, 2 * HEAD_SIZE), (FP32, HEAD_SIZE)):
         yield with_bias(attention_case(B, T, WIDTHS[0], dtype, D), WIDTHS[0] // D)
     plain = attention_case(B, T, WIDTHS[0], BF16)
-    by_descriptors = functools.partial(by_tma, WIDTHS[0] // HEAD_SIZE)
-    yield dataclasses.replace(plain, shape=f"{plain.shape} TMA", ours=by_descriptors)
+    for name, function in (("TMA", by_tma), ("diagonal first", diagonal_first)):
+        ours = functools.partial(function, WIDTHS[0] // HEAD_SIZE)
+        yield dataclasses.replace(plain, shape=f"{plain.shape} {name}", ours=ours, asynchronous=True)
 
 
 def with_bias(plain: Case, H: int) -> Case:
@@ -111,30 +113,37 @@ def _on_heads(H: int, qkv: Tensor, **more: Any) -> Tensor:
 def by_tma(H: int, qkv: Tensor) -> Tensor:
     """Attention by the kernels that read by descriptors (_attention_tma.py and _attention_tma_backward.py), where the
     GPU can run them, whether or not the table has them on."""
-    return _ByTma.apply(qkv, H)
+    return _ByChangedRows.apply(qkv, H, {"attention_tma_fwd": dict(ON=True), "attention_tma_bwd": dict(ON=True)})
 
 
-class _ByTma(torch.autograd.Function):
-    """A function of its own, because backward runs later, when the table is as it was."""
+def diagonal_first(H: int, qkv: Tensor) -> Tensor:
+    """Attention whose dq begins on the diagonal, whether or not the table says so."""
+    return _ByChangedRows.apply(qkv, H, {"attention_bwd": dict(DIAGONAL_FIRST=True)})
+
+
+class _ByChangedRows(torch.autograd.Function):
+    """Attention with `changes`, by op, to its rows of the tuning table. A function of its own, because backward runs
+    later, when the table is as it was."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, H: int) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, H: int, changes: dict[str, Config]) -> Tensor:
         ctx.options = H, (qkv.size(2) // (3 * H)) ** -0.5, 0.0, None, None, None, False
-        with _tma_on(qkv, H):
+        ctx.changes = changes
+        with _changed(qkv, H, changes):
             out, lse = attention.causal_attention_fwd(qkv, *ctx.options)
         ctx.save_for_backward(qkv, out, lse)
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         qkv, out, lse = ctx.saved_tensors
-        with _tma_on(qkv, ctx.options[0]):
-            return causal_attention_bwd(dout, qkv, out, lse, *ctx.options)[0], None
+        with _changed(qkv, ctx.options[0], ctx.changes):
+            return causal_attention_bwd(dout, qkv, out, lse, *ctx.options)[0], None, None
 
 
-def _tma_on(qkv: Tensor, H: int) -> contextlib.AbstractContextManager:
-    keys = [tuning_key(f"attention_tma_{what}", qkv.dtype, qkv.size(2) // (3 * H)) for what in ("fwd", "bwd")]
-    return overridden({key: {**_tuning.config(key, qkv.device), "ON": True} for key in keys})
+def _changed(qkv: Tensor, H: int, changes: dict[str, Config]) -> contextlib.AbstractContextManager:
+    keys = {tuning_key(op, qkv.dtype, qkv.size(2) // (3 * H)): change for op, change in changes.items()}
+    return overridden({key: _tuning.config(key, qkv.device) | change for key, change in keys.items()})
 
 
 def huggingface_attention(qkv: Tensor) -> Tensor:
