@@ -31,7 +31,7 @@ GROUP = 16  # near the square root of P, so that both steps of `fold_columns` re
 @triton.jit
 def _sum_partials(
     partials_ptr, out_ptr, P, C, offs_c, mask_c,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr = "",
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """out[c] = sum over p < P of partials[p, c], at the columns offs_c (BLOCK_C,)."""
     acc = tl.zeros((BLOCK_P, BLOCK_C), partials_ptr.dtype.element_ty)
@@ -103,13 +103,13 @@ def _column_sum_kernel(
     k = tl.program_id(1)
     partials_ptr += k.to(tl.int64) * P * C
     if k == 0:
-        _sum_partials(partials_ptr, out0_ptr, P, C, offs_c, mask_c, BLOCK_P, BLOCK_C)
+        _sum_partials(partials_ptr, out0_ptr, P, C, offs_c, mask_c, BLOCK_P, BLOCK_C, "")
     if out1_ptr is not None:
         if k == 1:
-            _sum_partials(partials_ptr, out1_ptr, P, C, offs_c, mask_c, BLOCK_P, BLOCK_C)
+            _sum_partials(partials_ptr, out1_ptr, P, C, offs_c, mask_c, BLOCK_P, BLOCK_C, "")
     if out2_ptr is not None:
         if k == 2:
-            _sum_partials(partials_ptr, out2_ptr, P, C, offs_c, mask_c, BLOCK_P, BLOCK_C)
+            _sum_partials(partials_ptr, out2_ptr, P, C, offs_c, mask_c, BLOCK_P, BLOCK_C, "")
 
 
 @planned
