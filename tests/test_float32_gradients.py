@@ -172,10 +172,12 @@ def test_ddp(device):
     alone = [p.grad for p in model.parameters()]
     model.zero_grad()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    wrapped = None
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         forward(wrapped, pair).backward()
     finally:
+        del wrapped  # before its process group is left: see ddp_worker.py
         torch.distributed.destroy_process_group()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), alone, strict=True))
 

@@ -291,6 +291,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, quick_runs, monkeypatch):
 def test_ddp(trained, device, pair):
     model, optimizer = trained
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    wrapped = None
     try:
         wrapped = DistributedDataParallel(model)  # writes all parameters in place, as rank 0 has them
         casts_of_a_step(wrapped, optimizer, pair)
@@ -299,4 +300,5 @@ def test_ddp(trained, device, pair):
         expected = by_casts(model, pair)
         assert same(passed(wrapped, pair), expected)
     finally:
+        del wrapped  # before its process group is left: see ddp_worker.py
         torch.distributed.destroy_process_group()
