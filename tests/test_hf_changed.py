@@ -160,3 +160,19 @@ def test_a_call_for_hidden_states_leaves_nothing_that_counts():
     assert str(hf.report(ours)) == before and "transformers' forward" not in before
     ours.transformer.h[0].register_forward_hook(lambda module, args, output: None)
     assert "h.0 is replaced or has hooks" in str(hf.report(ours))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_class_put_over_an_accelerated_module_is_called(kernels):
+    model, ours = pair(kernels)
+    truth = model(IDS, labels=IDS).loss
+    block, calls = ours.transformer.h[0], []
+
+    class Noted(type(block)):
+        def forward(self, *args, **kwargs):
+            calls.append(self)
+            return super().forward(*args, **kwargs)
+
+    block.__class__ = Noted
+    same(ours(IDS, labels=IDS).loss, truth)
+    assert calls == [block] and hf.report(ours)

@@ -167,12 +167,12 @@ def losses(results: Results) -> Figure | None:
     axes = figure.subplots()
     for marker, row in zip(MARKERS, results.rows, strict=False):
         seconds, _, training = zip(*row["training"], strict=True)
-        axes.plot(seconds, training, color=colour(row["label"]), linewidth=0.8, alpha=0.35)
-        seconds, _, held_out = zip(*row["held_out"][1:], strict=True)  # before the first step all are alike
+        axes.plot(seconds, training, color=colour(row["label"]), linewidth=0.8, alpha=0.5)
+        seconds, _, held_out = zip(*row["held_out"], strict=True)
         label = f"{row['label']}: {tables.quantity(row['tokens_per_s']['median'])} tokens/s"
         axes.plot(seconds, held_out, marker=marker, markersize=5, color=colour(row["label"]), label=label)
     lowest = min(loss for row in results.rows for *_, loss in row["training"] + row["held_out"])
-    highest = max(row["held_out"][1][2] for row in results.rows)
+    highest = max(row["held_out"][0][2] for row in results.rows)
     axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.1 * (highest - lowest))
     axes.set(
         xlabel="seconds of training, compilation included",

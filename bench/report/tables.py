@@ -110,13 +110,14 @@ GENERATE: tuple[Column, ...] = (
 RACE: tuple[Column, ...] = (
     ("setting", lambda r: f"{r['size']} B={r['batch']} T={r['block']} {r['dtype']}"),
     ("variant", lambda r: r["label"]),
+    ("s", lambda r: f"{r['seconds']:,.0f}"),
     ("steps", lambda r: f"{r['steps']:,}"),
     ("tokens/s", lambda r: quantity(r["tokens_per_s"]["median"])),
     ("20..80%", lambda r: _quantities(r["tokens_per_s"])),
     ("s to the first step", lambda r: f"{r['first_s']:.1f}"),
     ("training loss", lambda r: f"{r['training'][-1][2]:.4f}"),
     ("held-out loss", lambda r: f"{r['held_out_loss']:.4f}"),
-    ("s to the highest of these", lambda r: _optional(r.get("common_loss_s"), lambda s: f"{s:.1f}")),
+    ("s to the common loss", lambda r: _optional(r.get("common_loss_s"), lambda s: f"{s:.1f}")),
 )
 COLUMNS = {"train": TRAIN, "ops": OPS, "generate": GENERATE, "race": RACE}
 COMMON: tuple[Column, ...] = (("what", lambda r: r["name"]), ("ms", _ms), ("20..80%", _ms_spread))

@@ -23,3 +23,9 @@ class DeviceOption(CommandOptions):
 @dataclass(frozen=True, kw_only=True)
 class OutOption(CommandOptions):
     out: Annotated[Path, Word("FOLDER")] = FOLDER  # where the result file goes
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no folder can be, before minutes of measuring."""
+        there = next((place for place in (self.out, *self.out.parents) if place.exists()), None)
+        if there is not None and not there.is_dir():
+            raise ValueError(f"--out is {str(self.out)!r}, and {there} is a file: give a folder")

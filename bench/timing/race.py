@@ -5,13 +5,15 @@ same learning rate at the same step. They run one after the other, each as fast 
 and backward as CUDA graphs on a GPU, nanoGPT compiled, HuggingFace launched from Python. At the same step their losses
 agree but for rounding (and nanoGPT's GELU by erf), so what differs is how many steps fit into the time.
 
-The clock starts before the first step, so that compilation and capture count. It stands still while the loss on
-held-out text is computed. Losses of training are read every few steps, because each reading waits for the device.
+The clock starts before the first step, so that compilation and capture count (what a compiler finds in its cache on
+disk, it does not compile again). It stands still while the loss on held-out text is computed. Losses of training are
+read every few steps, because each reading waits for the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +36,7 @@ from fastgpt2.bench.verify import gate
 from fastgpt2.gpt2 import ops
 from fastgpt2.gpt2.config import PRESETS, GPTConfig
 from fastgpt2.gpt2.data.corpus import Corpus, load_corpus
-from fastgpt2.gpt2.data.windows import Windows, check_tokens, eval_batches
+from fastgpt2.gpt2.data.windows import MAX_SEED, Windows, check_tokens, eval_batches
 from fastgpt2.gpt2.evaluation.evaluate import evaluating
 from fastgpt2.gpt2.model import GPT
 from fastgpt2.gpt2.ops import ALL_TRITON
@@ -48,6 +50,8 @@ READ_EVERY = 10  # steps
 HELD_OUT_WINDOWS = 64
 HELD_OUT_CHECKS = 10  # in the whole time, the last one at its end
 FIRST_LOSSES_AGREE = 0.02  # the largest part by which two may differ; GELU by erf and 16 bits stay far below
+GPU_WARMUP, CPU_WARMUP = 100, 10  # steps
+FLOAT16 = "float16"  # needs a gradient scaler, which the compared steps do not have
 Batch = tuple[Tensor, Tensor]
 Point = tuple[float, int, float]  # seconds, steps made, loss in nats a token
 
@@ -93,7 +97,6 @@ class Run:
 
     label: str
     first_s: float = 0.0  # of the first step, compilation included
-    first_loss: float = 0.0
     steps: int = 0
     training: list[Point] = field(default_factory=list)  # the mean loss of the steps since the previous point
     held_out: list[Point] = field(default_factory=list)
@@ -109,10 +112,13 @@ class Run:
         return Timing(tuple(1e3 * (b[0] - a[0]) / (b[1] - a[1]) for a, b in zip(points, points[1:], strict=False)))
 
     def reached_s(self, loss: float) -> float | None:
-        """Seconds until the held-out loss was as low as `loss`, linear between two checks; None where it never was."""
+        """Seconds until the held-out loss was as low as `loss`, linear between two checks and at the earliest those of
+        the first check; None where it never was."""
+        if self.held_out[0][2] <= loss:
+            return self.held_out[0][0]
         for (a_s, _, a), (b_s, _, b) in zip(self.held_out, self.held_out[1:], strict=False):
             if b <= loss:
-                return a_s if a <= loss else a_s + (a - loss) / (a - b) * (b_s - a_s)
+                return a_s + (a - loss) / (a - b) * (b_s - a_s)
         return None
 
 
@@ -130,10 +136,10 @@ class Contestant:
         self.run = Run(f"{OURS}, " * (variant.family == OURS) + family.label(variant))
 
     def train(self, seconds: float, say: Callable[[str], None]) -> None:
-        """Trains until `seconds` are over at a reading. Notes in `run` what was reached."""
+        """Trains until `seconds` are over at a reading. Notes in `run` what was reached. Raises FloatingPointError for
+        a loss that is not finite."""
         run, paused_s = self.run, 0.0
         held_out, total = self.course.held_out(), torch.zeros((), device=self.idx.device)
-        run.held_out.append((0.0, 0, self._held_out_loss(held_out)))
         start_s = time.perf_counter()
         for batch in self.course.batches():
             self._load(batch)
@@ -142,15 +148,17 @@ class Contestant:
             total += self.step()
             run.steps += 1
             if run.steps == 1:
-                run.first_loss = total.item()
+                total.item()  # waits for the device
                 run.first_s = time.perf_counter() - start_s
             if run.steps % READ_EVERY:
                 continue
             loss = total.item() / READ_EVERY  # waits for the device
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of training is {loss} at step {run.steps}: try a lower --lr")
             total.zero_()
             now_s = time.perf_counter() - start_s - paused_s
             run.training.append((now_s, run.steps, loss))
-            if now_s >= seconds * len(run.held_out) / HELD_OUT_CHECKS:
+            if now_s >= seconds * (len(run.held_out) + 1) / HELD_OUT_CHECKS:
                 begin_s = time.perf_counter()
                 run.held_out.append((now_s, run.steps, self._held_out_loss(held_out)))
                 paused_s += time.perf_counter() - begin_s
@@ -198,11 +206,9 @@ class Options(OutOption, DeviceOption, NanogptOption):
     size: Annotated[Name | None, about(f"from {', '.join(PRESETS)}; None: gpt2 on a GPU, baby on a CPU")] = None
     batch: int | None = None  # sequences a step; None: by the device
     block: int | None = None  # tokens a sequence; None: by the device
-    dtype: Annotated[
-        Name | None, about(f"from {', '.join(DTYPES)}; of autocast where it is not float32; None: by the device")
-    ] = None
+    dtype: Annotated[Name | None, about("float32 or bfloat16, of autocast; None: by the device")] = None
     lr: float = 6e-4  # of AdamW after the warm-up
-    warmup: int = 100  # steps
+    warmup: int | None = None  # steps; None: by the device
     seed: int = 1337  # of the weights and of the order of batches
 
 
@@ -213,25 +219,32 @@ def main(options: Options) -> int:
     seconds = options.seconds or (300.0 if device.type == "cuda" else 60.0)
     nanogpt = variants.nanogpt_module(options.nanogpt) if options.nanogpt else None
     setting, corpus = course.setting, course.corpus
-    shared = dict(lr=options.lr, warmup=options.warmup, seed=options.seed, seconds=seconds)
+    shared = dict(lr=course.lr, warmup=course.warmup, seed=course.seed, seconds=seconds)
     text = f"{corpus.name}, {len(corpus.train):,} tokens of {corpus.tokenizer.vocab_size:,} kinds"
-    results = Results.begin("race", device, {"text": text, **shared})
+    checked = sum(targets.ge(0).sum().item() for _, targets in course.held_out())
+    results = Results.begin("race", device, {"text": text, "held-out tokens": checked, **shared})
     chosen = contestants(device, nanogpt is not None, results)
     if not gate.verified(device):
         return 1
     torch.manual_seed(options.seed)
     weights = GPT(course.config, kernels="torch")
     runs: dict[Variant, Run] = {}
+    failures: list[str] = []
     with results.kept_if_cut_short(options.out):
         for variant in chosen:
             contestant = Contestant(course, Family(variant.family, course.config, weights, nanogpt, device), variant)
             run = contestant.run
-            print(f"training {setting.name} by {run.label} for {seconds:.0f} s", flush=True)
+            print(f"training {setting.name} by {run.label} for {seconds:g} s", flush=True)
             try:
                 contestant.train(seconds, lambda line: print(f"  {line}", flush=True))
             except Exception as error:  # a compiler's and a driver's errors share no class
-                results.leave_out(run.label, f"failed: {(str(error).splitlines() or [''])[0]}")
+                failures.append(f"{run.label}: {(str(error).splitlines() or [''])[0]}")
+                results.leave_out(run.label, f"failed: {failures[-1]}")
                 continue
+            except BaseException:  # Ctrl-C: what was reached is kept
+                if run.held_out:
+                    _add_row(results, course, variant, run)
+                raise
             finally:
                 del contestant
                 steps.forget()
@@ -243,7 +256,7 @@ def main(options: Options) -> int:
                 return 1
             _add_row(results, course, variant, run)
         if not runs:
-            print(f"failed: {'; '.join(entry['why'] for entry in results.left_out)}", file=sys.stderr)
+            print(f"failed: {'; '.join(failures)}", file=sys.stderr)
             return 1
         _compare(results, list(runs.values()))
     tables.show(results)
@@ -253,12 +266,12 @@ def main(options: Options) -> int:
 
 
 def _check_agreement(runs: list[Run]) -> None:
-    """Raises Disagreement where the losses of the first step, before any update, are not those of one model."""
-    first, last = runs[0], runs[-1]
-    if not abs(last.first_loss - first.first_loss) <= FIRST_LOSSES_AGREE * first.first_loss:
+    """Raises Disagreement where the losses of the first steps are not those of one model with one optimizer."""
+    (first, expected), (last, found) = ((run.label, run.training[0][2]) for run in (runs[0], runs[-1]))
+    if not abs(found - expected) <= FIRST_LOSSES_AGREE * expected:
         raise Disagreement(
-            f"{last.label}: the loss of its first step is {last.first_loss:.4f}, that of {first.label} is "
-            f"{first.first_loss:.4f}; nothing is reported"
+            f"{last}: the loss of its first {READ_EVERY} steps is {found:.4f}, that of {first} is {expected:.4f}; "
+            "nothing is reported"
         )
 
 
@@ -268,6 +281,7 @@ def _add_row(results: Results, course: Course, variant: Variant, run: Run) -> No
     results.add(
         f"{setting.name} {run.label}",
         what=f"{steps.WHAT}, on real text, for {run.seconds:.0f} s",
+        seconds=run.seconds,
         time_ms=taken.as_dict(),
         label=run.label,
         size=setting.size,
@@ -288,7 +302,7 @@ def _add_row(results: Results, course: Course, variant: Variant, run: Run) -> No
 def _compare(results: Results, runs: list[Run]) -> None:
     """Notes the highest of the final held-out losses, and when each implementation had reached it."""
     common = max(run.held_out[-1][2] for run in runs)
-    results.settings["common_loss"] = common
+    results.settings["common loss, the highest of the last held-out ones"] = common
     for row, run in zip(results.rows, runs, strict=True):
         row["common_loss_s"] = run.reached_s(common)
 
@@ -297,14 +311,19 @@ def _course(options: Options, device: torch.device) -> Course:
     """Raises ValueError for an option that is not allowed, OSError and ValueError for data that cannot be used."""
     on_gpu = device.type == "cuda"
     size, dtype = options.size or ("gpt2" if on_gpu else "baby"), options.dtype or ("bfloat16" if on_gpu else "float32")
-    for name, value, allowed in (("size", size, PRESETS), ("dtype", dtype, DTYPES)):
+    for name, value, allowed in (("size", size, PRESETS), ("dtype", dtype, [d for d in DTYPES if d != FLOAT16])):
         if value not in allowed:
             raise ValueError(f"--{name} is {value!r}, allowed are {', '.join(allowed)}")
     for name, number in dict(batch=options.batch, block=options.block, seconds=options.seconds, lr=options.lr).items():
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f"--{name} is {number}, allowed are numbers above 0")
-    if options.warmup < 0:
-        raise ValueError(f"--warmup is {options.warmup}, allowed are numbers from 0")
+    if options.block == 1:
+        raise ValueError("--block is 1, allowed are numbers from 2: the last token of a row has no target")
+    if not 0 <= options.seed <= MAX_SEED:
+        raise ValueError(f"--seed is {options.seed}, allowed are 0..{MAX_SEED}")
+    warmup = (GPU_WARMUP if on_gpu else CPU_WARMUP) if options.warmup is None else options.warmup
+    if warmup < 0:
+        raise ValueError(f"--warmup is {warmup}, allowed are numbers from 0")
     B, T = options.batch or (16 if on_gpu else 4), options.block or (1024 if on_gpu else 256)
     with stages(plain_console(), "reading the text") as say:
         corpus = load_corpus(options.data, options.tokenizer, 0.1, T, text_tokenizer="byte", say=say)
@@ -313,7 +332,7 @@ def _course(options: Options, device: torch.device) -> Course:
     config = GPTConfig.preset(size, vocab_size=vocabulary, block_size=T)
     for tokens in (corpus.train, corpus.val):
         check_tokens(tokens, config.vocab_size)
-    course = Course(setting, config, corpus, options.lr, options.warmup, options.seed)
+    course = Course(setting, config, corpus, options.lr, warmup, options.seed)
     if not course.held_out():
         raise ValueError(
             f"the held-out text of {corpus.name} is shorter than --batch {B} windows of --block {T} tokens"

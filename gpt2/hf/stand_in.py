@@ -137,7 +137,7 @@ def is_untouched(module: Any, kind: Any) -> bool:
     A call that asks for hidden states or attentions leaves hooks of transformers on modules, which do nothing in calls
     that do not ask: they do not count.
     """
-    theirs = kind.__bases__[1] if issubclass(kind, StandIn) else kind
+    theirs = kind.__bases__[-1] if issubclass(kind, StandIn) else kind  # of a subclass over one: no class of theirs
     if type(module) is not kind or not _is_original(theirs):
         return False
     hooks = module._forward_hooks
