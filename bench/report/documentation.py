@@ -104,6 +104,12 @@ def medians_table(name: str, figure: str, headers: tuple[str, str]) -> str:
     return tables.as_markdown(headers, [[name, f"{r[figure]:,}"] for name, r in zip(label, rows, strict=True)])
 
 
+def race_table(name: str) -> str:
+    """Every implementation of a file of `bench race`, without what is the same for all."""
+    headers, rows = tables.table(result(name))
+    return tables.as_markdown(headers[1:], [row[1:] for row in rows])
+
+
 def kernels_table(name: str) -> str:
     """Single kernels of a file of `bench tune`."""
     lines = []
@@ -136,6 +142,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tune-nvidia-h200": lambda: kernels_table("tune-nvidia-h200"),
     "train-amd-epyc": lambda: train_table("train-amd-epyc"),
     "generate-amd-epyc": lambda: generate_table("generate-amd-epyc"),
+    "race-amd-epyc": lambda: race_table("race-amd-epyc"),
     "train-intel-xeon": lambda: train_table("train-intel-xeon"),
     "generate-intel-xeon": lambda: generate_table("generate-intel-xeon"),
 }
