@@ -141,7 +141,7 @@ def test_one_that_fails_is_left_out(tmp_path, text, monkeypatch, capsys):
     assert run(tmp_path / "out", text, "--seconds", "0.01") == 0
     results = read(tmp_path / "out")
     assert [row["label"] for row in results.rows] == ["fastgpt2, PyTorch, SDPA"]
-    assert dict(name="HuggingFace, sdpa", why="failed: HuggingFace, sdpa: no compiler") in results.left_out
+    assert dict(name="HuggingFace, sdpa", why="failed: no compiler") in results.left_out
     assert any(entry["name"] == NANOGPT and "--nanogpt" in entry["why"] for entry in results.left_out)
     monkeypatch.setattr(race.Contestant, "train", lambda *_: 1 / 0)
     assert run(tmp_path / "none", text, "--seconds", "0.01") == 1

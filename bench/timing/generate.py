@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastgpt2.bench.cases import ctranslate, variants
 from fastgpt2.bench.cases.case import DTYPES
+from fastgpt2.bench.cases.peers import first_line
 from fastgpt2.bench.report import tables
 from fastgpt2.bench.report.record import Results, summary_line
 from fastgpt2.bench.timing import peaks, timing
@@ -166,7 +167,7 @@ def write_once(found: dict[str, Write], setting: Setting, results: Results) -> d
             if label == setting.baseline:
                 raise
             del found[label]
-            why = "out of memory" if timing.out_of_memory(error) else (str(error).splitlines() or [repr(error)])[0]
+            why = "out of memory" if timing.out_of_memory(error) else first_line(error)
             results.leave_out(f"{setting.name} {label}", why)
     return written
 

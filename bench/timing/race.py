@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.bench.cases import variants
+from fastgpt2.bench.cases.peers import first_line
 from fastgpt2.bench.cases.variants import COMPILE, GRAPH, HUGGINGFACE, LAUNCHED, NANOGPT, OURS, Family, Variant
 from fastgpt2.bench.report import tables
 from fastgpt2.bench.report.record import Results, summary_line
@@ -238,8 +239,8 @@ def main(options: Options) -> int:
             try:
                 contestant.train(seconds, lambda line: print(f"  {line}", flush=True))
             except Exception as error:  # a compiler's and a driver's errors share no class
-                failures.append(f"{run.label}: {(str(error).splitlines() or [''])[0]}")
-                results.leave_out(run.label, f"failed: {failures[-1]}")
+                failures.append(f"{run.label}: {first_line(error)}")
+                results.leave_out(run.label, f"failed: {first_line(error)}")
                 continue
             except BaseException:  # Ctrl-C: what was reached is kept
                 if run.held_out:
@@ -277,7 +278,6 @@ def _check_agreement(runs: list[Run]) -> None:
 
 def _add_row(results: Results, course: Course, variant: Variant, run: Run) -> None:
     setting, taken = course.setting, run.step_times()
-    spread, tokens = taken.spread, setting.B * setting.T
     results.add(
         f"{setting.name} {run.label}",
         what=f"{steps.WHAT}, on real text, for {run.seconds:.0f} s",
@@ -289,14 +289,13 @@ def _add_row(results: Results, course: Course, variant: Variant, run: Run) -> No
         block=setting.T,
         dtype=setting.dtype,
         road=variant.road,
-        tokens_per_s={"p20": tokens * 1e3 / spread.p80, "median": tokens * 1e3 / spread.median,
-                      "p80": tokens * 1e3 / spread.p20},
+        tokens_per_s=taken.per_second(setting.B * setting.T),
         steps=run.steps,
         first_s=round(run.first_s, 2),
         training=run.training,
         held_out=run.held_out,
         held_out_loss=run.held_out[-1][2],
-    )  # fmt: skip
+    )
 
 
 def _compare(results: Results, runs: list[Run]) -> None:

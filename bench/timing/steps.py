@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastgpt2.bench.cases import variants
 from fastgpt2.bench.cases.case import DTYPES, FP32
+from fastgpt2.bench.cases.peers import first_line
 from fastgpt2.bench.cases.variants import GRAPH, LAUNCHED, OURS, Backward, Family, Variant
 from fastgpt2.bench.report import roofline
 from fastgpt2.bench.report.record import Results
@@ -228,7 +229,7 @@ class TrainBench:
             if timing.out_of_memory(error):
                 raise
             family.optimizer.zero_grad(set_to_none=True)
-            self._leave_out(f"{setting.name} {label}", f"failed: {(str(error).splitlines() or [''])[0]}")
+            self._leave_out(f"{setting.name} {label}", f"failed: {first_line(error)}")
             return None
         first_s = time.perf_counter() - start
         if gradient is not None:
@@ -289,12 +290,7 @@ class TrainBench:
         speedup_over_launched: dict | None = None,
         first_s: float | None = None,
     ) -> None:
-        tokens = setting.B * setting.T
-        per_s = None
-        if taken is not None:
-            spread = taken.spread
-            per_s = {"p20": spread.p80, "median": spread.median, "p80": spread.p20}
-            per_s = {name: tokens * 1e3 / ms for name, ms in per_s.items()}
+        per_s = taken.per_second(setting.B * setting.T) if taken is not None else None
         self.results.add(
             f"{setting.name} {label}" + " alone" * alone,
             what=what,

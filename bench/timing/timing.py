@@ -62,6 +62,15 @@ class Timing:
     def median_ms(self) -> float:
         return self.spread.median
 
+    def per_second(self, amount: float) -> dict[str, float]:
+        """The spread of a rate, where each call did `amount` of something."""
+        spread = self.spread
+        return {
+            "p20": amount * 1e3 / spread.p80,
+            "median": amount * 1e3 / spread.median,
+            "p80": amount * 1e3 / spread.p20,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """The field "time_ms" of a result's row."""
         return {**self.spread.as_dict(), "runs": len(self.times_ms)}
